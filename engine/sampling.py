@@ -1,0 +1,88 @@
+"""From logits to the next token: the filters, and one draw that depends on nothing but its row's seed."""
+import secrets
+from dataclasses import dataclass
+
+import torch
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; temperature 0 takes the likeliest, and then the filters play no part."""
+
+    temperature: float = 1.0          # logits are divided by it
+    top_k: int = 0                    # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0                # keep the fewest likeliest tokens whose probabilities reach p; 1 keeps all
+    min_p: float = 0.0                # drop tokens less likely than min_p times the likeliest; 0 drops none
+    repetition_penalty: float = 1.0   # positive logits of tokens already there are divided by it, negative multiplied
+    seed: int | None = None           # row i draws from seed + i, so it gets the same text alone; None: fresh each call
+
+    def __post_init__(self):
+        for name, allowed, holds in (
+            ("temperature", "at least 0 (0 is greedy)", 0 <= self.temperature < float("inf")),
+            ("top_k", "0 (off) or more", self.top_k >= 0),
+            ("top_p", "above 0 and at most 1 (1 is off)", 0 < self.top_p <= 1),
+            ("min_p", "from 0 (off) to 1", 0 <= self.min_p <= 1),
+            ("repetition_penalty", "above 0 (1 is off)", 0 < self.repetition_penalty < float("inf")),
+        ):
+            if not holds:
+                raise UserError(f"{name}={getattr(self, name)} is out of range: give {allowed}")
+
+    def uniforms(self, rows, steps):
+        """The random numbers of a whole call, in (0, 1], float32 on the CPU.  # (B, steps)
+
+        Drawn before the first step and on the CPU, so a seed means the same on every device and no step waits for
+        one. Each row has a generator of its own: what the other rows do, or how many there are, changes nothing.
+        """
+        seed = secrets.randbits(48) if self.seed is None else self.seed
+        rows = [torch.rand(steps, generator=torch.Generator().manual_seed(seed + row)) for row in range(rows)]
+        return 1 - torch.stack(rows)
+
+
+def penalize(logits, seen, penalty):
+    """Make tokens that are already in the row less likely (Keskar et al. 2019, section 4.1).  # (B, V), (B, V) bool"""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def candidates(logits, sampling):
+    """The tokens that may come next: probabilities and ids, both (B, N); ids is None where column n is token n.
+
+    The filters work in this order, each on what the one before left: temperature, top-k, top-p, min-p.
+    """
+    scores, ids = logits.float() / sampling.temperature, None                  # (B, V)
+    if 0 < sampling.top_k < scores.shape[-1]:
+        scores, ids = scores.topk(sampling.top_k)                              # sorted, likeliest first
+    elif sampling.top_p < 1:
+        scores, ids = scores.sort(dim=-1, descending=True, stable=True)
+    probs = scores.softmax(-1)
+    if sampling.top_p < 1:
+        likelier = probs.cumsum(-1) - probs                                    # mass of the tokens before this one
+        probs = probs.masked_fill(likelier >= sampling.top_p, 0)
+    if sampling.min_p > 0:
+        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
+    return probs / probs.sum(-1, keepdim=True), ids
+
+
+def distribution(logits, sampling):
+    """The probability of every token of the vocabulary after all filters.  # (B, V) -> (B, V)"""
+    if sampling.temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    probs, ids = candidates(logits, sampling)
+    return probs if ids is None else torch.zeros_like(logits, dtype=probs.dtype).scatter(-1, ids, probs)
+
+
+def pick(logits, sampling, uniform):
+    """Choose a token a row; -1 where the logits are not finite.  # (B, V), (B,) in (0, 1] -> (B,)
+
+    The draw inverts the cumulative distribution: the first token at which it reaches `uniform`. That token's own
+    probability is above 0 by construction, so a token that was filtered out cannot be drawn.
+    """
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        probs, ids = candidates(logits, sampling)
+        reached = probs.cumsum(-1)
+        tokens = torch.searchsorted(reached, uniform.to(reached)[:, None] * reached[:, -1:])      # (B, 1)
+        tokens = (tokens if ids is None else ids.gather(-1, tokens.clamp(max=ids.shape[-1] - 1)))[:, 0]
+    return tokens.masked_fill(~logits.amax(-1).isfinite(), -1)   # the caller reads the tokens anyway: no extra wait

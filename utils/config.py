@@ -1,0 +1,215 @@
+"""Flat dataclass configs from the command line and YAML presets.
+
+    @dataclass
+    class ToyConfig:
+        max_lr: float = opt(0.02, "peak learning rate")
+
+    config = parse(ToyConfig)          # --max_lr=0.1 | --max_lr 0.1 | --config preset.yaml
+
+Precedence: dataclass default < preset < command line. A key nobody knows is an error with a suggestion.
+A config with a field `model: dict` also takes `--model.n_layers=4` and a `model:` mapping in the preset: the
+architecture's own arguments, checked against the dataclass that `model_args(model_name)` returns.
+"""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from pathlib import Path
+
+import yaml
+
+from utils.errors import UserError
+
+SWITCH = ("auto", "true", "false")  # choices of a setting that may also decide by itself: --compile, --no_compile
+
+
+def opt(default, help: str, choices: tuple = (), neutral: bool = False):
+    """A config field. `neutral`: it changes how the work is done, not what comes out (resuming ignores it)."""
+    metadata = {"help": help, "choices": choices, "neutral": neutral}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(config_class, argv: list[str] | None = None, model_args=None):
+    """Build a config from `argv` (default: the command line).
+
+    model_args: function from a model's name to its args dataclass, for typing `--model.*` and for --help.
+    Raises UserError on an unknown key, a value of the wrong type or outside the choices. --help prints and exits.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    hints = typing.get_type_hints(config_class)
+    wants_help = any(word in ("--help", "-h") for word in argv)
+    flags = _read_flags([word for word in argv if word not in ("--help", "-h")], fields, hints)
+
+    preset_path = flags.pop("config", None)
+    merged: dict[str, object] = {}
+    if preset_path is not None:
+        preset = load_yaml(preset_path)
+        model_part = preset.pop("model", None) or {}
+        if not isinstance(model_part, dict):
+            raise UserError(f"{preset_path}: `model:` must be a mapping of architecture fields")
+        merged = preset | {f"model.{key}": value for key, value in model_part.items()}
+    merged |= flags
+
+    values, model_values = {}, {}
+    for key, value in merged.items():
+        if key.startswith("model.") and "model" in fields:
+            model_values[key.removeprefix("model.")] = value
+        elif key in fields and key != "model":
+            values[key] = convert(value, hints[key], f"--{key}", fields[key].metadata.get("choices", ()))
+        else:
+            raise UserError(unknown_key(key, [n for n in fields if n != "model"] + ["config"]))
+
+    name = values.get("model_name", getattr(fields.get("model_name"), "default", ""))
+    args_class = model_args(name) if model_args is not None and name and (model_values or wants_help) else None
+    if wants_help:
+        print(help_text(config_class, args_class, name))
+        raise SystemExit(0)
+    if "model" in fields:
+        values["model"] = typed_model_values(model_values, args_class)
+    return config_class(**values)
+
+
+def _read_flags(argv, fields, hints) -> dict[str, object]:
+    """`--key=value`, `--key value`, `--flag`, `--no_flag` -> {key: text}."""
+    flags, words = {}, list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"unexpected {word!r}: settings are written --key=value (--help lists them)")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            negated = key.removeprefix("no_")
+            if key not in fields and negated in fields and _is_switch(fields[negated], hints[negated]):
+                key, value = negated, "false"
+            elif words and not words[0].startswith("--"):
+                value = words.pop(0)
+            elif key in fields and _is_switch(fields[key], hints[key]):
+                value = "true"
+            elif key in fields or key == "config" or key.startswith("model."):
+                raise UserError(f"--{key} needs a value: --{key}=...")
+        flags[key] = value
+    return flags
+
+
+def _is_switch(field, hint) -> bool:
+    return hint is bool or "true" in field.metadata.get("choices", ())
+
+
+def typed_model_values(values: dict, args_class) -> dict:
+    """Check architecture values against their dataclass and give them its types."""
+    if args_class is None:
+        return values
+    hints, names = typing.get_type_hints(args_class), [f.name for f in dataclasses.fields(args_class)]
+    for key in values:
+        if key not in names:
+            raise UserError(unknown_key(f"model.{key}", [f"model.{n}" for n in names]))
+        if key in ("vocab_size", "max_seq_len"):
+            source = "the tokenizer" if key == "vocab_size" else "--max_seq_len"
+            raise UserError(f"model.{key} comes from {source}: do not set it in the model's own fields")
+    return {key: convert(value, hints[key], f"--model.{key}") for key, value in values.items()}
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The one-line message for a key that nobody knows, with the nearest known one."""
+    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
+    return f"unknown setting --{key}: " + (f"did you mean --{near[0]}?" if near else "--help lists what there is")
+
+
+def convert(value, hint, flag: str, choices: tuple = ()):
+    """Turn a text (command line) or a YAML value into the field's type; UserError names the flag when it cannot."""
+    try:
+        result = _convert(value, hint)
+    except (ValueError, TypeError):
+        kind = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+        raise UserError(f"{flag}={value}: expected {kind}") from None
+    if choices and result not in choices:
+        raise UserError(f"{flag}={value}: expected one of {', '.join(map(str, choices))}")
+    return result
+
+
+def _convert(value, hint):
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in inner and (value is None or str(value).lower() in ("none", "null")):
+            return None
+        return _convert(value, next(kind for kind in inner if kind is not type(None)))
+    if origin in (list, tuple) or hint in (list, tuple):
+        if isinstance(value, str):
+            value = [part.strip() for part in value.strip("[]() ").split(",") if part.strip()]
+        kinds = [kind for kind in inner if kind is not Ellipsis] or [str]
+        fixed = origin is tuple and Ellipsis not in inner and inner
+        if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(inner)):
+            raise ValueError
+        return (origin or hint)(_convert(v, kinds[i] if fixed else kinds[0]) for i, v in enumerate(value))
+    if hint is bool:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()] \
+            if str(value).lower() in ("true", "1", "yes", "false", "0", "no") else _fail()
+    if hint is int:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(str(value).replace("_", "")) if not isinstance(value, int) else value
+        return int(value) if isinstance(value, (int, str)) and "e" not in str(value).lower() else \
+            int(number) if number == int(number) else _fail()
+    if hint is float:
+        return float(str(value).replace("_", "")) if not isinstance(value, bool) else _fail()
+    if hint is str:
+        if isinstance(value, bool):  # YAML's true for a switch such as compile
+            return str(value).lower()
+        return "" if value is None else str(value)
+    return value
+
+
+def _fail():
+    raise ValueError
+
+
+def load_yaml(path) -> dict:
+    """Read a YAML mapping; UserError when the file is missing or is no mapping."""
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path}: give --config the path of a .yaml file")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines")
+    return values
+
+
+def to_dict(config) -> dict:
+    """The config as plain YAML/JSON types, in field order."""
+    values = dataclasses.asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def help_text(config_class, args_class=None, model_name: str = "") -> str:
+    """Every setting with its type, default and meaning, and the fields of the chosen architecture."""
+    doc = (config_class.__doc__ or "").strip()
+    lines = ([doc, ""] if doc and not doc.startswith(config_class.__name__ + "(") else [])
+    lines += ["Settings (--key=value; --config=preset.yaml reads them from a file):"]
+    lines += [_help_line("--" + f.name, f) for f in dataclasses.fields(config_class) if f.name != "model"]
+    if args_class is not None:
+        lines += ["", f"Architecture of {model_name} (--model.key=value):"]
+        lines += [_help_line("--model." + f.name, f) for f in dataclasses.fields(args_class)
+                  if f.name not in ("vocab_size", "max_seq_len")]
+    elif any(f.name == "model" for f in dataclasses.fields(config_class)):
+        lines += ["", "Architecture fields are set by --model.key=value; add --model_name=... to list them."]
+    return "\n".join(lines)
+
+
+def _help_line(flag: str, field) -> str:
+    default = field.default
+    if default is dataclasses.MISSING:
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
+    if isinstance(default, (tuple, list)):
+        default = ",".join(map(str, default))
+    choices = field.metadata.get("choices", ())
+    meaning = field.metadata.get("help", "") + (f" [{'|'.join(map(str, choices))}]" if choices else "")
+    return f"  {flag + '=' + str(default):<44} {meaning}".rstrip()

@@ -1,0 +1,27 @@
+"""Errors that are the user's to mend: one line that says what, why, and what to change."""
+
+import os
+import sys
+
+
+class UserError(ValueError):
+    """A mistake in a command, a file or a setting; the message is one line."""
+
+    user_error = True  # model/ cannot import utils, so its own error class carries the same mark
+
+
+def run_script(main) -> None:
+    """Call main() and end the process: 0, 2 after a user's error (one line on stderr), 130 after Ctrl-C."""
+    try:
+        main()
+    except ValueError as error:
+        if not getattr(error, "user_error", False):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `python x.py --help | head` is no error
+        sys.stderr.close()
+        raise SystemExit(0) from None
