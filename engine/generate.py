@@ -71,7 +71,8 @@ def decode(model, prompts, max_new_tokens, stop_ids, sampling):
                 return
             if len(alive) < len(rows):
                 rows, index = [rows[i] for i in alive], torch.tensor(alive, device=device)
-                tokens, reader = tokens[index], reader.keep(index)
+                tokens = tokens[index]
+                reader = reader.keep(index, max(len(prompts[row]) for row in rows) + step)
                 uniforms = None if uniforms is None else uniforms[index]
                 seen = None if seen is None else seen[index]
             if seen is not None:
@@ -113,8 +114,10 @@ class Cached:
     def step(self, tokens):
         return self._forward(tokens[:, None], self.state)
 
-    def keep(self, index):
-        return Cached(self.model, self.state.rows(index))
+    def keep(self, index, upto):
+        state = self.state.rows(index)
+        state.upto = upto               # the longest row may have left: then there is room again for the others
+        return Cached(self.model, state)
 
     def _forward(self, ids, state):
         state.last_only = True
@@ -146,9 +149,8 @@ class Recomputed:
         self.lengths, self.upto = self.lengths + 1, self.upto + 1
         return self._forward()
 
-    def keep(self, index):
-        lengths = self.lengths[index]
-        return Recomputed(self.model, self.ids[index], lengths, int(lengths.max()))
+    def keep(self, index, upto):
+        return Recomputed(self.model, self.ids[index], self.lengths[index], upto)
 
     def _forward(self):
         logits = self.model(self.ids[:, :self.upto])[0]                                                # (B, T, V)

@@ -4,6 +4,7 @@ import sys
 import unicodedata
 
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36"}
+RESET = "\033[0m"
 # Besides the C0 and C1 control characters (escape sequences start with one), those that reorder the text around them.
 BIDI_CONTROLS = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -24,7 +25,7 @@ def paint(text, *styles, stream=None):
     """The text in these styles, for a stream that is a terminal; unchanged for any other."""
     if not colourful(stream):
         return text
-    return f"\033[{';'.join(STYLES[style] for style in styles)}m{text}\033[0m"
+    return f"{_start(styles)}{text}{RESET}"
 
 
 def prompt(text, *styles):
@@ -32,9 +33,9 @@ def prompt(text, *styles):
 
     The marks \\001 and \\002 tell readline which characters take no room; without them long lines wrap wrongly.
     """
-    shown = paint(text, *styles)
-    return input(shown if shown == text else shown.replace("\033[", "\001\033[").replace("m", "m\002", 1)
-                 .replace("\033[0m", "\033[0m\002"))
+    if not colourful():
+        return input(text)
+    return input(f"\001{_start(styles)}\002{text}\001{RESET}\002")
 
 
 def line_history(name):
@@ -54,6 +55,10 @@ def line_history(name):
         return                      # a home that cannot be written to: the history then lasts one session
     readline.set_history_length(1000)
     atexit.register(_save_history, readline, path)
+
+
+def _start(styles):
+    return f"\033[{';'.join(STYLES[style] for style in styles)}m"
 
 
 def _save_history(readline, path):

@@ -1,0 +1,85 @@
+"""A conversation with a run: what the terminal and the page share."""
+import time
+
+from engine.generate import room, stream
+from engine.sampling import Sampling
+from utils.chat_template import encode_chat
+from utils.errors import UserError
+from utils.tokenizer import StreamDecoder
+
+
+class Speaker:
+    """A loaded run that answers: the next turn of a chat, or, from a base model, the rest of a text."""
+
+    def __init__(self, model, tokenizer, stage):
+        self.model, self.tokenizer = model, tokenizer
+        self.is_base = stage == "pretrain"          # it has seen no conversation yet
+
+    def answer(self, messages, max_new_tokens, **sampling):
+        """A `Reply` to messages [{"role", "content"}, ...], the last of them the user's; UserError if it cannot fit.
+
+        A base model goes on from the last message and sees none of the others.
+        """
+        if self.is_base:
+            ids, dropped = [self.tokenizer.bos_id] + self.tokenizer.encode(messages[-1]["content"]), 0
+        else:
+            ids, dropped = fit(self.tokenizer, messages, self.model.args.max_seq_len, max_new_tokens)
+        room(self.model, ids, max_new_tokens)       # errors come before the first piece of text, not with it
+        return Reply(self.model, self.tokenizer, ids, max_new_tokens, Sampling(**sampling), dropped)
+
+
+class Reply:
+    """An answer while it is written: iterate over its pieces of text. Its fields are right at any moment."""
+
+    def __init__(self, model, tokenizer, ids, max_new_tokens, sampling, dropped=0):
+        self.text = ""                  # all pieces so far
+        self.tokens = 0                 # tokens so far
+        self.seconds = 0.0              # from the call to the latest token
+        self.first_seconds = 0.0        # from the call to the first token: reading the prompt
+        self.finish = "stopped"         # "stop": the model ended it; "length": no room left; "stopped": by the reader
+        self.dropped = dropped          # messages left out because they did not fit
+        self._decoder = StreamDecoder(tokenizer)
+        self._limit = room(model, ids, max_new_tokens)
+        self._stream = stream(model, tokenizer, ids, max_new_tokens, **vars(sampling))
+
+    def __iter__(self):
+        start = time.perf_counter()
+        for token in self._stream:
+            self.tokens += 1
+            self.seconds = time.perf_counter() - start
+            self.first_seconds = self.first_seconds or self.seconds
+            piece = self._decoder.push(token)
+            if piece:
+                self.text += piece
+                yield piece
+        self.finish = "length" if self.tokens == self._limit else "stop"
+        rest = self._decoder.flush()
+        if rest:
+            self.text += rest
+            yield rest
+
+    @property
+    def tokens_per_s(self):
+        """Tokens a second, the reading of the prompt included."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def fit(tokenizer, messages, max_seq_len, max_new_tokens):
+    """Encode a conversation so that an answer fits: (ids, number of messages left out).
+
+    The oldest turns go first; the system prompt and the last message stay. A quarter of the sequence is kept free for
+    the answer, or less when less is asked for. UserError when even the last message alone leaves no room.
+    """
+    reserve = min(max_new_tokens, max_seq_len // 4)
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    turns, total = messages[len(system):], len(messages)
+    while True:
+        ids, _ = encode_chat(tokenizer, system + turns, add_generation_prompt=True)
+        later = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
+        if len(ids) + reserve <= max_seq_len or not later:
+            break
+        turns = turns[later[0]:]
+    if len(ids) >= max_seq_len:
+        raise UserError(f"the message has {len(ids)} tokens with its system prompt, and the model takes {max_seq_len}, "
+                        "answer included: shorten it")
+    return ids, total - len(system) - len(turns)
