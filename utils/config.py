@@ -146,26 +146,25 @@ def _convert(value, hint):
         if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(inner)):
             raise ValueError
         return (origin or hint)(_convert(v, kinds[i] if fixed else kinds[0]) for i, v in enumerate(value))
+    text = str(value).lower().replace("_", "")
     if hint is bool:
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()] \
-            if str(value).lower() in ("true", "1", "yes", "false", "0", "no") else _fail()
-    if hint is int:
+        if text not in ("true", "1", "yes", "false", "0", "no"):
+            raise ValueError
+        return text in ("true", "1", "yes")
+    if hint in (int, float):
         if isinstance(value, bool):
             raise ValueError
-        number = float(str(value).replace("_", "")) if not isinstance(value, int) else value
-        return int(value) if isinstance(value, (int, str)) and "e" not in str(value).lower() else \
-            int(number) if number == int(number) else _fail()
-    if hint is float:
-        return float(str(value).replace("_", "")) if not isinstance(value, bool) else _fail()
+        if hint is int and isinstance(value, int):
+            return value  # not through float: that would round beyond 2^53
+        number = float(text)
+        if hint is int and number != int(number):  # 1e6 is a fine integer, 1.5 is not
+            raise ValueError
+        return hint(number)
     if hint is str:
-        if isinstance(value, bool):  # YAML's true for a switch such as compile
-            return str(value).lower()
+        if isinstance(value, bool):  # YAML's true, for a switch such as compile
+            return text
         return "" if value is None else str(value)
     return value
-
-
-def _fail():
-    raise ValueError
 
 
 def load_yaml(path) -> dict:

@@ -1,0 +1,116 @@
+"""The settings that every training stage shares; a stage adds its data paths by extending the class."""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine import distributed
+from utils.config import SWITCH, opt
+from utils.errors import UserError
+
+
+@dataclass
+class TrainConfig:
+    # the model
+    model_name: str = opt("", "architecture: the name of a file's model in model/")
+    model: dict = opt({}, "architecture fields, set by --model.key=value")
+    max_seq_len: int = opt(0, "tokens a row; 0: the model's default")
+    # the machine
+    device: str = opt("auto", "where to train; auto finds a GPU", choices=("auto", "cuda", "mps", "cpu"), neutral=True)
+    precision: str = opt("auto", "compute type; weights stay fp32; auto: bf16 on cuda that has it, else fp32",
+                         choices=("auto", "bf16", "fp16", "fp32"))
+    compile: str = opt("auto", "torch.compile the model; auto: on cuda only", choices=SWITCH, neutral=True)
+    # the batch
+    max_batch_size: int = opt(16, "rows in one forward pass of one process", neutral=True)
+    accumulation_steps: int = opt(1, "forward passes an optimizer step", neutral=True)
+    global_batch_size: int = opt(0, "rows an optimizer step over all processes; 0: max_batch_size x accumulation_steps x processes")
+    # how long
+    epochs: float = opt(1.0, "passes over the training data")
+    max_steps: int = opt(0, "optimizer steps, instead of epochs; 0: not set")
+    max_tokens: int = opt(0, "training tokens, instead of epochs; 0: not set")
+    # the recipe
+    optimizer: str = opt("muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all", choices=("muon", "adamw"))
+    max_lr: float = opt(0.02, "peak learning rate")
+    min_lr: float = opt(0.0, "learning rate at the end of the decay")
+    lr_schedule: str = opt("wsd", "shape of the decay", choices=("cosine", "wsd", "constant"))
+    warmup_iters: int = opt(0, "steps of warmup; 0: by warmup_ratio")
+    warmup_ratio: float = opt(0.02, "share of the run that is warmup")
+    lr_decay_iters: int = opt(0, "step at which min_lr is reached; 0: by lr_decay_ratio")
+    lr_decay_ratio: float = opt(1.0, "share of the run after which min_lr is reached")
+    wsd_decay_ratio: float = opt(0.4, "wsd: the last share of the way over which the rate falls")
+    weight_decay: float = opt(0.1, "decay of matrices, a step: lr x weight_decay")
+    betas: tuple[float, float] = opt((0.9, 0.95), "AdamW's moment coefficients")
+    grad_clip: float = opt(1.0, "largest gradient norm; 0: no clipping")
+    seed: int = opt(1337, "decides initial weights, order of the data, and everything random")
+    # what is looked at
+    log_interval: int = opt(10, "steps between log lines", neutral=True)
+    eval_interval: int = opt(250, "steps between held-out evaluations; 0: only at the end", neutral=True)
+    eval_batches: int = opt(20, "batches of an evaluation during training", neutral=True)
+    eval_final_batches: int = opt(0, "batches of the evaluation at the end; 0: all held-out data", neutral=True)
+    sample_interval: int = opt(1000, "steps between sample generations; 0: only at the end", neutral=True)
+    # files
+    tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer", neutral=True)
+    output_path: str = opt("output", "folder that holds the runs", neutral=True)
+    run_name: str = opt("", "name of the run folder; default: <stage>_<model>", neutral=True)
+    save_interval: int = opt(500, "steps between checkpoints; 0: only at the end", neutral=True)
+    keep_last: int = opt(2, "checkpoints kept", neutral=True)
+    resume: str = opt("auto", "auto: go on with an unfinished run of the same settings; never: a new run; "
+                      "must: fail when there is none; or the path of a run folder", neutral=True)
+
+    def __post_init__(self):
+        for name in ("max_batch_size", "accumulation_steps", "log_interval", "eval_batches", "keep_last"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
+        for name in ("max_seq_len", "global_batch_size", "max_steps", "max_tokens", "max_lr", "min_lr", "warmup_iters",
+                     "lr_decay_iters", "weight_decay", "grad_clip", "eval_interval", "eval_final_batches",
+                     "sample_interval", "save_interval", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
+        for name in ("warmup_ratio", "lr_decay_ratio", "wsd_decay_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name}={getattr(self, name)}: a share of the run lies between 0 and 1")
+        if self.epochs <= 0:
+            raise UserError(f"--epochs={self.epochs}: must be above 0")
+        if self.min_lr > self.max_lr:
+            raise UserError(f"--min_lr={self.min_lr} is above --max_lr={self.max_lr}: lower it")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the rows of one optimizer step are dealt out: global_rows = micro_rows x accumulation x processes."""
+
+    global_rows: int
+    micro_rows: int
+    accumulation: int
+
+
+def plan_batch(config: TrainConfig) -> BatchPlan:
+    """The global batch decides the loss curve; processes and micro-batches only decide how it is computed."""
+    processes = distributed.world_size()
+    if not config.global_batch_size:
+        rows = config.max_batch_size * config.accumulation_steps * processes
+        return BatchPlan(rows, config.max_batch_size, config.accumulation_steps)
+    if config.global_batch_size % processes:
+        raise UserError(f"--global_batch_size={config.global_batch_size} cannot be dealt out evenly to {processes} "
+                        "processes: choose a multiple")
+    share = config.global_batch_size // processes
+    micro = next(rows for rows in range(min(share, config.max_batch_size), 0, -1) if share % rows == 0)
+    return BatchPlan(config.global_batch_size, micro, share // micro)
+
+
+def count_steps(config: TrainConfig, rows: int, global_rows: int, seq_len: int) -> int:
+    """Optimizer steps of the run: max_steps, else max_tokens, else epochs (at least one)."""
+    if config.max_steps:
+        return config.max_steps
+    if config.max_tokens:
+        return max(1, config.max_tokens // (global_rows * seq_len))
+    return max(1, int(config.epochs * rows) // global_rows)
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """auto -> bf16 on a cuda device that has it, else fp32; UserError for fp16 off cuda."""
+    if wanted == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if wanted == "fp16" and device.type != "cuda":
+        raise UserError(f"--precision=fp16 needs cuda for its loss scaling, and this is {device.type}: use bf16 or fp32")
+    return wanted

@@ -1,0 +1,109 @@
+"""From rows to the batches of a step, made by a thread while the step before is computed."""
+
+import queue
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.data import IGNORE, empty_row, shuffled
+
+
+@dataclass
+class StepBatches:
+    """One process's share of an optimizer step."""
+
+    batches: list[dict[str, torch.Tensor]]  # micro-batches, each tensor (B, T) int64
+    rows: list[int]  # the row numbers of the whole step, over all processes
+    epoch: int
+    targets: list[int]  # valid targets of each micro-batch
+    tokens: int  # tokens of this process's share that are not padding
+
+
+def collate(rows: list[dict[str, np.ndarray]], with_doc_ids: bool, pin: bool = False) -> dict[str, torch.Tensor]:
+    """Stack rows into the keyword arguments of forward."""
+    keys = ("input_ids", "targets", "doc_ids") if with_doc_ids else ("input_ids", "targets")
+    batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in keys}
+    return {key: value.pin_memory() for key, value in batch.items()} if pin else batch
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+class StepLoader:
+    """Iterates over StepBatches from step `start` to `total_steps`.
+
+    The step's rows are a slice of the epoch's shuffle and are dealt to the ranks in turn, so the same global batch
+    comes out whatever the number of processes or micro-batches. Call close() when leaving early.
+    """
+
+    def __init__(self, rows, plan, seed: int, start: int, total_steps: int, rank: int = 0, world_size: int = 1,
+                 pin: bool = False):
+        self.rows, self.plan, self.seed, self.start, self.total_steps = rows, plan, seed, start, total_steps
+        self.rank, self.world_size, self.pin = rank, world_size, pin
+        self.queue: queue.Queue = queue.Queue(maxsize=2)
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._fill, daemon=True)
+
+    def step_rows(self, step: int) -> tuple[np.ndarray, int]:
+        """Row numbers (G,) of a step and the epoch it begins in; a step may reach into the next epoch."""
+        places = np.arange(step * self.plan.global_rows, (step + 1) * self.plan.global_rows, dtype=np.int64)
+        n = len(self.rows)
+        epochs = places // n
+        chosen = [shuffled(places[epochs == e] % n, n, self.seed, int(e)) for e in np.unique(epochs)]
+        return np.concatenate(chosen), int(epochs[0])
+
+    def make(self, step: int) -> StepBatches:
+        numbers, epoch = self.step_rows(step)
+        mine = numbers[self.rank :: self.world_size]
+        batches, targets, tokens = [], [], 0
+        for i in range(0, len(mine), self.plan.micro_rows):
+            rows = [self.rows.row(int(n)) for n in mine[i : i + self.plan.micro_rows]]
+            batches.append(collate(rows, self.rows.with_doc_ids, self.pin))
+            targets.append(sum(int((row["targets"] != IGNORE).sum()) for row in rows))
+            tokens += sum(int((row["input_ids"] != self.rows.file.pad_id).sum()) for row in rows)
+        return StepBatches(batches, numbers.tolist(), epoch, targets, tokens)
+
+    def _fill(self) -> None:
+        try:
+            for step in range(self.start, self.total_steps):
+                self._put(self.make(step))
+                if self.closed.is_set():
+                    return
+        except BaseException as error:  # raised again where the batch is asked for
+            self._put(error)
+
+    def _put(self, item) -> None:
+        while not self.closed.is_set():
+            try:
+                return self.queue.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def __iter__(self):
+        self.thread.start()
+        for _ in range(self.start, self.total_steps):
+            item = self.queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        self.closed.set()
+        if self.thread.is_alive():
+            self.thread.join(timeout=5)
+
+
+def held_out_batches(rows, batch_rows: int, limit: int, rank: int = 0, world_size: int = 1):
+    """Batches for evaluation: the first `limit` (0: all) of a fixed shuffle, dealt to the ranks in turn.
+
+    The last batch is filled up with empty rows, so that every batch has one shape and nothing is compiled twice.
+    """
+    order = shuffled(np.arange(len(rows), dtype=np.int64), len(rows), seed=0, epoch=0)
+    starts = list(range(0, len(rows), batch_rows))
+    for start in starts[: limit or None][rank::world_size]:
+        chosen = [rows.row(int(n)) for n in order[start : start + batch_rows]]
+        chosen += [empty_row(rows.seq_len, rows.file.pad_id)] * (batch_rows - len(chosen))
+        yield collate(chosen, rows.with_doc_ids)
