@@ -12,7 +12,8 @@ import re
 
 from pypinyin import Style, lazy_pinyin
 
-FORMS = {"五言绝句": (4, 5), "七言绝句": (4, 7), "五言律诗": (8, 5), "七言律诗": (8, 7)}  # (verses, characters in each)
+from preprocess_data.poems import FORMS, poem_form
+from utils.text import is_han
 
 # pypinyin writes ü as v. A syllable that is in none of the groups (a bare m, n, ng) rhymes with nothing.
 RHYME_GROUPS = (
@@ -21,7 +22,6 @@ RHYME_GROUPS = (
 )  # fmt: skip
 GROUP_OF = {final: group for group, finals in enumerate(RHYME_GROUPS) for final in finals.split()}
 
-_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]+")
 _VERSE_END = re.compile(r"[\s，。？！；、：,.?!;:]+")
 
 
@@ -32,11 +32,8 @@ def split_verses(text: str) -> list[str]:
 
 def form_of(verses: list[str]) -> str | None:
     """Return the name of the form that the verses have exactly, or None; every character must be a Han character."""
-    if not verses or not all(_HAN.fullmatch(verse) for verse in verses):
-        return None
-    lengths = {len(verse) for verse in verses}
-    shape = (len(verses), lengths.pop()) if len(lengths) == 1 else None
-    return next((name for name, wanted in FORMS.items() if wanted == shape), None)
+    form = poem_form(verses)
+    return form if form in FORMS.values() and all(is_han(char) for verse in verses for char in verse) else None
 
 
 def rhyme_group(character: str) -> int | None:

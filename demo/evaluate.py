@@ -1,0 +1,117 @@
+"""Measures a fine-tuned run on held-out poems and lets it answer: `python demo/evaluate.py --run output/sft_MODEL`."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from demo import poems, report
+from engine.checkpoint import load_run
+from engine.distributed import find_device
+from engine.generate import generate
+from preprocess_data.demo_chat import poem_request
+from utils.chat_template import encode_chat
+from utils.config import opt, parse
+from utils.errors import UserError, run_script
+from utils.log import Progress, log
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluates the demo: form, rhyme and copying of poems on held-out titles, and a few answers to read."""
+
+    run: str = opt("", "run folder of the fine-tuned model; empty: none")
+    pretrain_run: str = opt("", "run folder of the pretrained model, for its held-out bits per character; empty: beside")
+    corpora_path: str = opt("output/corpora", "folder with poems.jsonl")
+    poems: int = opt(100, "poems to sample, equally many of each form")
+    temperature: float = opt(0.8, "sampling temperature")
+    top_k: int = opt(0, "keep the k likeliest tokens; 0 keeps all")
+    top_p: float = opt(0.9, "keep the likeliest tokens up to this probability; 1 keeps all")
+    max_new_tokens: int = opt(96, "longest answer, tokens")
+    batch_size: int = opt(25, "poems sampled at a time")
+    seed: int = opt(1, "of the choice of titles and of the sampling")
+    device: str = opt("auto", "auto takes cuda, then mps, then cpu")
+
+
+def ask(model, tokenizer, requests: list[str], config: EvaluateConfig, seed: int) -> list[str]:
+    """Return the answers of the model to single requests, all sampled in one batch."""
+    prompts = [
+        encode_chat(tokenizer, [{"role": "user", "content": request}], add_generation_prompt=True)[0]
+        for request in requests
+    ]
+    answers = generate(
+        model, tokenizer, prompts, config.max_new_tokens,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=seed,
+    )  # fmt: skip
+    return [tokenizer.decode(answer).strip() for answer in answers]
+
+
+def write_poems(model, tokenizer, asked: list[tuple[str, str]], config: EvaluateConfig) -> list[str]:
+    """Return one sampled poem for every (title, form) pair."""
+    progress, texts = Progress(len(asked), label="poems"), []
+    for start in range(0, len(asked), config.batch_size):
+        batch = asked[start : start + config.batch_size]
+        requests = [poem_request(title, form) for title, form in batch]
+        texts += ask(model, tokenizer, requests, config, seed=config.seed * 100_003 + start)
+        progress.update(len(texts), f"{len(texts)} written")
+    progress.close()
+    return texts
+
+
+def bits_per_character(run: Path) -> float | None:
+    """Return the held-out bits per character that the run's summary states, or None when it states none."""
+    summary = run / "summary.json"
+    return json.loads(summary.read_text(encoding="utf-8")).get("val_bpc") if summary.exists() else None
+
+
+def evaluate(config: EvaluateConfig) -> dict:
+    """Measure the run, write demo.json into its folder, and return what was measured."""
+    run = Path(config.run)
+    model, tokenizer, run_config = load_run(run, device=find_device(config.device))
+    held_out, training_verses = poems.load_poems(Path(config.corpora_path) / "poems.jsonl")
+    asked = poems.choose_titles(held_out, config.poems, config.seed)
+    texts = write_poems(model, tokenizer, asked, config)
+    forms = [form for _, form in asked]
+
+    def counts(of: list[str], wanted: list[str]) -> dict:
+        return dataclasses.asdict(poems.count(of, wanted, training_verses))
+
+    real, real_forms = poems.real_poems(held_out, each=500, seed=config.seed)
+    by_form = {
+        form: counts([text for text, asked_form in zip(texts, forms) if asked_form == form], [form] * forms.count(form))
+        for form in held_out
+    }
+    pretrain_run = Path(config.pretrain_run) if config.pretrain_run else run.with_name(run.name.replace("sft_", "pretrain_", 1))
+    answers = ask(model, tokenizer, report.REQUESTS, config, seed=config.seed)
+    result = {
+        "settings": dataclasses.asdict(config),
+        "pretrain_val_bpc": bits_per_character(pretrain_run),
+        "sft_val_bpc": bits_per_character(run),
+        "model": counts(texts, forms),
+        "by_form": by_form,
+        "real_poems": counts(real, real_forms),
+        "shuffled_poems": counts(poems.shuffled_poems(real, config.seed), real_forms),
+        "poems": [{"title": title, "form": form, "text": text} for (title, form), text in zip(asked, texts)],
+        "answers": [{"request": request, "answer": answer} for request, answer in zip(report.REQUESTS, answers)],
+    }
+    (run / "demo.json").write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def main() -> None:
+    """Evaluate and print."""
+    config = parse(EvaluateConfig)
+    if not config.run:
+        raise UserError("no run: pass --run=output/sft_MODEL, the folder of a fine-tuned model")
+    result = evaluate(config)
+    log(report.table(result))
+    log(report.conversation(result))
+    log(report.next_commands(config.run))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,98 @@
+"""The held-out poems of the demo corpus, and what is counted over any list of poems."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo.verse import form_of, rhymes, split_verses
+from preprocess_data.poems import FORMS, document
+from utils.errors import UserError
+from utils.text import is_held_out
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was counted over some poems; in_form and rhyming count poems, copied and verses count verses."""
+
+    poems: int
+    in_form: int
+    rhyming: int
+    verses: int
+    copied: int
+
+
+def load_poems(path: str | Path) -> tuple[dict[str, list[dict]], set[str]]:
+    """Return the held-out poems by form, in the order of the file, and the set of all verses of the training poems.
+
+    A poem without one of the four forms is in no list, but its verses count as training verses.
+    """
+    if not Path(path).exists():
+        raise UserError(f"no poems in {path}: run `python preprocess_data.py fetch poems` inside preprocess_data/")
+    held_out: dict[str, list[dict]] = {form: [] for form in FORMS.values()}
+    training_verses: set[str] = set()
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            poem = json.loads(line)
+            verses = split_verses(poem["text"])
+            if not is_held_out(document(poem)):
+                training_verses.update(verses)
+            elif form := form_of(verses):
+                held_out[form].append(poem)
+    return held_out, training_verses
+
+
+def choose_titles(held_out: dict[str, list[dict]], count: int, seed: int, longest: int = 12) -> list[tuple[str, str]]:
+    """Return (title, form) pairs, equally many of each form, drawn from the held-out poems without repeating a title.
+
+    Titles of more than `longest` characters are left out, as in the chat rows: some are whole prefaces.
+    """
+    random_ = random.Random(seed)
+    chosen, used = [], set()
+    for number, (form, poems) in enumerate(held_out.items()):
+        wanted = count // len(held_out) + (number < count % len(held_out))
+        titles = {poem["title"]: None for poem in poems if 0 < len(poem["title"]) <= longest}  # a set in file order
+        free = [title for title in titles if title not in used]
+        if len(free) < wanted:
+            raise UserError(f"only {len(free)} held-out titles of the form {form}, {wanted} asked: lower --poems")
+        drawn = random_.sample(free, wanted)
+        used.update(drawn)
+        chosen += [(title, form) for title in drawn]
+    return chosen
+
+
+def count(texts: list[str], forms: list[str], training_verses: set[str]) -> Counts:
+    """Count, over poems and the forms asked of them, those in form, those in form that rhyme, and copied verses.
+
+    A poem that has not the asked form is not counted as rhyming: it has no known even verses.
+    """
+    poems = [split_verses(text) for text in texts]
+    in_form = [verses for verses, form in zip(poems, forms, strict=True) if form_of(verses) == form]
+    verses = [verse for poem in poems for verse in poem]
+    return Counts(
+        poems=len(poems),
+        in_form=len(in_form),
+        rhyming=sum(map(rhymes, in_form)),
+        verses=len(verses),
+        copied=sum(verse in training_verses for verse in verses),
+    )
+
+
+def real_poems(held_out: dict[str, list[dict]], each: int, seed: int) -> tuple[list[str], list[str]]:
+    """Return texts and forms of real held-out poems, at most `each` of a form and equally many of every form."""
+    random_ = random.Random(seed)
+    each = min(each, *map(len, held_out.values()))
+    drawn = [(poem["text"], form) for form, poems in held_out.items() for poem in random_.sample(poems, each)]
+    return [text for text, _ in drawn], [form for _, form in drawn]
+
+
+def shuffled_poems(texts: list[str], seed: int) -> list[str]:
+    """Return poems of the same shapes whose verses were all thrown together, by length, and dealt out at random."""
+    random_ = random.Random(seed)
+    poems = [split_verses(text) for text in texts]
+    pools: dict[int, list[str]] = {}
+    for verse in (verse for poem in poems for verse in poem):
+        pools.setdefault(len(verse), []).append(verse)
+    for pool in pools.values():
+        random_.shuffle(pool)
+    return ["\n".join(pools[len(verse)].pop() for verse in poem) for poem in poems]
