@@ -1,0 +1,197 @@
+"""The contract between an architecture and the framework: the one file a plugin author must read.
+
+An architecture is a dataclass `MyNetModelArgs(BaseModelArgs)` and a class `MyNetModel(BaseModel)` in one file of this
+folder. `forward(input_ids, targets=None)` is all that is required; `template.py` shows the smallest complete example.
+What the framework offers on top is switched on by *accepting a parameter* in `forward`: `state` gives fast decoding,
+`doc_ids` lets several documents share a row without seeing each other.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+class ModelError(ValueError):
+    """A mistake that the user can fix. The message is one line: what, why, what to change."""
+
+    user_error = True
+
+
+@dataclass
+class BaseModelArgs:
+    """Architecture only: no learning rate, no batch size, no temperature. The framework sets both fields below."""
+
+    vocab_size: int = 32000  # V, the tokenizer's size, special tokens included
+    max_seq_len: int = 512  # the longest sequence, in tokens, that the model is built for
+
+
+class State:
+    """What a model remembers between two calls of `forward` while it generates.
+
+    `pos` (B,) int64: the tokens already seen in each row. `max_len`: the room in tokens. `upto`: a plain int that no
+    row's position exceeds, so that a layer can slice its cache without asking the device. `layers`: one dict a layer,
+    filled by the layer as it likes. `last_only`: set by a caller who needs the logits of the last token only.
+
+    Two rules make everything else generic: dim 0 of every tensor in the dicts is the batch, and rows are independent.
+    """
+
+    def __init__(self, pos, max_len, layers, upto=0, last_only=False):
+        self.pos = pos
+        self.max_len = max_len
+        self.layers = layers
+        self.upto = upto
+        self.last_only = last_only
+
+    def positions(self, n_tokens):
+        """Return the positions (B, T) of the `n_tokens` tokens that come next in each row."""
+        if self.upto + n_tokens > self.max_len:
+            raise ModelError(
+                f"{self.upto} tokens in the state and {n_tokens} new ones exceed its max_len of {self.max_len}: "
+                "make the state longer, or the text shorter"
+            )
+        return self.pos[:, None] + torch.arange(n_tokens, device=self.pos.device)  # (B, T)
+
+    def advance(self, n_tokens):
+        """Count `n_tokens` more tokens in every row. The caller of `forward` does this, never the model."""
+        self.pos = self.pos + n_tokens
+        self.upto += n_tokens
+
+    def rows(self, index):
+        """Return a new state that holds copies of the rows `index` (a list of ints or an int64 tensor)."""
+        index = torch.as_tensor(index, dtype=torch.long, device=self.pos.device)
+        layers = [{name: tensor[index] for name, tensor in layer.items()} for layer in self.layers]
+        return State(self.pos[index], self.max_len, layers, self.upto, self.last_only)
+
+    def put(self, index, other):
+        """Overwrite the rows `index` of this state by the rows of `other`, in order."""
+        index = torch.as_tensor(index, dtype=torch.long, device=self.pos.device)
+        self.pos = self.pos.index_copy(0, index, other.pos)
+        self.upto = max(self.upto, other.upto)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for name, tensor in theirs.items():
+                if name not in mine:
+                    mine[name] = tensor.new_zeros(self.pos.shape[0], *tensor.shape[1:])
+                mine[name][index] = tensor
+
+    def clone(self):
+        """Return an independent copy, to come back to after a trial continuation."""
+        layers = [{name: tensor.clone() for name, tensor in layer.items()} for layer in self.layers]
+        return State(self.pos.clone(), self.max_len, layers, self.upto, self.last_only)
+
+
+class BaseModel(nn.Module):
+    """Parent of every architecture. See `forward` for the contract; all else has a default that may be overridden.
+
+    Convention: the repeated blocks stand in `self.layers`, an `nn.ModuleList`.
+    """
+
+    model_name = None  # set it in the subclass, e.g. "mini_mynet"; this is what --model_name takes
+
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+
+    def forward(self, input_ids, targets=None):
+        """Return `(logits, loss, other_vars)`. Every architecture writes this method.
+
+        input_ids (B, T) int64. targets (B, T) int64, already shifted by one; -100 means no loss at that position.
+        state: optional, a `State`; read `state.pos`, append T tokens to every row, leave `pos` alone.
+        doc_ids (B, T) int64: optional; tokens of different documents in one row must not see each other.
+
+        logits (B, T, V); may be None when targets are given, and (B, 1, V) when `state.last_only`.
+        loss: None exactly when targets is None, else the mean over the valid targets (0 when there is none).
+        other_vars: dict of tensors. `loss/<name>` are the weighted terms, whose sum is `loss`; they keep their graph.
+        All else is detached and goes to TensorBoard as it stands: 0-d as a scalar, 1-d and 2-d as a histogram a row.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define forward(self, input_ids, targets=None)")
+
+    @classmethod
+    def accepts(cls, parameter):
+        """Return whether `forward` declares `parameter` ("state" or "doc_ids")."""
+        return parameter in inspect.signature(cls.forward).parameters
+
+    # ---------------------------------------------------------------- hooks
+
+    def before_step(self, step, total_steps):
+        """Called before each optimizer step: the place for schedules of the model's own."""
+
+    def after_step(self, other_vars):
+        """Called once after each optimizer step with `other_vars` averaged over micro-batches and ranks."""
+
+    # ---------------------------------------------------------------- free for every model, open to override
+
+    def init_weights(self):
+        """Initialise all weights; call it last in `__init__`.
+
+        Matrices ~ N(0, 0.02). The projections that write into the residual stream are divided by sqrt(2 L), so that
+        its variance does not grow with depth (GPT-2, section 2.3). Embeddings ~ N(0, 0.02), biases 0, norms 1.
+        """
+        n_layers = len(getattr(self, "layers", ())) or 1
+        for name, param in self.named_parameters():
+            if param.ndim < 2:
+                continue
+            residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
+            nn.init.normal_(param, std=0.02 / (2 * n_layers) ** 0.5 if residual else 0.02)
+
+    def param_groups(self):
+        """Return {"matrix", "embed", "scalar"}: lists that hold every trainable parameter exactly once.
+
+        matrix: weights of 2 or more dimensions that map activations (Muon's, decayed); embed: embeddings and the
+        output head; scalar: norms, biases and other small vectors.
+        """
+        embed = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        if isinstance(getattr(self, "lm_head", None), nn.Module):
+            embed |= {id(p) for p in self.lm_head.parameters()}
+        groups = {"matrix": [], "embed": [], "scalar": []}
+        for param in self.parameters():
+            if param.requires_grad:
+                kind = "embed" if id(param) in embed else "matrix" if param.ndim >= 2 else "scalar"
+                groups[kind].append(param)
+        return groups
+
+    def num_params(self):
+        """Return counts {"total", "active", "embedding"}: all, those that one token uses, those of embedding tables.
+
+        A mixture of experts overrides this to count only the chosen experts as active.
+        """
+        total = sum(p.numel() for p in self.parameters())
+        embedding = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
+        return {"total": total, "active": total, "embedding": embedding}
+
+    def attention_flops_per_token(self, seq_len):
+        """Return the forward FLOPs a token spends in scores and values of all layers: 4 T H K a layer."""
+        a = self.args
+        n_layers, width = getattr(a, "n_layers", 0), getattr(a, "n_heads", 0) * getattr(a, "head_dim", 0)
+        return 4 * seq_len * n_layers * (width or getattr(a, "dim", 0))
+
+    def flops_per_token(self, seq_len):
+        """Return the FLOPs of training on one token at `seq_len`: 3 x forward, forward = 2 x active matmul weights
+        + attention over the full square, causality not counted (PaLM, appendix B).
+        """
+        counts = self.num_params()
+        tied = any(p is m.weight for m in self.modules() if isinstance(m, nn.Embedding)
+                   for p in getattr(self, "lm_head", nn.Module()).parameters())
+        lookup = 0 if tied else counts["embedding"]  # a lookup is no matmul; a tied table is one, in the head
+        return 3 * (2 * (counts["active"] - lookup) + self.attention_flops_per_token(seq_len))
+
+    def init_state(self, batch_size, max_len=None):
+        """Return an empty `State` for `batch_size` rows with room for `max_len` tokens (default: `max_seq_len`)."""
+        max_len = self.args.max_seq_len if max_len is None else max_len
+        if max_len > self.args.max_seq_len:
+            raise ModelError(
+                f"a state of {max_len} tokens exceeds max_seq_len={self.args.max_seq_len} of {self.model_name}: "
+                "ask for less, or train with a larger --max_seq_len"
+            )
+        device = next(self.parameters()).device
+        pos = torch.zeros(batch_size, dtype=torch.long, device=device)
+        return State(pos, max_len, [{} for _ in getattr(self, "layers", ())])
+
+    def check_length(self, input_ids):
+        """Raise `ModelError` when `input_ids` (B, T) is longer than the model takes."""
+        if input_ids.shape[1] > self.args.max_seq_len:
+            raise ModelError(
+                f"a sequence of {input_ids.shape[1]} tokens exceeds max_seq_len={self.args.max_seq_len} of "
+                f"{self.model_name}: shorten it, or train with a larger --max_seq_len"
+            )

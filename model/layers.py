@@ -1,0 +1,240 @@
+"""Settled parts that architectures share: norms, rotary positions, attention, SwiGLU, expert matmul, the loss.
+
+What is new in a paper belongs in that paper's own file. Nothing here knows about any one model.
+Shapes: B batch, T tokens, S keys, D dim, H heads, G kv heads, K head dim, F ffn width, E experts, A active, V vocab.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    """Scale each vector to root mean square 1, then by a learned weight (Zhang & Sennrich 2019). (..., D) -> same."""
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020). (..., D) -> (..., D)."""
+
+    def __init__(self, dim, inter_dim):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, inter_dim, bias=False)
+        self.up_proj = nn.Linear(dim, inter_dim, bias=False)
+        self.down_proj = nn.Linear(inter_dim, dim, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# ------------------------------------------------------------------- positions
+
+
+class Rotary(nn.Module):
+    """Tables of the rotary position embedding (Su et al. 2021): pair j of a head turns by pos * theta^(-2j/K).
+
+    `forward(positions)` (1|B, T) -> cos, sin (1|B, T, 1, K/2), fp32, ready to broadcast over heads.
+    """
+
+    def __init__(self, head_dim, max_seq_len, theta):
+        super().__init__()
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequencies)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, positions):
+        return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (x[j], x[j + K/2]) of every head by their angles. x (B, T, H, K) -> same shape and dtype.
+
+    Which two of the K numbers form a pair is only a naming of the projection's output rows. Meta's Llama and DeepSeek
+    publish interleaved pairs (x[2j], x[2j+1]); Hugging Face and we use halves, whose two slices are contiguous. The
+    maps to and from published weights permute the rows of q and k once; the scores are the same numbers.
+    """
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def token_positions(input_ids, state=None):
+    """Return the positions of `input_ids` (B, T): (1, T) from 0 on, or (B, T) after what `state` has seen."""
+    if state is not None:
+        return state.positions(input_ids.shape[1])
+    return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+
+
+# ------------------------------------------------------------------- attention
+
+
+def attention_mask(positions, state=None, doc_ids=None):
+    """Return which keys each query may see: None for plain causal attention, else bool (B, 1, T, S), True = visible.
+
+    Built once a forward and shared by all layers. With a state the keys are its first `upto + T` slots, and a row sees
+    those up to its own position; slots beyond it may hold leftovers. With doc_ids (B, T) only the same document.
+    """
+    if state is not None and doc_ids is not None:
+        raise ValueError("doc_ids and state together are not supported: decode each document in a row of its own")
+    if state is not None and state.upto > 0:
+        slots = torch.arange(state.upto + positions.shape[1], device=positions.device)
+        return (slots <= positions[..., None])[:, None]
+    if doc_ids is not None:
+        causal = positions[0, :, None] >= positions[0, None, :]  # (T, T)
+        return (causal & (doc_ids[:, :, None] == doc_ids[:, None, :]))[:, None]
+    return None
+
+
+def attention(q, k, v, mask=None, scale=None):
+    """Softmax attention with grouped heads. q (B, T, H, K), k (B, S, G, K), v (B, S, G, Kv) -> (B, T, H, Kv).
+
+    mask None means causal with S == T; else bool (B, 1, T, S). scale defaults to 1 / sqrt(K).
+    """
+    v_dim = v.shape[-1]
+    if v_dim < q.shape[-1]:  # the fused kernels want one head size; zero columns change nothing
+        v = F.pad(v, (0, q.shape[-1] - v_dim))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)[..., :v_dim]
+
+
+def cache_append(state, layer, name, new):
+    """Write `new` (B, T, ...) behind what each row of `state` holds and return all slots in use (B, upto + T, ...).
+
+    Slots that a row has not reached hold zeros or leftovers: mask them (`attention_mask` does).
+    """
+    cache = state.layers[layer]
+    if name not in cache:
+        cache[name] = new.new_zeros(new.shape[0], state.max_len, *new.shape[2:])
+    rows = torch.arange(new.shape[0], device=new.device)[:, None]
+    cache[name][rows, state.positions(new.shape[1])] = new.to(cache[name].dtype)
+    return cache[name][:, : state.upto + new.shape[1]]
+
+
+# ------------------------------------------------------------------- mixture of experts
+
+
+class _Permute(torch.autograd.Function):
+    """x[order] for a permutation: its gradient is a gather by the inverse, much cheaper than the usual scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx, grad):
+        order, inverse = ctx.saved_tensors
+        return grad[inverse], None, None
+
+
+def permute_rows(x, order, inverse):
+    """Return x[order] for x (N, D); `order` is a permutation of N and `inverse` its inverse."""
+    return _Permute.apply(x, order, inverse)
+
+
+class _ExpertMatmul(torch.autograd.Function):
+    """The loop over experts, writing into preallocated memory: autograd's own split, select and cat would copy all."""
+
+    @staticmethod
+    def forward(ctx, x, weight, counts):
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        for expert, rows in enumerate(_slices(counts)):
+            torch.mm(x[rows], weight[expert].T, out=out[rows])
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.empty_like(weight)
+        for expert, rows in enumerate(_slices(ctx.counts)):
+            torch.mm(grad[rows], weight[expert], out=grad_x[rows])
+            torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])  # an expert without tokens gets zeros
+        return grad_x, grad_weight, None
+
+
+def _slices(counts):
+    start = 0
+    for count in counts:
+        yield slice(start, start + count)
+        start += count
+
+
+def expert_matmul(x, weight, counts):
+    """Multiply each expert's rows by its own matrix. x (N, D) sorted by expert, weight (E, F, D), counts (E,) -> (N, F)."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.is_cuda and x.dtype == torch.bfloat16:  # one kernel, and no wait for the counts to reach the host
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+    return _ExpertMatmul.apply(x, weight, counts.tolist())
+
+
+# ------------------------------------------------------------------- loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies, with the gradient computed in the forward pass, one chunk of tokens at a time."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk):
+        total = hidden.new_zeros((), dtype=torch.float32)
+        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if need_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            valid = targets[rows] != -100
+            index = targets[rows].clamp(min=0)[:, None]
+            logits = (hidden[rows] @ weight.T).float()  # (chunk, V)
+            top = logits.max(dim=-1, keepdim=True).values
+            chosen = logits.gather(1, index) - top
+            normaliser = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)  # logits now holds exp(logit - top)
+            total += ((normaliser.log() - chosen)[:, 0] * valid).sum()
+            if need_grad:  # d loss / d logits = softmax - onehot(target)
+                grad = logits.mul_(valid[:, None] / normaliser)
+                grad.scatter_add_(1, index, -valid[:, None].to(grad.dtype))
+                grad = grad.to(hidden.dtype)
+                torch.mm(grad, weight, out=grad_hidden[rows])
+                if grad_weight.dtype == grad.dtype:
+                    grad_weight.addmm_(grad.T, hidden[rows])
+                else:
+                    grad_weight += grad.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad, None, None
+
+
+def lm_loss(hidden, weight, targets, chunk_bytes=16 << 20):
+    """Mean cross-entropy of the next token, never holding the logits of more than a chunk of tokens.
+
+    hidden (B, T, D), weight (V, D) of the output head, targets (B, T) with -100 = ignored. Returns a 0-d fp32 tensor:
+    the mean over the valid targets in nats, 0 with a graph when none is valid. Three matmuls as with plain logits,
+    no recomputation; the memory is `chunk_bytes` of logits in fp32 plus one gradient of the weight.
+    """
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    targets = targets.reshape(-1)
+    chunk = max(1, chunk_bytes // (4 * weight.shape[0]))
+    total = _ChunkedCrossEntropy.apply(
+        hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), targets, chunk
+    )
+    return total / (targets != -100).sum().clamp(min=1)
