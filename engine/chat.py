@@ -1,6 +1,10 @@
 """A conversation with a run: what the terminal and the page share."""
 import time
 
+import torch
+
+from engine import checkpoint
+from engine.distributed import find_device
 from engine.generate import room, stream
 from engine.sampling import Sampling
 from utils.chat_template import encode_chat
@@ -8,12 +12,36 @@ from utils.errors import UserError
 from utils.tokenizer import StreamDecoder
 
 
+BASE = "pretrain"       # the stage whose models have seen no conversation
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def talkers(output_path):
+    """The trained runs of a folder (`RunInfo`), those that can chat before base models, newest first."""
+    return sorted(checkpoint.find_runs(output_path), key=lambda run: run.stage == BASE)       # a stable sort
+
+
+def choose_run(output_path):
+    """The path of the run to talk to when none is named; UserError when there is none."""
+    runs = talkers(output_path)
+    if not runs:
+        raise UserError(f"no trained run in {output_path}: train one with `python pretrain.py` and `python sft.py`, "
+                        "or pass --run DIR")
+    return runs[0].path
+
+
+def open_speaker(path, device="auto", precision="fp32"):
+    """Load the run at `path` and make it ready to talk; UserError when there is nothing to load."""
+    model, tokenizer, config = checkpoint.load_run(path, device=find_device(device), dtype=DTYPES[precision])
+    return Speaker(model, tokenizer, config["stage"])
+
+
 class Speaker:
     """A loaded run that answers: the next turn of a chat, or, from a base model, the rest of a text."""
 
     def __init__(self, model, tokenizer, stage):
         self.model, self.tokenizer = model, tokenizer
-        self.is_base = stage == "pretrain"          # it has seen no conversation yet
+        self.is_base = stage == BASE          # it has seen no conversation yet
 
     def answer(self, messages, max_new_tokens, **sampling):
         """A `Reply` to messages [{"role", "content"}, ...], the last of them the user's; UserError if it cannot fit.
@@ -24,8 +52,12 @@ class Speaker:
             ids, dropped = [self.tokenizer.bos_id] + self.tokenizer.encode(messages[-1]["content"]), 0
         else:
             ids, dropped = fit(self.tokenizer, messages, self.model.args.max_seq_len, max_new_tokens)
-        room(self.model, ids, max_new_tokens)       # errors come before the first piece of text, not with it
         return Reply(self.model, self.tokenizer, ids, max_new_tokens, Sampling(**sampling), dropped)
+
+    def check(self, max_new_tokens, **sampling):
+        """UserError when a setting is out of its range."""
+        room(self.model, [0], max_new_tokens)
+        Sampling(**sampling)
 
 
 class Reply:
