@@ -45,9 +45,15 @@ def choose_run(say, output_path):
         runs = {str(run.path): run for run in talkers(output_path)}
     if not runs:
         st.warning(say["no_runs"])
+        st.markdown(say["no_runs_hint"])
+        st.text(output_path)
         st.stop()
     run = runs[st.selectbox(say["run"], list(runs), format_func=lambda path: label(runs[path]), key="run")]
-    facts = [f"{say['stage']} {run.stage}", f"{format_count(run.params)} {say['parameters']}", f"{say['step']} {run.step}"]
+    facts = [f"{say['stage']} {run.stage}"]
+    if run.params is not None:
+        facts.append(f"{format_count(run.params)} {say['parameters']}")
+    if run.step is not None:
+        facts.append(f"{say['step']} {run.step}")
     if run.val_loss is not None:
         facts.append(f"{say['held_out']} {run.val_loss:.3f}")
     st.text(" · ".join(facts))
@@ -55,7 +61,9 @@ def choose_run(say, output_path):
 
 
 def label(run):
-    parts = [run.model_name, run.stage, format_count(run.params)]
+    parts = [run.model_name, run.stage]
+    if run.params is not None:
+        parts.append(format_count(run.params))
     if run.val_loss is not None:
         parts.append(f"{run.val_loss:.3f}")
     if run.path.name != f"{run.stage}_{run.model_name}":
@@ -126,8 +134,8 @@ def show(say, turn):
             show_error(say["cannot"], turn["error"])
             return
         st.text(harmless(turn["content"]))
-        if "reply" in turn:
-            st.caption(figures(say, turn["reply"]))
+        if "figures" in turn:
+            st.caption(describe(say, turn["figures"]))
 
 
 def answer(say, speaker, turns, settings, system):
@@ -143,15 +151,15 @@ def answer(say, speaker, turns, settings, system):
         place = st.empty()
         place.text("▍")
         st.button(say["stop"], icon=":material/stop_circle:")
+        shown = 0.0
         try:
-            turn["reply"] = reply = speaker.answer(history, **settings)
-            shown = 0.0
+            reply = speaker.answer(history, **settings)
             for _ in reply:
-                turn["content"] = reply.text
+                turn["content"], turn["figures"] = reply.text, reply.figures()
                 if time.monotonic() - shown > REFRESH:
                     place.text(harmless(reply.text) + "▍")
                     shown = time.monotonic()
-            turn["content"] = reply.text
+            turn["figures"] = reply.figures()
         except ValueError as error:
             if not getattr(error, "user_error", False):
                 raise
@@ -169,13 +177,13 @@ def answered(turns):
     return kept
 
 
-def figures(say, reply):
+def describe(say, figures):
     """The line below an answer. Our own words and numbers only: st.caption reads Markdown."""
-    parts = [f"{reply.tokens} {say['tokens']}", f"{reply.tokens_per_s:.1f} {say['tokens_per_s']}",
-             f"{say['first']} {reply.first_seconds:.2f} s"]
-    if reply.finish != "stop":
-        parts.append(say[reply.finish])
-    if reply.dropped:
+    parts = [f"{figures['tokens']} {say['tokens']}", f"{figures['tokens_per_s']:.1f} {say['tokens_per_s']}",
+             f"{say['first']} {figures['first_seconds']:.2f} s"]
+    if figures["finish"] != "stop":
+        parts.append(say[figures["finish"]])
+    if figures["dropped"]:
         parts.append(say["dropped"])
     return " · ".join(parts)
 

@@ -145,21 +145,21 @@ class Session:
         print()
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply.text}]
         if sys.stderr.isatty():
-            print(paint(figures(reply), "dim", stream=sys.stderr), file=sys.stderr)
+            print(paint(describe(reply.figures()), "dim", stream=sys.stderr), file=sys.stderr)
 
     def _opening(self):
         return [{"role": "system", "content": self.config.system}] if self.config.system else []
 
 
-def figures(reply):
+def describe(figures):
     """The line below an answer."""
-    parts = [f"{reply.tokens} tokens", f"{reply.tokens_per_s:.1f} tokens/s", f"first after {reply.first_seconds:.2f} s"]
-    if reply.finish == "length":
-        parts.append("cut: no room left")
-    elif reply.finish == "stopped":
+    parts = ["{tokens} tokens · {tokens_per_s:.1f} tokens/s · first after {first_seconds:.2f} s".format(**figures)]
+    if figures["finish"] == "length":
+        parts.append("cut off: no room left")
+    elif figures["finish"] == "stopped":
         parts.append("stopped")
-    if reply.dropped:
-        parts.append(f"the oldest {reply.dropped} messages no longer fit")
+    if figures["dropped"]:
+        parts.append(f"the oldest {figures['dropped']} messages no longer fit")
     return "  " + " · ".join(parts)
 
 

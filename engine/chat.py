@@ -70,30 +70,33 @@ class Reply:
         self.first_seconds = 0.0        # from the call to the first token: reading the prompt
         self.finish = "stopped"         # "stop": the model ended it; "length": no room left; "stopped": by the reader
         self.dropped = dropped          # messages left out because they did not fit
-        self._decoder = StreamDecoder(tokenizer)
         self._limit = room(model, ids, max_new_tokens)
-        self._stream = stream(model, tokenizer, ids, max_new_tokens, **vars(sampling))
+        self._call = model, tokenizer, ids, max_new_tokens, sampling
 
     def __iter__(self):
-        start = time.perf_counter()
-        for token in self._stream:
+        model, tokenizer, ids, max_new_tokens, sampling = self._call
+        decoder, start = StreamDecoder(tokenizer), time.perf_counter()
+        for token in stream(model, tokenizer, ids, max_new_tokens, **vars(sampling)):
             self.tokens += 1
             self.seconds = time.perf_counter() - start
             self.first_seconds = self.first_seconds or self.seconds
-            piece = self._decoder.push(token)
+            piece = decoder.push(token)
             if piece:
                 self.text += piece
                 yield piece
         self.finish = "length" if self.tokens == self._limit else "stop"
-        rest = self._decoder.flush()
+        rest = decoder.flush()
         if rest:
             self.text += rest
             yield rest
 
-    @property
-    def tokens_per_s(self):
-        """Tokens a second, the reading of the prompt included."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+    def figures(self):
+        """What to tell below the answer, without the model: tokens, tokens_per_s, first_seconds, finish, dropped.
+
+        tokens_per_s counts from the call, so the reading of the prompt is in it.
+        """
+        return {"tokens": self.tokens, "tokens_per_s": self.tokens / self.seconds if self.seconds else 0.0,
+                "first_seconds": self.first_seconds, "finish": self.finish, "dropped": self.dropped}
 
 
 def fit(tokenizer, messages, max_seq_len, max_new_tokens):

@@ -54,7 +54,8 @@ def init(wanted: str = "auto") -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "mps":
             raise UserError("several processes need cuda or cpu: add --device=cpu, or start without torchrun")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo also carries the host's numbers
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return device
 
 
@@ -69,18 +70,25 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place; the tensor is on the training device."""
+    """Sum over ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def all_reduce_mean(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Mean over ranks of a dict with the same keys and shapes everywhere, in one exchange."""
+def sum_numbers(numbers: list[float]) -> list[float]:
+    """Sum plain numbers over ranks through gloo, without waiting for the device."""
+    if not dist.is_initialized():
+        return list(numbers)
+    return all_reduce_sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+
+def sum_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sum over ranks a dict with the same keys and shapes everywhere, in one exchange."""
     if not dist.is_initialized() or not tensors:
         return tensors
     keys = sorted(tensors)
-    flat = all_reduce_sum(torch.cat([tensors[key].float().reshape(-1) for key in keys])) / world_size()
+    flat = all_reduce_sum(torch.cat([tensors[key].float().reshape(-1) for key in keys]))
     parts = flat.split([tensors[key].numel() for key in keys])
     return {key: part.view(tensors[key].shape) for key, part in zip(keys, parts)}
 

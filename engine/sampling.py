@@ -50,7 +50,9 @@ def candidates(logits, sampling):
 
     The filters work in this order, each on what the one before left: temperature, top-k, top-p, min-p.
     """
-    scores, ids = logits.float() / sampling.temperature, None                  # (B, V)
+    logits = logits.float()
+    # The likeliest becomes 0 first: then no temperature, however small, can overflow.
+    scores, ids = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6), None     # (B, V)
     if 0 < sampling.top_k < scores.shape[-1]:
         scores, ids = scores.topk(sampling.top_k)                              # sorted, likeliest first
     elif sampling.top_p < 1:
