@@ -1,0 +1,106 @@
+"""Corpora by name: where each lies, which field holds its text, and the command that brings it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from preprocess_data import idioms, poems
+from preprocess_data.readers import Broken, find_files, read_file
+from utils.errors import UserError
+
+PROJECT = Path(__file__).resolve().parent.parent
+CORPORA_PATH = "output/corpora"
+
+
+def project_path(path: str) -> Path:
+    """A path that starts with output/ lies in the project, wherever the command was typed; others are the user's."""
+    return PROJECT / path if Path(path).parts[:1] == ("output",) else Path(path)
+
+
+def field(name: str) -> Callable:
+    """A function that takes the text from this field of a record."""
+    def take(record) -> str | Broken:
+        if isinstance(record, str):
+            return record
+        text = record.get(name) if isinstance(record, dict) else None
+        return text if isinstance(text, str) else Broken(f"no text in the field {name!r}")
+    return take
+
+
+def row(document: Callable) -> Callable:
+    """A function that builds the text of a record whose fields are known."""
+    def take(record) -> str | Broken:
+        try:
+            return document(record)
+        except (KeyError, TypeError, AttributeError):
+            return Broken("missing fields")
+    return take
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A named corpus. `take` makes the document of a record; chat corpora have none, their rows go by their layout."""
+
+    files: str  # below the corpora folder: a file or a folder
+    fetch: str  # the command that brings it
+    take: Callable | None = None
+
+
+CORPORA = {
+    "wikipedia-cn": Corpus("wikipedia-cn", "bash preprocess_data/download_tokenizer_data.sh", field("completion")),
+    "seq-monkey": Corpus("seq-monkey", "bash preprocess_data/download_pretrain_data.sh", field("text")),
+    "poems": Corpus("poems.jsonl", "python preprocess_data/preprocess_data.py fetch poems", row(poems.document)),
+    "idioms": Corpus("idioms.jsonl", "python preprocess_data/preprocess_data.py fetch idioms", row(idioms.document)),
+    "deepctrl-sft": Corpus("deepctrl-sft", "bash preprocess_data/download_sft_data.sh"),
+    "demo-chat": Corpus("demo-chat.jsonl", "python preprocess_data/preprocess_data.py fetch demo-chat"),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input of a run: its name, its files, and the function from record to text (None for chat rows)."""
+
+    name: str
+    files: list[Path]
+    take: Callable | None
+
+    def records(self) -> Iterator:
+        for path in self.files:
+            yield from read_file(path)
+
+    def texts(self) -> Iterator[str | Broken]:
+        for record in self.records():
+            yield record if isinstance(record, Broken) else self.take(record)
+
+
+def find_sources(sources: str, corpora_path: Path, text_field: str = "text", chat: bool = False) -> list[Source]:
+    """The inputs named by a comma-separated list of corpora, files, folders and globs; empty: every corpus there is.
+
+    UserError when one is missing, with the command that fetches it.
+    """
+    named = {name: corpus for name, corpus in CORPORA.items() if (corpus.take is None) == chat}
+    if not sources:
+        there = [name for name, corpus in named.items() if _present(corpora_path / corpus.files)]
+        if not there:
+            first = named["demo-chat" if chat else "poems"].fetch
+            other = named["deepctrl-sft" if chat else "seq-monkey"].fetch
+            raise UserError(f"no {'chat rows' if chat else 'text'} in {corpora_path}: run {first} (small) or {other} "
+                            "(large), or name your own file with --sources=FILE")
+        return [_named(name, named, corpora_path) for name in there]
+    return [_named(name, named, corpora_path) if name in CORPORA
+            else Source(name, find_files(str(project_path(name))), None if chat else field(text_field))
+            for name in filter(None, map(str.strip, sources.split(",")))]
+
+
+def _present(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def _named(name: str, named: dict[str, Corpus], corpora_path: Path) -> Source:
+    if name not in named:
+        raise UserError(f"{name} is {'text' if CORPORA[name].take else 'chat rows'}: "
+                        f"use it with {'pretrain' if CORPORA[name].take else 'sft'}")
+    corpus = named[name]
+    if not _present(corpora_path / corpus.files):
+        raise UserError(f"the corpus {name} is not in {corpora_path}: run {corpus.fetch}")
+    return Source(name, find_files(str(corpora_path / corpus.files)), corpus.take)

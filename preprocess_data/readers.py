@@ -1,0 +1,110 @@
+"""Files to records, one at a time: a reader is one short function, found by the file's suffix.
+
+A reader takes an open binary file and yields records (a dict, or a str where the format knows no fields). A record
+that cannot be read comes out as a `Broken`, so that it is counted and not lost.
+"""
+
+import glob
+import gzip
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import ijson
+import orjson
+
+from utils.errors import UserError
+
+READERS: dict[str, Callable[[BinaryIO], Iterator]] = {}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A record that could not be read, and why."""
+
+    reason: str
+
+
+def reader(*suffixes: str):
+    """Register a reader for these file suffixes."""
+    def register(function):
+        READERS.update(dict.fromkeys(suffixes, function))
+        return function
+    return register
+
+
+@reader(".jsonl", ".ndjson")
+def read_jsonl(file: BinaryIO) -> Iterator:
+    """One JSON value a line."""
+    for number, line in enumerate(file):
+        if number == 0:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            try:
+                yield orjson.loads(line)
+            except orjson.JSONDecodeError:
+                yield Broken("broken JSON")
+
+
+@reader(".json")
+def read_json(file: BinaryIO) -> Iterator:
+    """One list of records, read as a stream: the file may be larger than the memory."""
+    try:
+        yield from ijson.items(file, "item", use_float=True)
+    except ijson.JSONError:
+        yield Broken("broken JSON, the rest of the file is unread")
+
+
+@reader(".txt", ".md")
+def read_text(file: BinaryIO) -> Iterator:
+    """Plain text: an empty line ends a document."""
+    block: list[bytes] = []
+    for line in file:
+        if line.strip():
+            block.append(line)
+        elif block:
+            yield _decode(b"".join(block))
+            block = []
+    if block:
+        yield _decode(b"".join(block))
+
+
+def _decode(data: bytes) -> str | Broken:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return Broken("not UTF-8")
+
+
+def find_reader(path: Path) -> Callable[[BinaryIO], Iterator]:
+    """The reader for a file name, `.gz` aside; UserError when there is none."""
+    name = path.name.removesuffix(".gz")
+    try:
+        return READERS[Path(name).suffix.lower()]
+    except KeyError:
+        raise UserError(f"no reader for {path}: a file is one of {' '.join(sorted(READERS))}, each also .gz") from None
+
+
+def read_file(path: Path) -> Iterator:
+    """The records of one file. A gzip file that was cut off ends with a `Broken`."""
+    read = find_reader(path)
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        try:
+            yield from read(file)
+        except (EOFError, gzip.BadGzipFile):
+            yield Broken("truncated gzip, the rest of the file is unread")
+
+
+def find_files(source: str) -> list[Path]:
+    """The files that a path, a folder or a glob names, in a fixed order; UserError when there is none."""
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = [p for p in sorted(path.rglob("*")) if p.is_file() and Path(p.name.removesuffix(".gz")).suffix in READERS]
+    else:
+        found = sorted(map(Path, glob.glob(source, recursive=True)))
+    if not found:
+        raise UserError(f"no data file {source}: give a file, a folder, a glob or the name of a corpus")
+    return found

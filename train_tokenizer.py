@@ -1,0 +1,132 @@
+"""Trains the tokenizer: byte-level BPE over a stream of documents, saved as a folder that transformers loads as it is.
+
+    python train_tokenizer.py                                    # all corpora in output/corpora, 32,000 tokens
+    python train_tokenizer.py --sources=my.jsonl --vocab_size=8192
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from preprocess_data.corpora import CORPORA_PATH, Source, find_sources, project_path
+from preprocess_data.readers import Broken
+from utils.chat_template import CHAT_TEMPLATE
+from utils.config import opt, parse
+from utils.errors import UserError, run_script
+from utils.log import log
+from utils.text import clean_text, is_held_out
+from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, Tokenizer, load_tokenizer
+
+# After DeepSeek-V3's: runs of Chinese characters and kana stand apart from punctuation and from Latin letters, so no
+# token joins a comma to the word behind it. Digits stand singly: small models count better so.
+_CJK = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
+_LETTERS = r"(?:(?!" + _CJK + r")[\p{L}\p{M}])+"
+_REST = r"|[ !-/:-@\[-`{-~]?" + _LETTERS + r"|\p{N}| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclass
+class TokenizerConfig:
+    """Trains a byte-level BPE tokenizer."""
+
+    sources: str = opt("", "corpora, files, folders or globs, separated by commas; empty: all text in the corpora folder")
+    text_field: str = opt("text", "field with the text, in your own jsonl or json files")
+    corpora_path: str = opt(CORPORA_PATH, "folder with the named corpora")
+    tokenizer_path: str = opt("output/tokenizer", "folder to write")
+    vocab_size: int = opt(32_000, "tokens, the special ones included")
+    min_frequency: int = opt(2, "a merge must occur this often")
+    max_characters: int = opt(1_000_000_000, "read no more characters than this; 1e9 take about 16 GB of memory")
+    split_han: bool = opt(False, "every Chinese character a token of its own, as verse wants it: lines can be counted")
+
+
+def pattern(split_han: bool) -> str:
+    """The regular expression (Oniguruma) of the pre-tokenizer: merges never cross its matches."""
+    return (_CJK if split_han else _CJK + "+") + _REST
+
+
+def train(texts: Iterator[str], vocab_size: int, min_frequency: int = 2, split_han: bool = False) -> Backend:
+    """Train on a stream of texts. The same texts give the same tokenizer."""
+    if vocab_size < N_SPECIAL + 256:
+        raise UserError(f"vocab_size={vocab_size} is too small: {N_SPECIAL} special tokens and 256 bytes need "
+                        f"{N_SPECIAL + 256}")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern(split_han)), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    special = [*SPECIAL_TOKENS, *(f"<|reserved_{i}|>" for i in range(N_SPECIAL - len(SPECIAL_TOKENS)))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=min_frequency, show_progress=os.isatty(2),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def save(backend: Backend, folder: Path) -> Tokenizer:
+    """Write the folder: each file beside its name, then renamed; tokenizer.json last, as it makes the folder valid."""
+    unk, bos, eos, pad, *_ = SPECIAL_TOKENS
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": unk, "bos_token": bos, "eos_token": eos,
+              "pad_token": pad, "clean_up_tokenization_spaces": False, "model_max_length": 1_000_000_000,
+              "chat_template": CHAT_TEMPLATE}
+    files = {"chat_template.jinja": CHAT_TEMPLATE,
+             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+             "tokenizer.json": backend.to_str(pretty=True)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / f".{name}.partial").write_text(text, encoding="utf-8")
+        os.replace(folder / f".{name}.partial", folder / name)
+    return load_tokenizer(folder)
+
+
+def stream(sources: list[Source], held_out: bool) -> Iterator[str]:
+    """The cleaned documents of one side of the split; unreadable records are left out."""
+    for source in sources:
+        for text in source.texts():
+            if not isinstance(text, Broken) and (text := clean_text(text)) and is_held_out(text) == held_out:
+                yield text
+
+
+def limited(texts: Iterator[str], characters: int) -> Iterator[str]:
+    """Texts until so many characters have passed."""
+    for text in texts:
+        characters -= len(text)
+        if characters < 0:
+            return
+        yield text
+
+
+def report(tokenizer: Tokenizer, texts: list[str]) -> str:
+    """How well the tokenizer fits held-out text, in one line; UserError when a text does not come back as it was."""
+    encoded = tokenizer.encode_batch(texts)
+    for text, ids in zip(texts, encoded, strict=True):
+        if tokenizer.decode(ids) != text:
+            raise UserError(f"round trip failed on {text[:40]!r}: the tokenizer is not lossless, report this")
+    tokens, characters = max(1, sum(map(len, encoded))), sum(map(len, texts))
+    size = sum(len(text.encode()) for text in texts)
+    return (f"held out: {len(texts)} documents, {characters / tokens:.3f} characters a token, {size / tokens:.3f} bytes a "
+            f"token, {tokens / max(1, len(texts)):.1f} tokens a document, round trip exact")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(TokenizerConfig, argv)
+    sources = find_sources(config.sources, project_path(config.corpora_path), config.text_field)
+    log(f"training a tokenizer of {config.vocab_size} tokens on {', '.join(source.name for source in sources)}")
+    texts = limited(stream(sources, held_out=False), config.max_characters)
+    backend = train(texts, config.vocab_size, config.min_frequency, config.split_han)
+    tokenizer = save(backend, project_path(config.tokenizer_path))
+    if tokenizer.vocab_size < config.vocab_size:
+        log(f"the text gave {tokenizer.vocab_size} tokens, fewer than asked: it has no more pairs that occur "
+            f"{config.min_frequency} times")
+    held_out = list(itertools.islice(stream(sources, held_out=True), 5000))
+    log(report(tokenizer, held_out) if held_out else "no held-out documents to report on")
+    log(f"wrote {config.tokenizer_path} ({tokenizer.vocab_size} tokens). Next: python preprocess_data/preprocess_data.py")
+
+
+if __name__ == "__main__":
+    run_script(main)

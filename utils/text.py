@@ -1,0 +1,33 @@
+"""Cleaning of raw text: the same few rules for every corpus, so that a text has one form and one hash."""
+
+import hashlib
+import re
+import unicodedata
+
+# Everything that is not text: C0 and C1 controls except newline and tab, BOM, lone surrogates, non-characters.
+_NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ufeff\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+_NEWLINE = re.compile("\r\n?|[\x85\u2028\u2029]")
+_SPACES_AT_END = re.compile(r"[ \t\u3000]+(?=\n|$)")
+_MANY_NEWLINES = re.compile(r"\n{3,}")
+
+HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"  # for a character class
+_HAN = re.compile(f"[{HAN}]")
+
+HELD_OUT_ONE_IN = 50
+
+
+def clean_text(text: str) -> str:
+    """The canonical form of a text: NFC, newlines as \\n, no control characters, no blank edges. Idempotent."""
+    text = _NEWLINE.sub("\n", text)
+    text = unicodedata.normalize("NFC", _NOT_TEXT.sub("", text))
+    return _MANY_NEWLINES.sub("\n\n", _SPACES_AT_END.sub("", text)).strip()
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a document with this cleaned text belongs to the validation split (one in fifty, by its sha1)."""
+    return int(hashlib.sha1(text.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
+
+
+def is_han(char: str) -> bool:
+    """Whether a character is a Chinese character (ideographs with their extensions, 々 and 〇)."""
+    return _HAN.fullmatch(char) is not None

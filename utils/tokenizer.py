@@ -1,0 +1,101 @@
+"""The tokenizer as the project uses it: text to ids with special tokens switched off, ids to text without half characters."""
+
+import codecs
+import hashlib
+import shutil
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+from utils.errors import UserError
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+N_SPECIAL = 16  # the rest of these ids are reserved slots, so that a later stage can take one and no id moves
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class Tokenizer:
+    """A trained tokenizer folder. Text is always data: `</s>` in a text becomes ordinary tokens, never the special one."""
+
+    def __init__(self, path: Path, backend: Backend):
+        self.path, self.backend = path, backend
+        self.backend.encode_special_tokens = True  # the library's name for: do not recognise them in the text
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.fingerprint = hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()
+        (self.unk_id, self.bos_id, self.eos_id, self.pad_id,
+         self.im_start_id, self.im_end_id, self.think_id, self.end_think_id) = map(self._special_id, SPECIAL_TOKENS)
+
+    def _special_id(self, token: str) -> int:
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
+            raise UserError(f"the tokenizer in {self.path} has no token {token}: train it with python train_tokenizer.py")
+        return token_id
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without <s> and </s>."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        """Text of ids; bytes that form no character become U+FFFD. skip_special leaves <s>, <|im_end|>, ... out."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files into folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            source = self.path / name
+            if source.exists() and source.resolve() != (folder / name).resolve():
+                shutil.copyfile(source, folder / name)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Load a tokenizer folder; UserError when there is none or it cannot be read."""
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"no tokenizer in {folder}: run python train_tokenizer.py, or pass --tokenizer_path")
+    try:
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises its own bare Exception
+        raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}): train the tokenizer again") from None
+    return Tokenizer(folder, backend)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each printable stand-in of the byte-level vocabulary means (the GPT-2 table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class StreamDecoder:
+    """Ids one at a time to text: what `push` returns is final, and no character is ever cut in two.
+
+    The outputs joined, with `flush` at the end, equal `tokenizer.decode(ids)`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._backend = tokenizer.backend
+        self._special = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes: often one character, sometimes none, sometimes several."""
+        token = None if token_id in self._special else self._backend.id_to_token(token_id)
+        return "" if token is None else self._decoder.decode(bytes(map(_BYTE_OF.__getitem__, token)))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD when the bytes stop inside a character."""
+        return self._decoder.decode(b"", final=True)
