@@ -13,7 +13,7 @@ import re
 from pypinyin import Style, lazy_pinyin
 
 from preprocess_data.poems import FORMS, poem_form
-from utils.text import is_han
+from utils.text import HAN
 
 # pypinyin writes ü as v. A syllable that is in none of the groups (a bare m, n, ng) rhymes with nothing.
 RHYME_GROUPS = (
@@ -22,6 +22,7 @@ RHYME_GROUPS = (
 )  # fmt: skip
 GROUP_OF = {final: group for group, finals in enumerate(RHYME_GROUPS) for final in finals.split()}
 
+_HAN = re.compile(f"[{HAN}]+")
 _VERSE_END = re.compile(r"[\s，。？！；、：,.?!;:]+")
 
 
@@ -33,7 +34,7 @@ def split_verses(text: str) -> list[str]:
 def form_of(verses: list[str]) -> str | None:
     """Return the name of the form that the verses have exactly, or None; every character must be a Han character."""
     form = poem_form(verses)
-    return form if form in FORMS.values() and all(is_han(char) for verse in verses for char in verse) else None
+    return form if form in FORMS.values() and _HAN.fullmatch("".join(verses)) else None
 
 
 def rhyme_group(character: str) -> int | None:

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them:  bash run_tests.sh [--all] [PYTEST ARGUMENTS]
+#
+# Without --all the slow tests are left out. PYTHON=... chooses the interpreter that .venv is made with.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+. demo/venv.sh
+
+selection=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+    selection=()
+    shift
+elif [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    sed -n '2,4s/^# \{0,1\}//p' run_tests.sh
+    exit
+fi
+
+# The page is tested in a real browser: a Chromium, its driver, and a font with Chinese characters.
+browser_packages() {
+    command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || echo chromium
+    command -v chromedriver >/dev/null || echo chromium-driver
+    if ! command -v fc-list >/dev/null || [ -z "$(fc-list :lang=zh family)" ]; then
+        echo fontconfig fonts-noto-cjk
+    fi
+}
+
+install_browser() {
+    local packages root=()
+    packages=$(browser_packages | tr '\n' ' ')
+    [ -n "${packages// /}" ] || return 0
+    if ! command -v apt-get >/dev/null; then
+        echo "note: the browser tests need $packages: no apt-get here, install them by hand (the tests are skipped without)"
+        return 0
+    fi
+    if [ "$(id -u)" != 0 ]; then
+        if ! sudo -n true 2>/dev/null; then
+            echo "note: the browser tests need $packages: sudo apt-get install $packages (the tests are skipped without)"
+            return 0
+        fi
+        root=(sudo)
+    fi
+    echo "installing $packages"
+    # shellcheck disable=SC2086  # a list of names
+    if ! { "${root[@]}" apt-get update -qq && "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null; }; then
+        echo "note: could not install $packages: the browser tests are skipped"
+    fi
+}
+
+make_venv ".[test]"
+install_browser
+export PYTHONUTF8=1
+status=0
+"$python" -m pytest "${selection[@]}" "$@" || status=$?
+if [ "$status" = 5 ]; then
+    echo "error: no test ran" >&2
+fi
+exit "$status"
