@@ -1,0 +1,152 @@
+"""The folder of a run: which one this command means, and the small files that say what the run is."""
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import yaml
+
+from engine import distributed
+from engine.checkpoint import damage, newest_checkpoint
+from utils.config import to_dict
+from utils.errors import UserError
+from utils.log import log
+
+
+@dataclass
+class Place:
+    """Where the run goes: its folder, the checkpoint to go on from, and whether it is finished already."""
+
+    folder: Path
+    checkpoint: Path | None = None
+    finished: bool = False
+
+
+def identity(config, facts: dict) -> dict:
+    """Everything that decides the numbers of a run: settings that are not neutral, and fingerprints of the inputs.
+
+    Two commands with the same identity are the same run: the second goes on with the first, or finds it finished.
+    """
+    decisive = {f.name for f in fields(config) if not f.metadata.get("neutral")}
+    settings = {key: value for key, value in to_dict(config).items() if key in decisive}
+    return json.loads(json.dumps({**settings, **facts}))
+
+
+def choose_place(config, stage: str, who: dict) -> Place:
+    """Resolve --resume to a folder (the main process decides, the others hear of it)."""
+    place = error = None
+    if distributed.is_main():
+        try:
+            place = _choose(config, stage, who)
+        except UserError as caught:
+            error = caught
+    place, error = distributed.broadcast_object((place, error))
+    if error is not None:
+        raise error
+    return place
+
+
+def _choose(config, stage: str, who: dict) -> Place:
+    first = Path(config.output_path) / (config.run_name or f"{stage}_{config.model_name}")
+    if config.resume not in ("auto", "never", "must"):
+        folder = Path(config.resume)
+        if not (folder / "run.json").is_file():
+            raise UserError(f"--resume={folder}: that is no run folder; use auto, never, must or the path of one")
+        if _identity_of(folder).get("model") != who["model"]:
+            raise UserError(f"--resume={folder}: that run has another architecture; give the same --model.* fields")
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint is None:
+            raise UserError(f"--resume={folder}: no valid checkpoint there to go on from")
+        return Place(folder, checkpoint)
+
+    reasons = []
+    for folder in _numbered(first):
+        if config.resume == "never" or not (folder / "run.json").is_file():
+            continue
+        theirs = _identity_of(folder)
+        if theirs == who:
+            if (folder / "final").is_dir() and damage(folder / "final") is None and (folder / "summary.json").is_file():
+                return Place(folder, finished=True)
+            checkpoint = newest_checkpoint(folder)
+            if checkpoint is not None or config.resume != "must":
+                return Place(folder, checkpoint)
+        else:
+            differ = [key for key in who if theirs.get(key) != who[key]]
+            reasons.append(f"{folder} differs in {', '.join(differ[:4])}")
+    if config.resume == "must":
+        raise UserError("--resume=must, but there is no run to go on with: "
+                        + ("; ".join(reasons) or f"{first} does not exist"))
+    folder = next(f for f in _numbered(first, free=True))
+    for reason in reasons:
+        log(f"{reason}: this run goes to {folder}")
+    return Place(folder)
+
+
+def _numbered(first: Path, free: bool = False):
+    """The folders name, name_2, name_3 ... that exist, or (free) the first that does not."""
+    number, folder = 1, first
+    while folder.exists():
+        if not free:
+            yield folder
+        number += 1
+        folder = first.with_name(f"{first.name}_{number}")
+    if free:
+        yield folder
+
+
+def _identity_of(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def write_run_files(folder: Path, config, stage: str, who: dict, model, tokenizer, model_source: Path) -> None:
+    """config.yaml, run.json, the model's file as it is now, and the tokenizer: all that later stages need."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"stage": stage, **to_dict(config), "model": who["model"]}
+    write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    about = {
+        "stage": stage, "model_name": config.model_name, "params": model.num_params(),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]), "seed": config.seed,
+        "processes": distributed.world_size(), "device": str(next(model.parameters()).device),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()},
+        "git_revision": git_revision(), "identity": who,
+    }
+    write_text(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False))
+    shutil.copyfile(model_source, folder / model_source.name)
+    tokenizer.save(folder / "tokenizer")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one move, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def source_fingerprint(path: Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def git_revision() -> str | None:
+    """The commit of the code, with a + when tracked files have changed since; None outside a git checkout."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    try:
+        head = git("rev-parse", "HEAD")
+        if head.returncode:
+            return None
+        return head.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout.strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

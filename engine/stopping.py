@@ -1,0 +1,29 @@
+"""SIGTERM and Ctrl-C: save at the next step; a second one ends at once."""
+
+import os
+import signal
+import threading
+
+from utils.log import log
+
+
+class StopSignal:
+    """`wanted` is 1 after the first signal, and `name` says which. A context manager: the old handlers come back."""
+
+    def __init__(self):
+        self.wanted, self.name, self.old = 0, "", {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self.old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame):
+        if self.wanted:
+            os._exit(128 + number)
+        self.wanted, self.name = 1, signal.Signals(number).name
+        log(f"\n{self.name}: saving at the next step, then stopping; once more to stop at once")

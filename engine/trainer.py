@@ -1,0 +1,209 @@
+"""The only training loop. Every stage goes through train(), and it knows the model by its contract alone."""
+
+import dataclasses
+import inspect
+import json
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from engine import distributed
+from engine.checkpoint import load_training_state, prune_checkpoints, save_checkpoint
+from engine.config import count_steps, plan_batch, resolve_precision
+from engine.heldout import held_out_loss
+from engine.loader import StepLoader, to_device
+from engine.metrics import RunLog, log_text
+from engine.optim import build_optimizer
+from engine.runfolder import choose_place, identity, source_fingerprint, write_run_files, write_text
+from engine.samples import write_samples
+from engine.schedule import learning_rate
+from engine.stopping import StopSignal
+from utils.errors import UserError
+from utils.log import Progress, format_count, format_seconds, log, warn
+
+MAX_BAD_STEPS = 10  # so many non-finite steps in a row are no accident
+
+
+def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_command: str, facts: dict | None = None) -> dict:
+    """Train `model` on `train_rows` and return the run's summary (written to summary.json too).
+
+    config: a TrainConfig. train_rows and val_rows: see engine/data.py; val_rows may be None. next_command: what to type after this stage, with
+    {run} for the run folder. facts: what else decides the run (e.g. the weights it starts from), JSON values.
+    Raises UserError for settings that cannot work and for a run whose loss is no number any more.
+    """
+    # ---------------------------------------------------------------- 1. the plan: what this run is, and where it goes
+    device = distributed.init(config.device)
+    precision = resolve_precision(config.precision, device)
+    plan = plan_batch(config)
+    total_steps = count_steps(config, len(train_rows), plan.global_rows, train_rows.seq_len)
+    model_source = Path(inspect.getfile(type(model)))
+    who = identity(config, {
+        "stage": stage, "model": dataclasses.asdict(model.args), "model_file": source_fingerprint(model_source),
+        "global_batch_size": plan.global_rows, "steps": total_steps,
+        "data": train_rows.file.fingerprint, "tokenizer": tokenizer.fingerprint, **(facts or {})})
+    place = choose_place(config, stage, who)
+    folder = place.folder
+    next_command = next_command.format(run=folder)
+    if place.finished:
+        log(f"{folder} is finished: nothing to do (--resume=never trains anew). Next: {next_command}")
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+    # ---------------------------------------------------------------- 2. model, optimizer, and the state to go on from
+    torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it; the weights stay fp32
+    model.to(device).train()
+    distributed.broadcast_weights(model)
+    optimizer = build_optimizer(model, config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "bad_in_a_row": 0, "smooth_loss": 0.0}
+    if place.checkpoint is not None:
+        state = load_training_state(place.checkpoint, model, optimizer)
+        scaler.load_state_dict(state.pop("scaler", {})) if scaler.is_enabled() else None
+    compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
+    forward = torch.compile(model, dynamic=False) if compiled else model
+
+    def autocast():
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+    # ---------------------------------------------------------------- 3. the run folder
+    main = distributed.is_main()
+    params = model.num_params()
+    if main:
+        write_run_files(folder, config, stage, who, model, tokenizer, model_source)
+    run_log = RunLog(folder if main else None, state["step"])
+    prompts = val_rows.openings(4) if main and val_rows is not None else []
+    log(f"{stage} {config.model_name}: {format_count(params['total'])} parameters ({format_count(params['active'])} active), "
+        f"{device.type} {precision}{' compiled' if compiled else ''}, {distributed.world_size()} process(es)")
+    log(f"{len(train_rows)} rows of {train_rows.seq_len} tokens, {plan.global_rows} a step ({plan.micro_rows} x "
+        f"{plan.accumulation} x {distributed.world_size()}), {total_steps} steps; run folder {folder}"
+        + (f", from step {state['step']}" if state["step"] else ""))
+
+    val: dict = {}
+
+    def evaluate(limit: int) -> None:
+        val.update(held_out_loss(model, forward, val_rows, plan.micro_rows, limit, device, autocast))
+        run_log.evaluation({"step": state["step"], "tokens": state["tokens"], **val})
+
+    def sample() -> None:
+        if prompts:
+            text = write_samples(folder / "samples.md", state["step"], model, tokenizer, prompts, autocast, config.seed)
+            run_log.text("samples", text, state["step"])
+
+    def save(target: Path, with_optimizer: bool = True) -> None:
+        if main:
+            extra = {"scaler": scaler.state_dict()} if scaler.is_enabled() else {}
+            about = {"stage": stage, "model_name": config.model_name, "params": params["total"], "step": state["step"],
+                     "tokens": state["tokens"], "tokenizer": tokenizer.fingerprint, "data": train_rows.file.fingerprint}
+            save_checkpoint(target, model, optimizer if with_optimizer else None, {**state, **extra}, about)
+            prune_checkpoints(folder, config.keep_last)
+        distributed.barrier()
+
+    # ---------------------------------------------------------------- 4. the loop
+    loader = StepLoader(train_rows, plan, config.seed, state["step"], total_steps, distributed.rank(),
+                        distributed.world_size(), pin=device.type == "cuda")
+    progress = Progress(total_steps, state["step"], stage)
+    since_log = [0, 0.0]  # tokens and seconds of pure training since the last log line
+    stopped_by = ""
+    with StopSignal() as stop:
+        for work in loader:
+            started = time.perf_counter()
+            step = state["step"]
+            # 4a. what depends on the step alone, randomness included: there is no generator state to save
+            lr = learning_rate(step, total_steps, config)
+            optimizer.set_lr(lr)
+            model.before_step(step, total_steps)
+            torch.manual_seed((config.seed * 1_000_003 + step) * 1024 + distributed.rank())
+
+            # 4b. forward and backward. Each micro-batch weighs as much as it has valid targets in the step of all
+            # processes: a mean over tokens, not a mean of means
+            targets, tokens, stopping = distributed.sum_numbers([sum(work.targets), work.tokens, stop.wanted])
+            values: dict[str, torch.Tensor] = {}
+            for batch, count in zip(work.batches, work.targets):
+                weight = count / max(1, targets)
+                with autocast():
+                    _, loss, other_vars = forward(**to_device(batch, device))
+                scaler.scale(loss * weight).backward()
+                for name, value in {"loss": loss, **other_vars}.items():
+                    share = weight if name.split("/")[0] == "loss" else 1 / (plan.accumulation * distributed.world_size())
+                    value = value.detach().float() * share
+                    values[name] = values[name] + value if name in values else value
+
+            # 4c. gradients of all processes, clipped; a step whose numbers are not finite is not taken
+            distributed.sum_gradients(parameters)
+            scaler.unscale_(optimizer)
+            values = distributed.sum_tensors(values)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if config.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
+            loss_value, norm_value = torch.stack([values["loss"], norm.float()]).tolist()  # the step's one wait for the device
+            if math.isfinite(loss_value) and math.isfinite(norm_value):
+                scaler.step(optimizer)
+                model.after_step({name: value for name, value in values.items() if name != "loss"})
+                state["bad_in_a_row"] = 0
+                state["smooth_loss"] = 0.95 * (state["smooth_loss"] or loss_value) + 0.05 * loss_value
+            elif not (scaler.is_enabled() and math.isfinite(loss_value)):  # fp16 finds its scale by overflowing
+                state["skipped"] += 1
+                state["bad_in_a_row"] += 1
+                warn(f"step {step + 1} skipped: loss {loss_value}, gradient norm {norm_value}; epoch {work.epoch}, "
+                     f"rows {work.rows[:8]}{' ...' if len(work.rows) > 8 else ''}")
+                if state["bad_in_a_row"] >= MAX_BAD_STEPS:
+                    raise UserError(f"{MAX_BAD_STEPS} steps in a row without a finite loss, the last {step + 1}: lower --max_lr, "
+                                    "use --precision=fp32, or look at the data; the last checkpoint is kept")
+            scaler.update()
+            optimizer.zero_grad()
+
+            # 4d. tell
+            seconds = time.perf_counter() - started
+            state["step"], state["tokens"] = step + 1, state["tokens"] + int(tokens)
+            state["seconds"] += seconds
+            since_log = [since_log[0] + tokens, since_log[1] + seconds]
+            last, done = step + 1 == total_steps, step + 1
+            text = None
+            if done % config.log_interval == 0 or last or done == 1:
+                record = {"step": done, "tokens": state["tokens"], "loss": loss_value, "lr": lr, "grad_norm": norm_value,
+                          "tokens_per_s": round(since_log[0] / max(since_log[1], 1e-9), 1)}
+                run_log.step(record, {name: value for name, value in values.items() if name != "loss"})
+                text = log_text(record, state["smooth_loss"], val.get("val_loss"), state["skipped"], device)
+                since_log = [0, 0.0]
+            progress.update(done, text)
+
+            # 4e. look and keep
+            if val_rows is not None and config.eval_interval and done % config.eval_interval == 0 and not last:
+                evaluate(config.eval_batches)
+            if config.sample_interval and done % config.sample_interval == 0 and not last:
+                sample()
+            if last or stopping or (config.save_interval and done % config.save_interval == 0):
+                try:
+                    save(folder / "checkpoints" / f"step-{done:08d}")
+                except OSError as error:
+                    warn(f"step {done}: the checkpoint could not be saved ({error}); the one before is kept")
+            if stopping and not last:
+                stopped_by = stop.name or "a signal"
+                break
+    loader.close()
+    progress.close()
+
+    # ---------------------------------------------------------------- 5. the end: all held-out data, final weights, what next
+    if not stopped_by:
+        if val_rows is not None:
+            evaluate(config.eval_final_batches)
+        sample()
+        save(folder / "final", with_optimizer=False)
+    summary = {"stage": stage, "model_name": config.model_name, "run": str(folder),
+               "status": f"stopped by {stopped_by}: the same command goes on" if stopped_by else "finished",
+               "steps": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1),
+               "skipped_steps": state["skipped"], "train_loss": state["smooth_loss"],
+               "val_loss": val.get("val_loss"), "val_bpc": val.get("val_bpc"), "params": params,
+               "next_command": "the same command again" if stopped_by else next_command}
+    run_log.close()
+    if main:
+        write_text(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    figures = [f"{name} {summary[name]:.4f}" for name in ("train_loss", "val_loss", "val_bpc") if summary[name] is not None]
+    log(f"{summary['status']}: {state['step']} steps, {format_count(state['tokens'])} tokens in "
+        f"{format_seconds(state['seconds'])}; {', '.join(figures)}")
+    log(f"Next: {summary['next_command']}")
+    return summary

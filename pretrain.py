@@ -1,0 +1,49 @@
+"""Pretraining: a model learns to continue text.
+
+    python pretrain.py --model_name=mini_deepseekv3 --max_batch_size=18
+    torchrun --nproc_per_node=2 pretrain.py --config configs/x.yaml --max_steps=1000
+"""
+
+from dataclasses import dataclass
+
+from engine import distributed
+from engine.config import TrainConfig
+from engine.data import DocumentRows, TokenFile, WindowRows
+from engine.setup import build_model, model_args, val_path
+from engine.trainer import train
+from utils.config import opt, parse
+from utils.errors import run_script
+from utils.tokenizer import load_tokenizer
+
+MAKE_DATA = "cd preprocess_data && python preprocess_data.py pretrain"
+
+
+@dataclass
+class PretrainConfig(TrainConfig):
+    """Pretraining: a model learns to continue text."""
+
+    pretrain_data_path: str = opt("output/data/pretrain_train.bin", "training tokens", neutral=True)
+    pretrain_val_path: str = opt("", "held-out tokens; default: beside the training tokens, `_val` for `_train`", neutral=True)
+    rows: str = opt("windows", "how documents become rows: cut at every max_seq_len tokens, or kept whole and packed",
+                    choices=("windows", "documents"))
+
+
+def main(argv=None) -> dict:
+    config = parse(PretrainConfig, argv, model_args)
+    distributed.init(config.device)
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    model = build_model(config, tokenizer)
+    seq_len, packs = model.args.max_seq_len, model.accepts("doc_ids")
+
+    train_file = TokenFile(config.pretrain_data_path, tokenizer, MAKE_DATA)
+    windows = packs and config.rows == "windows"
+    train_rows = WindowRows(train_file, seq_len) if windows else DocumentRows(train_file, seq_len, packs)
+    held_out = val_path(config.pretrain_val_path, config.pretrain_data_path)
+    val_rows = DocumentRows(TokenFile(held_out, tokenizer, MAKE_DATA), seq_len, packs) if held_out else None
+
+    return train(config, "pretrain", model, tokenizer, train_rows, val_rows,
+                 next_command="python sft.py --init_from={run}")
+
+
+if __name__ == "__main__":
+    run_script(main)

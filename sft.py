@@ -1,0 +1,48 @@
+"""Supervised fine-tuning: a pretrained model learns to answer.
+
+    python sft.py --model_name=mini_deepseekv3
+    torchrun --nproc_per_node=2 sft.py --init_from=output/pretrain_mini_llama3
+"""
+
+from dataclasses import dataclass
+
+from engine import distributed
+from engine.config import TrainConfig
+from engine.data import DocumentRows, TokenFile
+from engine.setup import model_args, pretrained_model, val_path
+from engine.trainer import train
+from utils.config import opt, parse
+from utils.errors import run_script
+from utils.log import log
+
+MAKE_DATA = "cd preprocess_data && python preprocess_data.py sft"
+
+
+@dataclass
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning: a pretrained model learns to answer."""
+
+    init_from: str = opt("", "run folder of the pretrained model; default: the newest of --model_name", neutral=True)
+    sft_data_path: str = opt("output/data/sft_train.bin", "training conversations", neutral=True)
+    sft_val_path: str = opt("", "held-out conversations; default: beside the training ones, `_val` for `_train`", neutral=True)
+    max_lr: float = opt(0.005, "peak learning rate")
+
+
+def main(argv=None) -> dict:
+    config = parse(SFTConfig, argv, model_args)
+    distributed.init(config.device)
+    model, tokenizer, seq_len, weights = pretrained_model(config)
+    packs = model.accepts("doc_ids")
+
+    train_rows = DocumentRows(TokenFile(config.sft_data_path, tokenizer, MAKE_DATA), seq_len, packs, drop_long=True)
+    if train_rows.dropped:
+        log(f"{train_rows.dropped} conversations are longer than {seq_len} tokens and left out")
+    held_out = val_path(config.sft_val_path, config.sft_data_path)
+    val_rows = DocumentRows(TokenFile(held_out, tokenizer, MAKE_DATA), seq_len, packs, drop_long=True) if held_out else None
+
+    return train(config, "sft", model, tokenizer, train_rows, val_rows,
+                 next_command="python test.py --run={run}", facts={"init_weights": weights})
+
+
+if __name__ == "__main__":
+    run_script(main)
