@@ -34,11 +34,10 @@ def load_poems(path: str | Path) -> tuple[dict[str, list[dict]], set[str]]:
     with open(path, encoding="utf-8") as file:
         for line in file:
             poem = json.loads(line)
-            verses = split_verses(poem["text"])
             if not is_held_out(document(poem)):
-                training_verses.update(verses)
-            elif form := form_of(verses):
-                held_out[form].append(poem)
+                training_verses.update(poem["lines"])
+            elif poem["form"] in held_out:
+                held_out[poem["form"]].append(poem)
     return held_out, training_verses
 
 

@@ -97,6 +97,7 @@ def corpus(tmp_path, count=4000):
         for i in range(count):
             form = forms[i % 4]
             row = {"title": f"题{i}", "author": "佚名", "form": form, "text": texts[form]}
+            row["lines"] = split_verses(row["text"])
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return path
 
