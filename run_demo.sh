@@ -23,50 +23,99 @@ for argument in "$@"; do
 done
 
 out=output
-vocab_size=5120
-pretrain_flags=() sft_flags=() preprocess_flags=() evaluate_flags=()
+tokenizer_flags=(--vocab_size=5120) preprocess_flags=() pretrain_flags=() sft_flags=() evaluate_flags=()
 if [ -n "$quick" ]; then
     out=output/quick
-    vocab_size=2048
+    tokenizer_flags=(--vocab_size=4096 --max_characters=3000000)
     preprocess_flags=(--max_documents=20000)
     pretrain_flags=(--max_steps=150)
     sft_flags=(--max_steps=60)
     evaluate_flags=(--poems=20)
 fi
 
-export PYTHONUTF8=1 PYTHONUNBUFFERED=1 # Chinese text on any locale; progress that shows at once, also in a pipe
-keys=$out/.demo times=$out/demo_times_$model.json
-key=
+export PYTHONUTF8=1 PYTHONUNBUFFERED=1 # Chinese text whatever the locale; progress at once, also into a pipe
+marks=$out/.demo times=$out/demo_times.json
+chain= # a hash over all that the stages so far were made from
 
 elapsed() {
     printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60))
 }
 
-# stage NAME RESULT INPUTS COMMAND...   runs the command unless RESULT is there and was made by the same command from the
-# same INPUTS (a string) after the same earlier stages.
-stage() {
-    local name=$1 result=$2 inputs=$3 start=$SECONDS
-    shift 3
-    key=$(printf '%s\n' "$key" "$inputs" "$*" | "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
-    if [ -e "$result" ] && [ "$(cat "$keys/$name" 2>/dev/null)" = "$key" ]; then
-        printf '\n[%s] %s: already done (%s)\n' "$(elapsed)" "$name" "$result"
-        return
-    fi
-    printf '\n[%s] %s\n' "$(elapsed)" "$name"
-    printf '$ %s\n' "${*/#$python/python}"
-    "$@"
-    mkdir -p "$keys"
-    printf '%s\n' "$key" >"$keys/$name"
-    "$python" demo/times.py "$times" "$name" $((SECONDS - start))
+sha256() {
+    "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
-# The newest run of a stage; a run with other settings than the one before gets a folder of its own, numbered.
-newest() {
-    ls -td "$out/$1_$model/summary.json" "$out/$1_$model"_[0-9]*/summary.json 2>/dev/null | head -n 1 | xargs dirname
+# stage NAME RESULT COMMAND...: run the command, unless RESULT, a file, is still as this command made it after these same
+# stages before it. Its inputs that are no stage's result are in $inputs. Sets $result.
+inputs= of_model= skipped=
+stage() {
+    local name=$1 mark start=$SECONDS known
+    result=$2
+    shift 2
+    skipped=
+    chain=$(printf '%s\n' "$chain" "$inputs" "$*" | sha256)
+    mark=$marks/$name-${chain:0:16}
+    if [ -f "$mark" ]; then
+        { read -r result && read -r known; } <"$mark"
+        if [ -f "$result" ] && [ "$(sha256 <"$result")" = "$known" ]; then
+            printf '\n[%s] %s: done before (%s)\n' "$(elapsed)" "$name" "$result"
+            skipped=yes
+            return
+        fi
+    fi
+    printf '\n[%s] %s\n$ python %s\n' "$(elapsed)" "$name" "$*"
+    "$python" "$@"
+    [ "$result" != run ] || result=$(newest_run "$name")
+    if [ ! -f "$result" ]; then
+        die "$name ended without its result: see above, then give the same command again"
+    fi
+    mkdir -p "$marks"
+    printf '%s\n%s\n' "$result" "$(sha256 <"$result")" >"$mark"
+    "$python" demo/times.py "$times" "$name" $((SECONDS - start)) $of_model
+}
+
+# The summary of the newest finished run of a stage: a run with other settings than the one before has a numbered folder.
+newest_run() {
+    local summary newest=
+    for summary in "$out/$1_$model/summary.json" "$out/$1_$model"_[0-9]*/summary.json; do
+        [ -f "$summary" ] || continue
+        [ -n "$newest" ] && [ "$newest" -nt "$summary" ] || newest=$summary
+    done
+    ! [ -f "$newest" ] || ! grep -q '"status": "finished"' "$newest" || printf '%s' "$newest"
 }
 
 printf '[%s] python environment\n' "$(elapsed)"
 make_venv
+[ "$SECONDS" -lt 10 ] || "$python" demo/times.py "$times" environment "$SECONDS"
 preset=$("$python" demo/preset.py "$model" --output_path "$out")
-echo "model $model, preset $preset"
 architecture=$("$python" -c 'import sys; from model import model_file; print(model_file(sys.argv[1]))' "$model")
+corpora=output/corpora
+
+stage poems $corpora/poems.jsonl preprocess_data/preprocess_data.py fetch poems
+stage idioms $corpora/idioms.jsonl preprocess_data/preprocess_data.py fetch idioms
+stage chat $corpora/demo-chat.jsonl preprocess_data/preprocess_data.py fetch demo-chat
+stage tokenizer "$out/tokenizer/tokenizer.json" train_tokenizer.py --sources=poems,idioms \
+    --tokenizer_path="$out/tokenizer" "${tokenizer_flags[@]}"
+stage tokens "$out/data/pretrain_train.meta.json" preprocess_data/preprocess_data.py pretrain --sources=poems,idioms \
+    --tokenizer_path="$out/tokenizer" --data_path="$out/data" ${preprocess_flags[@]+"${preprocess_flags[@]}"}
+stage chat-tokens "$out/data/sft_train.meta.json" preprocess_data/preprocess_data.py sft --sources=demo-chat \
+    --tokenizer_path="$out/tokenizer" --data_path="$out/data" ${preprocess_flags[@]+"${preprocess_flags[@]}"}
+
+of_model=$model
+inputs="$(cat "$preset" "$architecture")"
+stage pretrain run pretrain.py --config="$preset" --model_name="$model" --tokenizer_path="$out/tokenizer" \
+    --pretrain_data_path="$out/data/pretrain_train.bin" --output_path="$out" ${pretrain_flags[@]+"${pretrain_flags[@]}"}
+pretrain_run=$(dirname "$result")
+
+inputs="$(cat configs/sft_cpu.yaml)"
+stage sft run sft.py --config=configs/sft_cpu.yaml --init_from="$pretrain_run" --tokenizer_path="$out/tokenizer" \
+    --sft_data_path="$out/data/sft_train.bin" --output_path="$out" ${sft_flags[@]+"${sft_flags[@]}"}
+sft_run=$(dirname "$result")
+
+inputs="$(cat demo/*.py)"
+stage evaluate "$sft_run/demo.json" demo/evaluate.py --run="$sft_run" --pretrain_run="$pretrain_run" \
+    --corpora_path=$corpora ${evaluate_flags[@]+"${evaluate_flags[@]}"}
+[ -z "$skipped" ] || "$python" demo/report.py "$sft_run"
+
+printf '\nTime of each stage when it ran:\n'
+"$python" demo/times.py "$times" "$model"

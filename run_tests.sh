@@ -41,7 +41,7 @@ install_browser() {
     fi
     echo "installing $packages"
     # shellcheck disable=SC2086  # a list of names
-    if ! { "${root[@]}" apt-get update -qq && "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null; }; then
+    if ! { ${root[@]+"${root[@]}"} apt-get update -qq && ${root[@]+"${root[@]}"} env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null; }; then
         echo "note: could not install $packages: the browser tests are skipped"
     fi
 }
@@ -50,7 +50,7 @@ make_venv ".[test]"
 install_browser
 export PYTHONUTF8=1
 status=0
-"$python" -m pytest "${selection[@]}" "$@" || status=$?
+"$python" -m pytest ${selection[@]+"${selection[@]}"} "$@" || status=$?
 if [ "$status" = 5 ]; then
     echo "error: no test ran" >&2
 fi

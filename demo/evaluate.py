@@ -20,6 +20,13 @@ from utils.errors import UserError, run_script
 from utils.log import Progress, log
 
 
+# One or two of each of the five tasks of the chat rows, worded as they are there.
+REQUESTS = [
+    poem_request("春夜", "五言绝句"),
+    poem_request("江上送别", "七言律诗"),
+]
+
+
 @dataclass
 class EvaluateConfig:
     """Evaluates the demo: form, rhyme and copying of poems on held-out titles, and a few answers to read."""
@@ -86,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         for form in held_out
     }
     pretrain_run = Path(config.pretrain_run) if config.pretrain_run else run.with_name(run.name.replace("sft_", "pretrain_", 1))
-    answers = ask(model, tokenizer, report.REQUESTS, config, seed=config.seed)
+    answers = ask(model, tokenizer, REQUESTS, config, seed=config.seed)
     result = {
         "settings": dataclasses.asdict(config),
         "pretrain_val_bpc": bits_per_character(pretrain_run),
@@ -96,7 +103,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         "real_poems": counts(real, real_forms),
         "shuffled_poems": counts(poems.shuffled_poems(real, config.seed), real_forms),
         "poems": [{"title": title, "form": form, "text": text} for (title, form), text in zip(asked, texts)],
-        "answers": [{"request": request, "answer": answer} for request, answer in zip(report.REQUESTS, answers)],
+        "answers": [{"request": request, "answer": answer} for request, answer in zip(REQUESTS, answers)],
     }
     (run / "demo.json").write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return result
@@ -107,10 +114,7 @@ def main() -> None:
     config = parse(EvaluateConfig)
     if not config.run:
         raise UserError("no run: pass --run=output/sft_MODEL, the folder of a fine-tuned model")
-    result = evaluate(config)
-    log(report.table(result))
-    log(report.conversation(result))
-    log(report.next_commands(config.run))
+    log(report.report(evaluate(config)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,8 @@
-"""What the demo prints at its end: a table of its figures, a few answers, and the commands to type next."""
+"""What the demo prints at its end, figures, answers and next commands: `python demo/report.py RUN` prints it again."""
 
-from preprocess_data.demo_chat import poem_request
-
-# One for each of the five tasks of the chat rows, worded as they are there.
-REQUESTS = [
-    poem_request("春夜", "五言绝句"),
-    poem_request("江上送别", "七言律诗"),
-]
+import json
+import sys
+from pathlib import Path
 
 
 def share(part: int, whole: int) -> str:
@@ -57,3 +53,12 @@ def next_commands(run: str) -> str:
         "  streamlit run run_model.py                   talk to it in the browser",
         "  tensorboard --logdir=output/                 the curves of every run",
     ])  # fmt: skip
+
+
+def report(result: dict) -> str:
+    """Return all of it."""
+    return "\n".join([table(result), conversation(result), next_commands(result["settings"]["run"])])
+
+
+if __name__ == "__main__":
+    print(report(json.loads((Path(sys.argv[1]) / "demo.json").read_text(encoding="utf-8"))))

@@ -1,24 +1,37 @@
-"""Keeps how long the stages of the demo took: `python demo/times.py FILE KEY SECONDS` notes one, without KEY prints all."""
+"""Keeps how long the stages of the demo took, in a JSON file.
+
+`python demo/times.py FILE STAGE SECONDS [MODEL]` notes one; `python demo/times.py FILE MODEL` prints those of a model,
+with the stages that all models share.
+"""
 
 import json
 import sys
 from pathlib import Path
 
 
-def main(argv: list[str]) -> None:
-    """Note the seconds of one stage in the JSON file, or print the file as a table with its sum."""
-    path = Path(argv[0])
-    times = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if len(argv) == 3:
-        times[argv[1]] = int(argv[2])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(times, indent=2) + "\n", encoding="utf-8")
-        return
-    for stage, seconds in times.items():
-        print(f"  {stage:<14} {seconds // 60:3d} min {seconds % 60:02d} s")
-    total = sum(times.values())
-    print(f"  {'all stages':<14} {total // 60:3d} min {total % 60:02d} s")
+def note(path: Path, stage: str, seconds: int, model: str = "") -> None:
+    """Write the time of one stage into the file; the last of a stage counts."""
+    times = read(path)
+    times[f"{stage} {model}".strip()] = seconds
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(times, indent=2) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, int]:
+    """Return the seconds of each stage, keyed by `stage` or `stage model`."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def table(times: dict[str, int], model: str) -> str:
+    """Return the stages that led to this model with their times and the sum."""
+    shown = {key.split()[0]: seconds for key, seconds in times.items() if key.split()[1:] in ([], [model])}
+    shown["all stages"] = sum(shown.values())
+    return "\n".join(f"  {stage:<14} {seconds // 60:3d} min {seconds % 60:02d} s" for stage, seconds in shown.items())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    file, *words = sys.argv[1:]
+    if len(words) == 1:
+        print(table(read(Path(file)), words[0]))
+    else:
+        note(Path(file), words[0], int(words[1]), *words[2:])
