@@ -4,6 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.terminal import harmless
+
 
 def share(part: int, whole: int) -> str:
     """Return '69.4%', or '-' of nothing."""
@@ -41,18 +45,22 @@ def conversation(result: dict) -> str:
     """Return the fixed requests and the model's answers."""
     lines = [""]
     for turn in result["answers"]:
-        lines += [f"> {turn['request']}", *(f"  {line}" for line in turn["answer"].splitlines()), ""]
+        lines += [f"> {turn['request']}", *(f"  {line}" for line in harmless(turn["answer"]).splitlines()), ""]
     return "\n".join(lines)
 
 
 def next_commands(run: str) -> str:
     """Return the commands to type next."""
-    return "\n".join([
-        "Now you:",
-        f"  python test.py --run {run}          talk to it here",
-        "  streamlit run run_model.py                   talk to it in the browser",
-        "  tensorboard --logdir=output/                 the curves of every run",
-    ])  # fmt: skip
+    output = Path(run).parent.as_posix()
+    page = "" if output == "output" else f" -- --output_path={output}"
+    commands = {
+        "source .venv/bin/activate": "the environment that this demo made",
+        f"python test.py --run {run}": "talk to it here",
+        f"streamlit run run_model.py{page}": "talk to it in the browser",
+        f"tensorboard --logdir={output}/": "the curves of every run",
+    }
+    width = max(map(len, commands))
+    return "\n".join(["Now you:", *(f"  {command:<{width}}   {what}" for command, what in commands.items())])
 
 
 def report(result: dict) -> str:

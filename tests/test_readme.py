@@ -1,0 +1,102 @@
+"""The READMEs and how-tos tell the truth: their files exist, their flags are known, both languages say the same."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+# Files that a command of the same page makes, or stand-ins for the reader's own.
+MADE_BY_THE_READER = {"model/mynet.py", ".venv/bin/activate", "configs/x.yaml"}
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def commands(page: str) -> list[tuple[str, list[str]]]:
+    """Return folder and words of every command in the bash blocks of a page, in order."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", read(page), re.DOTALL):
+        folder = "."
+        for line in block.replace("\\\n", " ").splitlines():
+            line = re.sub(r"\s#.*", "", line).strip()
+            if not line or "<" in line:  # a placeholder for the address of the repository
+                continue
+            words = shlex.split(line)
+            if words[0] == "cd":
+                folder = str((Path(folder) / words[1]).as_posix()) if words[1] != ".." else "."
+                continue
+            found.append((folder, words))
+    return found
+
+
+@cache
+def help_of(folder: str, script: str, *model: str) -> str:
+    done = subprocess.run(
+        [sys.executable, script, *model, "--help"], cwd=ROOT / folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_name_files_and_flags_that_exist(page):
+    for folder, words in commands(page):
+        script = next((w for w in words if w.endswith((".py", ".sh")) and w not in MADE_BY_THE_READER), None)
+        if script is None:
+            continue
+        assert (ROOT / folder / script).exists(), f"{page}: {shlex.join(words)}"
+        if not script.endswith(".py") or words[0] == "sed":
+            continue
+        arguments = words[words.index(script) + 1 :]
+        for argument in arguments:
+            if argument.startswith("--") and argument not in ("--", "--help"):
+                flag = argument.split("=")[0]
+                action = arguments[:1] if not arguments[0].startswith("--") else []
+                assert f"{flag}=" in help_of(folder, script, *action), f"{page}: {script} has no {flag}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)\)", read(page)):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_flags_named_in_the_text_exist(page):
+    known = help_of(".", "pretrain.py") + "--config= --help= --all= --quick= --prompt= --tokenizer_path="
+    for flag in set(re.findall(r"--[a-z][a-z_]+", read(page))):
+        assert f"{flag}=" in known or flag in ("--nproc_per_node", "--logdir", "--model"), f"{page}: {flag}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_tree_shows_what_is_there(page):
+    tree = re.search(r"```\n(run_demo\.sh.*?)```", read(page), re.DOTALL)[1]
+    folder = ""
+    for line in tree.splitlines():
+        names = re.split(r"\s{3,}", line.strip())[0].split()
+        if not line.startswith(" "):
+            folder = names[0] if names[0].endswith("/") else ""
+        for name in names:
+            path = ROOT / (folder if line.startswith(" ") else "") / name
+            assert path.exists() or name == "output/", f"{page}: {line}"
+
+
+def test_both_languages_give_the_same_commands():
+    assert commands("README.md") == commands("README.zh-CN.md")
+    tables = [re.findall(r"^\|.*\|$", read(page), re.MULTILINE) for page in ("README.md", "README.zh-CN.md")]
+    assert len(tables[0]) == len(tables[1])
+
+
+def test_no_figure_before_it_is_measured():
+    """Both READMEs show the same digits in the table of results."""
+    rows = [re.findall(r"^\| (mini_\w+ \|.*)$", read(page), re.MULTILINE) for page in ("README.md", "README.zh-CN.md")]
+    digits = [[re.findall(r"\d+(?:\.\d+)?", row) for row in table] for table in rows]
+    assert digits[0] == digits[1] and len(digits[0]) == 2
