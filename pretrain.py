@@ -1,6 +1,6 @@
 """Pretraining: a model learns to continue text.
 
-    python pretrain.py --model_name=mini_deepseekv3 --max_batch_size=18
+    python pretrain.py --model_name=MODEL --max_batch_size=18
     torchrun --nproc_per_node=2 pretrain.py --config configs/x.yaml --max_steps=1000
 """
 

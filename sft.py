@@ -1,7 +1,7 @@
 """Supervised fine-tuning: a pretrained model learns to answer.
 
-    python sft.py --model_name=mini_deepseekv3
-    torchrun --nproc_per_node=2 sft.py --init_from=output/pretrain_mini_llama3
+    python sft.py --model_name=MODEL
+    torchrun --nproc_per_node=2 sft.py --init_from=output/pretrain_MODEL
 """
 
 from dataclasses import dataclass

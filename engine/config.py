@@ -47,8 +47,8 @@ class TrainConfig:
     # what is looked at
     log_interval: int = opt(10, "steps between log lines", neutral=True)
     eval_interval: int = opt(250, "steps between held-out evaluations; 0: only at the end", neutral=True)
-    eval_batches: int = opt(20, "batches of an evaluation during training", neutral=True)
-    eval_final_batches: int = opt(0, "batches of the evaluation at the end; 0: all held-out data", neutral=True)
+    eval_batches: int = opt(20, "an evaluation during training reads so many times the rows of a step", neutral=True)
+    eval_final_batches: int = opt(0, "the same for the evaluation at the end; 0: all held-out data", neutral=True)
     sample_interval: int = opt(1000, "steps between sample generations; 0: only at the end", neutral=True)
     # files
     tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer", neutral=True)

@@ -6,6 +6,7 @@ some unused), breaks the graph of torch.compile, and averages ranks where we nee
 With gradient accumulation the exchange is a small part of the step, and this way is twenty lines that always hold.
 """
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -56,6 +57,7 @@ def init(wanted: str = "auto") -> torch.device:
             raise UserError("several processes need cuda or cpu: add --device=cpu, or start without torchrun")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo also carries the host's numbers
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        atexit.register(cleanup)
     return device
 
 

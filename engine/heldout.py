@@ -10,8 +10,9 @@ from engine.loader import held_out_batches, to_device
 
 
 @torch.no_grad()
-def held_out_loss(model, forward, rows, batch_rows: int, limit: int, device, autocast) -> dict[str, float | None]:
-    """Return {"val_loss", "val_bpc"} over `limit` batches (0: all), weighted by valid targets over all processes.
+def held_out_loss(model, forward, rows, batch_rows: int, limit: int, device, autocast,
+                  trim: bool = False) -> dict[str, float | None]:
+    """Return {"val_loss", "val_bpc"} over `limit` rows (0: all), weighted by valid targets over all processes.
 
     The loss is `other_vars["loss/ce"]` where the model reports it, for auxiliary terms predict nothing. Bits a character
     = nats a target x targets a character / ln 2, which makes tokenizers comparable; None when the data does not say.
@@ -20,7 +21,8 @@ def held_out_loss(model, forward, rows, batch_rows: int, limit: int, device, aut
     model.eval()
     nats, targets = torch.zeros((), device=device), 0  # the sum stays on the device: one wait at the end
     try:
-        for batch in held_out_batches(rows, batch_rows, limit, distributed.rank(), distributed.world_size()):
+        for batch in held_out_batches(rows, batch_rows, limit, distributed.rank(), distributed.world_size(),
+                                      trim):
             count = int((batch["targets"] != IGNORE).sum())
             with autocast():
                 _, loss, other_vars = forward(**to_device(batch, device))

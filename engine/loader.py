@@ -21,10 +21,20 @@ class StepBatches:
     tokens: int  # tokens of this process's share that are not padding
 
 
-def collate(rows: list[dict[str, np.ndarray]], with_doc_ids: bool, pin: bool = False) -> dict[str, torch.Tensor]:
-    """Stack rows into the keyword arguments of forward."""
+def collate(rows: list[dict[str, np.ndarray]], with_doc_ids: bool, pad_id: int, pin: bool = False,
+            trim: bool = False) -> dict[str, torch.Tensor]:
+    """Stack rows into the keyword arguments of forward.
+
+    trim: cut columns that are padding in every row, to a multiple of 16. Rows of one document each are mostly padding;
+    not for a compiled model, which would be compiled anew for every width.
+    """
     keys = ("input_ids", "targets", "doc_ids") if with_doc_ids else ("input_ids", "targets")
-    batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in keys}
+    arrays = {key: np.stack([row[key] for row in rows]) for key in keys}  # (B, T)
+    if trim and not with_doc_ids:
+        used = np.flatnonzero((arrays["input_ids"] != pad_id).any(axis=0))
+        width = -(-(used[-1] + 1) // 16) * 16 if len(used) else 16
+        arrays = {key: np.ascontiguousarray(array[:, :width]) for key, array in arrays.items()}
+    batch = {key: torch.from_numpy(array) for key, array in arrays.items()}
     return {key: value.pin_memory() for key, value in batch.items()} if pin else batch
 
 
@@ -40,9 +50,9 @@ class StepLoader:
     """
 
     def __init__(self, rows, plan, seed: int, start: int, total_steps: int, rank: int = 0, world_size: int = 1,
-                 pin: bool = False):
+                 pin: bool = False, trim: bool = False):
         self.rows, self.plan, self.seed, self.start, self.total_steps = rows, plan, seed, start, total_steps
-        self.rank, self.world_size, self.pin = rank, world_size, pin
+        self.rank, self.world_size, self.pin, self.trim = rank, world_size, pin, trim
         self.queue: queue.Queue = queue.Queue(maxsize=2)
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._fill, daemon=True)
@@ -61,7 +71,7 @@ class StepLoader:
         batches, targets, tokens = [], [], 0
         for i in range(0, len(mine), self.plan.micro_rows):
             rows = [self.rows.row(int(n)) for n in mine[i : i + self.plan.micro_rows]]
-            batches.append(collate(rows, self.rows.with_doc_ids, self.pin))
+            batches.append(collate(rows, self.rows.with_doc_ids, self.rows.file.pad_id, self.pin, self.trim))
             targets.append(sum(int((row["targets"] != IGNORE).sum()) for row in rows))
             tokens += sum(int((row["input_ids"] != self.rows.file.pad_id).sum()) for row in rows)
         return StepBatches(batches, numbers.tolist(), epoch, targets, tokens)
@@ -96,14 +106,14 @@ class StepLoader:
             self.thread.join(timeout=5)
 
 
-def held_out_batches(rows, batch_rows: int, limit: int, rank: int = 0, world_size: int = 1):
+def held_out_batches(rows, batch_rows: int, limit: int, rank: int = 0, world_size: int = 1, trim: bool = False):
     """Batches for evaluation: the first `limit` (0: all) of a fixed shuffle, dealt to the ranks in turn.
 
     The last batch is filled up with empty rows, so that every batch has one shape and nothing is compiled twice.
     """
-    order = shuffled(np.arange(len(rows), dtype=np.int64), len(rows), seed=0, epoch=0)
-    starts = list(range(0, len(rows), batch_rows))
-    for start in starts[: limit or None][rank::world_size]:
+    count = min(limit or len(rows), len(rows))
+    order = shuffled(np.arange(count, dtype=np.int64), len(rows), seed=0, epoch=0)
+    for start in range(rank * batch_rows, count, world_size * batch_rows):
         chosen = [rows.row(int(n)) for n in order[start : start + batch_rows]]
         chosen += [empty_row(rows.seq_len, rows.file.pad_id)] * (batch_rows - len(chosen))
-        yield collate(chosen, rows.with_doc_ids)
+        yield collate(chosen, rows.with_doc_ids, rows.file.pad_id, trim=trim)

@@ -96,9 +96,9 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)")
     if train:
-        smooth, mean = [], train[0][1]
-        for _, loss in train:
-            mean = 0.9 * mean + 0.1 * loss
+        smooth, mean = [], 0.0
+        for i, (_, loss) in enumerate(train):
+            mean += (loss - mean) * max(0.1, 1 / (i + 1))
             smooth.append(mean)
         steps = [step for step, _ in train]
         axes.plot(steps, [loss for _, loss in train], color="tab:blue", alpha=0.25)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import file_sha256, load_run, newest_checkpoint, newest_run
+from engine.checkpoint import load_run, newest_checkpoint, newest_run, read_manifest
 from model import get_model_and_args, list_models
 from utils.errors import UserError
 from utils.log import log, warn
@@ -51,7 +51,8 @@ def pretrained_model(config):
         raise UserError(f"--max_seq_len={seq_len}, but {run} takes at most {model.args.max_seq_len} tokens: "
                         "lower it, or pretrain with a larger --max_seq_len")
     config.max_seq_len = seq_len
-    weights = file_sha256(newest_checkpoint(Path(run), final=True) / "model.safetensors")
+    files = read_manifest(newest_checkpoint(Path(run), final=True))["files"]
+    weights = next(file["sha256"] for file in files if file["name"] == "model.safetensors")
     return model, tokenizer, seq_len, weights
 
 

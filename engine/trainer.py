@@ -5,7 +5,7 @@ import inspect
 import json
 import math
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -52,7 +52,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
     # ---------------------------------------------------------------- 2. model, optimizer, and the state to go on from
-    torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it; the weights stay fp32
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32; on a CPU it would trade exactness for nothing
     model.to(device).train()
     distributed.broadcast_weights(model)
     optimizer = build_optimizer(model, config)
@@ -82,10 +83,14 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         f"{plan.accumulation} x {distributed.world_size()}), {total_steps} steps; run folder {folder}"
         + (f", from step {state['step']}" if state["step"] else ""))
 
+    progress = Progress(total_steps, state["step"], stage)
     val: dict = {}
 
-    def evaluate(limit: int) -> None:
-        val.update(held_out_loss(model, forward, val_rows, plan.micro_rows, limit, device, autocast))
+    def evaluate(batches: int) -> None:
+        val.update(held_out_loss(model, forward, val_rows, plan.micro_rows, batches * plan.global_rows, device, autocast,
+                                 trim=not compiled))
+        bits = f", {val['val_bpc']:.4f} bits a character" if val["val_bpc"] is not None else ""
+        progress.write(f"step {state['step']}: held-out loss {val['val_loss']:.4f}{bits}")
         run_log.evaluation({"step": state["step"], "tokens": state["tokens"], **val})
 
     def sample() -> None:
@@ -104,11 +109,10 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
 
     # ---------------------------------------------------------------- 4. the loop
     loader = StepLoader(train_rows, plan, config.seed, state["step"], total_steps, distributed.rank(),
-                        distributed.world_size(), pin=device.type == "cuda")
-    progress = Progress(total_steps, state["step"], stage)
+                        distributed.world_size(), pin=device.type == "cuda", trim=not compiled)
     since_log = [0, 0.0]  # tokens and seconds of pure training since the last log line
     stopped_by = ""
-    with StopSignal() as stop:
+    with StopSignal() as stop, closing(loader), closing(progress):
         for work in loader:
             started = time.perf_counter()
             step = state["step"]
@@ -116,7 +120,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             lr = learning_rate(step, total_steps, config)
             optimizer.set_lr(lr)
             model.before_step(step, total_steps)
-            torch.manual_seed((config.seed * 1_000_003 + step) * 1024 + distributed.rank())
+            torch.manual_seed(((config.seed * 1_000_003 + step) * 1024 + distributed.rank()) % 2**63)
 
             # 4b. forward and backward. Each micro-batch weighs as much as it has valid targets in the step of all
             # processes: a mean over tokens, not a mean of means
@@ -144,7 +148,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                 scaler.step(optimizer)
                 model.after_step({name: value for name, value in values.items() if name != "loss"})
                 state["bad_in_a_row"] = 0
-                state["smooth_loss"] = 0.95 * (state["smooth_loss"] or loss_value) + 0.05 * loss_value
+                state["smooth_loss"] += (loss_value - state["smooth_loss"]) * max(0.1, 1 / (step + 1))
             elif not (scaler.is_enabled() and math.isfinite(loss_value)):  # fp16 finds its scale by overflowing
                 state["skipped"] += 1
                 state["bad_in_a_row"] += 1
@@ -184,8 +188,6 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             if stopping and not last:
                 stopped_by = stop.name or "a signal"
                 break
-    loader.close()
-    progress.close()
 
     # ---------------------------------------------------------------- 5. the end: all held-out data, final weights, what next
     if not stopped_by:

@@ -1,0 +1,110 @@
+"""Checkpoints: whole or absent, tied weights, damage, runs."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from engine_helpers import TinyModel, TinyModelArgs
+
+from engine.checkpoint import (damage, find_checkpoints, load_weights, newest_checkpoint, prune_checkpoints, save_checkpoint,
+                               save_weights)
+from utils.errors import UserError
+
+
+def tiny(**fields):
+    return TinyModel(TinyModelArgs(vocab_size=32, max_seq_len=8, **fields))
+
+
+def saved(run, step, model=None):
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    model = model or tiny()
+    save_checkpoint(folder, model, torch.optim.AdamW(model.parameters()), {"step": step}, {"step": step})
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_round_trip(tmp_path, tied):
+    first, second = tiny(tied=tied), tiny(tied=tied)
+    first.bias += 3
+    save_weights(first, tmp_path / "w")
+    load_weights(second, tmp_path / "w")
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+    assert (second.lm_head.weight is second.tok_embed.weight) == tied
+    if tied:
+        size = os.path.getsize(tmp_path / "w")
+        save_weights(tiny(), tmp_path / "untied")
+        assert size < os.path.getsize(tmp_path / "untied")
+
+
+def test_weights_of_another_shape_are_named(tmp_path):
+    save_weights(tiny(), tmp_path / "w")
+    with pytest.raises(UserError, match="tok_embed.weight is .*fields must stay"):
+        load_weights(tiny(dim=8), tmp_path / "w")
+    other = tiny()
+    other.register_buffer("new", torch.zeros(1))
+    with pytest.raises(UserError, match="lacks new"):
+        load_weights(other, tmp_path / "w")
+    save_weights(other, tmp_path / "w")
+    with pytest.raises(UserError, match="holds new"):
+        load_weights(tiny(), tmp_path / "w")
+
+
+def test_damage_is_found_and_skipped(tmp_path, capsys):
+    folders = [saved(tmp_path, step) for step in (1, 2, 3, 4)]
+    assert newest_checkpoint(tmp_path) == folders[3] and damage(folders[3]) is None
+    (folders[3] / "manifest.json").unlink()
+    with open(folders[2] / "model.safetensors", "r+b") as file:  # one flipped bit
+        file.seek(-3, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-3, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 4]))
+    os.truncate(folders[1] / "optimizer.pt", 10)
+    assert newest_checkpoint(tmp_path) == folders[0]
+    errors = capsys.readouterr().err
+    for step in (2, 3, 4):
+        assert f"step-0000000{step}" in errors
+
+
+def test_prune_keeps_the_newest(tmp_path):
+    for step in (5, 100, 20):
+        saved(tmp_path, step)
+    prune_checkpoints(tmp_path, 2)
+    assert [folder.name for folder in find_checkpoints(tmp_path)] == ["step-00000100", "step-00000020"]
+
+
+def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = saved(tmp_path, 1)
+    before = (folder / "manifest.json").read_bytes()
+    for call in ("save", ):
+        monkeypatch.setattr(torch, call, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            saved(tmp_path, 1)
+    assert damage(folder) is None and (folder / "manifest.json").read_bytes() == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing half-written is left
+
+
+def test_no_pickle_is_executed(tmp_path):
+    folder, marker = saved(tmp_path, 1), tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self):
+            return (os.mkdir, (str(marker),))
+    for name in ("optimizer.pt", "trainer_state.pt"):
+        (folder / name).write_bytes(pickle.dumps(Payload()))
+        with pytest.raises(Exception):
+            torch.load(folder / name, weights_only=True)
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_weights(tiny(), folder / "model.safetensors")
+    assert not marker.exists()
+
+
+def test_manifest_names_stay_inside_the_folder(tmp_path):
+    folder = saved(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][0]["name"] = "../../../etc/passwd"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert damage(folder) == "passwd is missing"

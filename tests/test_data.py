@@ -1,0 +1,143 @@
+"""Token files, rows, packing, order."""
+
+import json
+
+import numpy as np
+import pytest
+from engine_helpers import make_tokenizer, pretrain_files, write_tokens
+
+from engine.config import BatchPlan
+from engine.data import IGNORE, DocumentRows, TokenFile, WindowRows, best_fit, shuffled
+from engine.loader import StepLoader, held_out_batches
+from utils.errors import UserError
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return make_tokenizer(tmp_path / "tokenizer")
+
+
+def documents(tokenizer, lengths):
+    """Documents of given lengths whose inner tokens are all different from one another."""
+    inner = iter(range(16, 10_000))
+    return [[tokenizer.bos_id, *(next(inner) % 256 + 16 for _ in range(n - 2)), tokenizer.eos_id] for n in lengths]
+
+
+def test_windows_hold_every_target_once(tmp_path, tokenizer):
+    docs = documents(tokenizer, [5, 9, 12, 3, 20])
+    file = TokenFile(write_tokens(tmp_path / "d", docs, tokenizer), tokenizer, "make")
+    rows = WindowRows(file, 8)
+    flat = np.concatenate(docs)
+    assert len(rows) == 6  # 48 targets
+    seen = np.concatenate([rows.row(i)["targets"] for i in range(len(rows))])[: len(flat) - 1]
+    expected = np.where(flat[1:] == tokenizer.bos_id, IGNORE, flat[1:])
+    assert (seen == expected).all()
+    row = rows.row(0)
+    assert row["input_ids"].tolist() == flat[:8].tolist()
+    assert row["doc_ids"].tolist() == [1, 1, 1, 1, 1, 2, 2, 2]
+    last = rows.row(5)
+    assert (last["targets"][len(flat) - 1 - 40 :] == IGNORE).all()
+
+
+def test_documents_hold_every_target_once(tmp_path, tokenizer):
+    docs = documents(tokenizer, [5, 9, 12, 3, 20, 2, 7])
+    file = TokenFile(write_tokens(tmp_path / "d", docs, tokenizer), tokenizer, "make")
+    expected = sorted(token for doc in docs for token in doc[1:])
+    for pack in (True, False):
+        rows = DocumentRows(file, 8, pack=pack)
+        all_rows = [rows.row(i) for i in range(len(rows))]
+        targets = np.concatenate([row["targets"] for row in all_rows])
+        assert sorted(targets[targets != IGNORE].tolist()) == expected
+        for row in all_rows:  # within a document a target is the next input
+            same = row["doc_ids"][:-1] == row["doc_ids"][1:]
+            valid = same & (row["targets"][:-1] != IGNORE) & (row["targets"][1:] != IGNORE)
+            assert (row["targets"][:-1][valid] == row["input_ids"][1:][valid]).all()
+    assert len(DocumentRows(file, 8, pack=True)) < len(DocumentRows(file, 8, pack=False))
+
+
+def test_masks_and_long_conversations(tmp_path, tokenizer):
+    docs = documents(tokenizer, [6, 30, 7])
+    masks = [[0, 0, 1, 1, 0, 1], [1] * 30, [0, 0, 0, 0, 1, 1, 1]]
+    file = TokenFile(write_tokens(tmp_path / "d", docs, tokenizer, masks, characters=4), tokenizer, "make")
+    rows = DocumentRows(file, 16, pack=True, drop_long=True)
+    assert rows.dropped == 1 and len(rows) == 1
+    targets = rows.row(0)["targets"]
+    assert sorted(targets[targets != IGNORE].tolist()) == sorted([docs[0][2], docs[0][3], docs[0][5], *docs[2][4:]])
+    assert rows.openings(1) == [docs[0][:2]]
+    assert rows.targets_per_character() == (3 + 29 + 3) / 4
+
+
+def test_best_fit_fills_rows():
+    widths = np.random.default_rng(0).integers(1, 65, 2000)
+    rows = best_fit(widths, 64)
+    assert sorted(piece for row in rows for piece in row) == list(range(2000))
+    filled = [widths[row].sum() for row in rows]
+    assert max(filled) <= 64 and np.mean(filled) > 0.96 * 64
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000])
+def test_shuffle_is_a_permutation(n):
+    places = np.arange(n)
+    first, second = shuffled(places, n, 1, 0), shuffled(places, n, 1, 1)
+    assert sorted(first) == sorted(second) == list(range(n))
+    assert (shuffled(places[n // 2 :], n, 1, 0) == first[n // 2 :]).all()  # a pure function of the place
+    if n >= 64:
+        assert (first != second).any() and (first != shuffled(places, n, 2, 0)).any()
+        assert abs(np.corrcoef(places, first)[0, 1]) < 0.3
+
+
+def test_ranks_and_micro_batches_share_one_order(tmp_path, tokenizer):
+    file = TokenFile(pretrain_files(tmp_path, tokenizer)[0], tokenizer, "make")
+    rows = WindowRows(file, 16)
+    whole = list(StepLoader(rows, BatchPlan(8, 8, 1), 7, 0, 40, 0, 1))
+    parts = [list(StepLoader(rows, BatchPlan(8, 2, 2), 7, 0, 40, rank, 2)) for rank in range(2)]
+    resumed = list(StepLoader(rows, BatchPlan(8, 8, 1), 7, 25, 40, 0, 1))
+    assert len(rows) < 40 * 8  # more than one epoch
+    for step, one in enumerate(whole):
+        shared = [row for part in parts for batch in part[step].batches for row in batch["input_ids"].tolist()]
+        assert sorted(shared) == sorted(one.batches[0]["input_ids"].tolist())
+        assert sum(sum(part[step].targets) for part in parts) == sum(one.targets)
+    assert [work.rows for work in resumed] == [work.rows for work in whole[25:]]
+    first_epoch = [row for work in whole for row in work.rows][: len(rows)]
+    assert sorted(first_epoch) == list(range(len(rows)))
+
+
+def test_held_out_batches_cover_all_rows_once(tmp_path, tokenizer):
+    file = TokenFile(pretrain_files(tmp_path, tokenizer)[1], tokenizer, "make")
+    rows = DocumentRows(file, 32, pack=True)
+    expected = sum(int((rows.row(i)["targets"] != IGNORE).sum()) for i in range(len(rows)))
+    for world in (1, 2):
+        batches = [b for rank in range(world) for b in held_out_batches(rows, 4, 0, rank, world)]
+        assert {tuple(batch["targets"].shape) for batch in batches} == {(4, 32)}
+        assert sum(int((batch["targets"] != IGNORE).sum()) for batch in batches) == expected
+
+
+def test_one_document_a_row_is_trimmed(tmp_path, tokenizer):
+    file = TokenFile(pretrain_files(tmp_path, tokenizer)[0], tokenizer, "make")
+    loader = StepLoader(DocumentRows(file, 128, pack=False), BatchPlan(2, 2, 1), 0, 0, 3, trim=True)
+    for work in loader:
+        assert work.batches[0]["input_ids"].shape[1] <= 48 and "doc_ids" not in work.batches[0]
+
+
+def test_file_errors_are_one_line(tmp_path, tokenizer, capsys):
+    path = write_tokens(tmp_path / "d", documents(tokenizer, [6, 8]), tokenizer)
+    meta = json.loads((tmp_path / "d.meta.json").read_text())
+
+    def fails(says, at=path, **changes):
+        (tmp_path / "d.meta.json").write_text(json.dumps({**meta, **changes}))
+        with pytest.raises(UserError, match=says) as caught:
+            TokenFile(at, tokenizer, "python make.py")
+        assert "\n" not in str(caught.value)
+
+    fails("no data file .*python make.py", at=tmp_path / "none.bin")
+    fails("another tokenizer", tokenizer_fingerprint="other")
+    fails("token id 272, beyond the vocabulary of 272", max_id=272)
+    fails("meta file says 99", tokens=99)
+    (tmp_path / "d.docs.npy").unlink()
+    (tmp_path / "d.meta.json").unlink()  # without meta: read as uint16 with a warning, ids checked on reading
+    np.array([1, 20, 2, 1, 60_000, 2], "<u2").tofile(path)
+    file = TokenFile(path, tokenizer, "make")
+    assert "reading" in capsys.readouterr().err
+    assert file.documents().tolist() == [0, 3, 6]
+    with pytest.raises(UserError, match="token id 60000"):
+        list(StepLoader(WindowRows(file, 8), BatchPlan(1, 1, 1), 0, 0, 1))  # from the thread to the caller
