@@ -42,7 +42,11 @@ elapsed() {
 }
 
 sha256() {
-    "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+    if command -v sha256sum >/dev/null; then
+        sha256sum | cut -d ' ' -f 1
+    else
+        shasum -a 256 | cut -d ' ' -f 1 # macOS
+    fi
 }
 
 # stage NAME RESULT COMMAND...: run the command, unless RESULT, a file, is still as this command made it after these same
