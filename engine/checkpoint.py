@@ -117,6 +117,9 @@ def damage(folder: Path) -> str | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return "it has no readable manifest.json"
+    names = {entry.get("name") for entry in manifest["files"]}
+    if not {"model.safetensors", "trainer_state.pt"} <= names:
+        return "its manifest.json names no weights"
     for entry in manifest["files"]:
         path = folder / Path(str(entry.get("name"))).name
         if not path.is_file():

@@ -78,10 +78,9 @@ def test_prune_keeps_the_newest(tmp_path):
 def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
     folder = saved(tmp_path, 1)
     before = (folder / "manifest.json").read_bytes()
-    for call in ("save", ):
-        monkeypatch.setattr(torch, call, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
-            saved(tmp_path, 1)
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        saved(tmp_path, 1)
     assert damage(folder) is None and (folder / "manifest.json").read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing half-written is left
 
@@ -105,6 +104,6 @@ def test_no_pickle_is_executed(tmp_path):
 def test_manifest_names_stay_inside_the_folder(tmp_path):
     folder = saved(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][0]["name"] = "../../../etc/passwd"
+    manifest["files"].append({"name": "../../../etc/passwd"})
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert damage(folder) == "passwd is missing"

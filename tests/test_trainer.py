@@ -1,0 +1,229 @@
+"""The loop, with a tiny model: exactness, resuming, safety, what a run folder holds."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import TinyModel, TinyModelArgs, make_tokenizer, pretrain_files, sft_files
+
+from engine import trainer
+from engine.checkpoint import find_runs, newest_checkpoint
+from engine.config import TrainConfig
+from engine.data import DocumentRows, TokenFile, WindowRows
+from engine.metrics import read_metrics
+from utils.errors import UserError
+
+TIMES = ("tokens_per_s", "seconds")
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A folder with a tokenizer and data, and run(**settings): one training of the tiny model in it."""
+    class World:
+        path, tokenizer = tmp_path, make_tokenizer(tmp_path / "tokenizer")
+
+        def __init__(self):
+            train, val = pretrain_files(tmp_path / "data", self.tokenizer)
+            self.rows = WindowRows(TokenFile(train, self.tokenizer, "make"), 32)
+            self.val = DocumentRows(TokenFile(val, self.tokenizer, "make"), 32, pack=True)
+
+        def run(self, model_fields=(), rows=None, model_class=TinyModel, **settings):
+            defaults = dict(model_name="tiny", max_batch_size=4, max_steps=6, log_interval=1, save_interval=0, device="cpu",
+                            sample_interval=0, eval_interval=0, output_path=str(tmp_path / "output"), max_lr=0.01)
+            config = TrainConfig(**{**defaults, **settings})
+            torch.manual_seed(config.seed)
+            self.model = model_class(TinyModelArgs(vocab_size=self.tokenizer.vocab_size, max_seq_len=32, **dict(model_fields)))
+            return trainer.train(config, "pretrain", self.model, self.tokenizer, rows or self.rows, self.val, "python next.py {run}")
+
+        def weights(self):
+            return {name: value.clone() for name, value in self.model.state_dict().items()}
+    return World()
+
+
+def losses(summary, key="loss"):
+    return [record[key] for record in read_metrics(os.path.join(summary["run"], "metrics.jsonl")) if key in record]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def stop_after(world, monkeypatch, steps, **settings):
+    """Train, with a SIGTERM that arrives during step `steps`."""
+    def before_step(self, step, total_steps):
+        if step + 1 == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyModel, "before_step", before_step)
+        return world.run(**settings)
+
+
+def test_it_learns_and_leaves_a_complete_folder(world):
+    summary = world.run(max_steps=60, eval_interval=20, save_interval=20, sample_interval=30, log_interval=10, keep_last=2)
+    folder = world.path / "output" / "pretrain_tiny"
+    assert summary["status"] == "finished" and summary["run"] == str(folder) and summary["next_command"] == f"python next.py {folder}"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.yaml", "run.json", "engine_helpers.py", "metrics.jsonl", "logs", "samples.md", "checkpoints", "final",
+                     "summary.json", "loss_curve.png", "tokenizer"}
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000040", "step-00000060"]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    curve = losses(summary)
+    assert curve[-1] < 0.7 * curve[0] and len(losses(summary, "val_loss")) == 3
+    # characters == tokens in this data, and each of the 12 documents has one token that is no target
+    tokens = len(world.val.file.tokens)
+    assert summary["val_bpc"] == pytest.approx(summary["val_loss"] * (tokens - 12) / tokens / np.log(2))
+    assert (folder / "samples.md").read_text().count("## Step") == 2
+    run, = find_runs(world.path / "output")
+    assert (run.path, run.stage, run.model_name, run.step, run.val_loss) == (folder, "pretrain", "tiny", 60, summary["val_loss"])
+
+
+def test_tensorboard_holds_everything_in_other_vars(world):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(world.path / os.path.join(world.run(max_steps=2)["run"], "logs")))
+    board.Reload()
+    assert {"train/loss", "train/lr", "train/tokens_per_s", "train/grad_norm", "val/loss", "val/bpc", "loss/ce",
+            "loss/extra"} <= set(board.Tags()["scalars"])
+    assert set(board.Tags()["histograms"]) == {"moe/load/00", "moe/load/01"}
+
+
+def test_two_runs_are_equal(world):
+    first = world.run(model_fields={"dropout": 0.1})
+    weights = world.weights()
+    second = world.run(model_fields={"dropout": 0.1}, resume="never")
+    assert second["run"].endswith("_2") and losses(first) == losses(second) and same(weights, world.weights())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resuming_is_exact(world, monkeypatch, optimizer):
+    settings = dict(optimizer=optimizer, model_fields={"dropout": 0.1}, lr_schedule="cosine")
+    whole = world.run(**settings, output_path=str(world.path / "whole"))
+    weights = world.weights()
+    half = stop_after(world, monkeypatch, 3, **settings)
+    assert half["status"].startswith("stopped by SIGTERM") and half["steps"] == 3
+    assert not (world.path / "output/pretrain_tiny/final").exists()
+    rest = world.run(**settings)
+    assert rest["run"] == half["run"] and losses(rest) == losses(whole) and same(weights, world.weights())
+    assert weights["bias"].abs().sum() > 0
+    ours, theirs = read_metrics(rest["run"] + "/metrics.jsonl"), read_metrics(whole["run"] + "/metrics.jsonl")
+    assert [{k: v for k, v in r.items() if k not in TIMES} for r in ours] == \
+           [{k: v for k, v in r.items() if k not in TIMES} for r in theirs]
+    assert {k: v for k, v in rest.items() if k not in ("seconds", "run", "next_command")} == \
+           {k: v for k, v in whole.items() if k not in ("seconds", "run", "next_command")}
+
+
+def test_a_crash_costs_only_the_steps_since_the_save(world, monkeypatch):
+    whole = world.run(output_path=str(world.path / "whole"), save_interval=2)
+    weights = world.weights()
+
+    def before_step(self, step, total_steps):
+        if step == 5:
+            raise KeyError("the machine dies")
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyModel, "before_step", before_step)
+        with pytest.raises(KeyError):
+            world.run(save_interval=2)
+    newest = newest_checkpoint(world.path / "output/pretrain_tiny")
+    assert newest.name == "step-00000004"
+    (newest / "model.safetensors").write_bytes(b"broken")  # and the newest checkpoint is damaged, too
+    rest = world.run(save_interval=2)
+    assert losses(rest) == losses(whole) and same(weights, world.weights())
+
+
+def test_accumulation_does_not_change_the_curve(world):
+    masked = DocumentRows(TokenFile(sft_files(world.path / "data", world.tokenizer)[0], world.tokenizer, "make"), 32, pack=True,
+                          drop_long=True)  # uneven numbers of targets
+    runs = [world.run(rows=masked, max_batch_size=size, global_batch_size=8, resume="never", optimizer="adamw")
+            for size in (8, 4, 1)]
+    assert [run["run"][-2:] for run in runs] == ["ny", "_2", "_3"]
+    for run in runs[1:]:
+        assert losses(run) == pytest.approx(losses(runs[0]), rel=2e-4)  # the extra term weighs by targets, not by rows
+        assert losses(run, "val_loss") == pytest.approx(losses(runs[0], "val_loss"), rel=1e-4)
+
+
+def test_resume_modes(world, capsys):
+    with pytest.raises(UserError, match="no run to go on with: .* does not exist"):
+        world.run(resume="must")
+    first = world.run()
+    capsys.readouterr()
+    assert world.run() == first and "is finished" in capsys.readouterr().out
+    assert world.run(log_interval=2, max_batch_size=2, global_batch_size=4) == first  # neutral settings make no new run
+    assert world.run(max_lr=0.02)["run"].endswith("_2")
+    assert "differs in max_lr: this run goes to" in capsys.readouterr().out
+    assert world.run(max_lr=0.02)["run"].endswith("_2") and "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--resume=must.*differs in max_lr"):
+        world.run(max_lr=0.03, resume="must")
+    longer = world.run(max_steps=8, resume=first["run"])
+    assert longer["run"] == first["run"] and longer["steps"] == 8
+    with pytest.raises(UserError, match="no run folder"):
+        world.run(resume=str(world.path))
+    with pytest.raises(UserError, match="another architecture"):
+        world.run(resume=first["run"], model_fields={"dim": 8})
+
+
+def test_a_bad_step_is_skipped_and_counted(world, monkeypatch, capsys):
+    forward = TinyModel.forward
+
+    def poisoned(at):
+        calls = []
+
+        def replacement(self, input_ids, targets=None, doc_ids=None):
+            logits, loss, other_vars = forward(self, input_ids, targets, doc_ids)
+            if self.training and targets is not None:
+                calls.append(0)
+                loss = loss * float("nan") if len(calls) in at else loss
+            return logits, loss, other_vars
+        return replacement
+    monkeypatch.setattr(TinyModel, "forward", poisoned({3}))
+    monkeypatch.setattr(TinyModel, "accepts", classmethod(lambda cls, name: name == "doc_ids"))
+    summary = world.run()
+    assert summary["skipped_steps"] == 1 and "step 3 skipped: loss nan" in capsys.readouterr().err
+    assert all(torch.isfinite(value).all() for value in world.weights().values())
+    monkeypatch.setattr(TinyModel, "forward", poisoned(set(range(1, 99))))
+    with pytest.raises(UserError, match="10 steps in a row"):
+        world.run(max_steps=30)
+
+
+def test_a_failed_save_does_not_end_the_run(world, monkeypatch, capsys):
+    save = trainer.save_checkpoint
+
+    def full_disk(folder, *rest):
+        if folder.name == "step-00000002":
+            raise OSError("No space left on device")
+        save(folder, *rest)
+    monkeypatch.setattr(trainer, "save_checkpoint", full_disk)
+    assert world.run(save_interval=2)["status"] == "finished"
+    assert "could not be saved (No space left" in capsys.readouterr().err
+
+
+def test_bf16_trains_fp32_weights(world):
+    summary = world.run(precision="bf16", max_steps=30)
+    assert losses(summary)[-1] < losses(summary)[0]
+    assert {value.dtype for value in world.weights().values()} == {torch.float32}
+    with pytest.raises(UserError, match="fp16 needs cuda"):
+        world.run(precision="fp16")
+
+
+def test_tied_weights_train_and_resume(world, monkeypatch):
+    stop_after(world, monkeypatch, 3, model_fields={"tied": True})
+    world.run(model_fields={"tied": True})
+    assert world.model.lm_head.weight is world.model.tok_embed.weight
+
+
+def test_a_model_without_doc_ids(world):
+    class Plain(TinyModel):
+        def forward(self, input_ids, targets=None):
+            return super().forward(input_ids, targets)
+    rows = DocumentRows(world.rows.file, 32, pack=False)
+    world.val = DocumentRows(world.val.file, 32, pack=False)
+    assert world.run(rows=rows, model_class=Plain, max_steps=3)["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(world):
+    eager = world.run(output_path=str(world.path / "eager"))
+    compiled = world.run(compile="true")
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
