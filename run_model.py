@@ -19,7 +19,7 @@ AVATARS = {"user": ":material/person:", "assistant": ":material/auto_awesome:"}
 
 
 def main():
-    st.set_page_config(page_title="Mini-LLM", page_icon=":material/auto_awesome:")
+    st.set_page_config(page_title="Mini-LLM")       # no page_icon: its symbols are fetched from another host
     options = parse(TalkOptions)
     with st.sidebar:
         say = choose_language()
@@ -49,14 +49,14 @@ def choose_run(say, output_path):
         st.text(output_path)
         st.stop()
     run = runs[st.selectbox(say["run"], list(runs), format_func=lambda path: label(runs[path]), key="run")]
-    facts = [f"{say['stage']} {run.stage}"]
-    if run.params is not None:
-        facts.append(f"{format_count(run.params)} {say['parameters']}")
+    facts = []
     if run.step is not None:
         facts.append(f"{say['step']} {run.step}")
     if run.val_loss is not None:
         facts.append(f"{say['held_out']} {run.val_loss:.3f}")
-    st.text(" · ".join(facts))
+    if run.val_bpc is not None:
+        facts.append(f"{run.val_bpc:.2f} {say['bits']}")
+    st.caption(" · ".join(facts))               # numbers and our own words only: st.caption reads Markdown
     return run
 
 
@@ -155,15 +155,23 @@ def answer(say, speaker, turns, settings, system):
         try:
             reply = speaker.answer(history, **settings)
             for _ in reply:
-                turn["content"], turn["figures"] = reply.text, reply.figures()
                 if time.monotonic() - shown > REFRESH:
-                    place.text(harmless(reply.text) + "▍")
+                    keep(reply, turn, place, "▍")
                     shown = time.monotonic()
-            turn["figures"] = reply.figures()
+            keep(reply, turn, place)
         except ValueError as error:
             if not getattr(error, "user_error", False):
                 raise
             turn["error"] = str(error)
+
+
+def keep(reply, turn, place, cursor=""):
+    """Show what there is of an answer, then remember it, in this order: showing is where Streamlit ends a script that
+    has been overtaken by a click, and the next one, already drawing in its own thread, must not see the turn change.
+    """
+    text, figures = reply.text, reply.figures()
+    place.text(harmless(text) + cursor)
+    turn["content"], turn["figures"] = text, figures
 
 
 def answered(turns):
@@ -178,7 +186,7 @@ def answered(turns):
 
 
 def describe(say, figures):
-    """The line below an answer. Our own words and numbers only: st.caption reads Markdown."""
+    """The line below an answer: numbers and our own words only, as st.caption reads Markdown."""
     parts = [f"{figures['tokens']} {say['tokens']}", f"{figures['tokens_per_s']:.1f} {say['tokens_per_s']}",
              f"{say['first']} {figures['first_seconds']:.2f} s"]
     if figures["finish"] != "stop":

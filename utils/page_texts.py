@@ -4,9 +4,8 @@ TEXTS = {
     "English": {
         "run": "Model",
         "held_out": "held-out loss",
-        "stage": "stage",
-        "parameters": "parameters",
         "step": "step",
+        "bits": "bits a character",
         "system": "System prompt",
         "system_hint": "None: most small models were trained without",
         "temperature": "Temperature",
@@ -46,9 +45,8 @@ TEXTS = {
     "中文": {
         "run": "模型",
         "held_out": "验证损失",
-        "stage": "阶段",
-        "parameters": "参数量",
         "step": "步数",
+        "bits": "比特/字",
         "system": "系统提示词",
         "system_hint": "无：小模型训练时大多没有",
         "temperature": "温度",
