@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model import get_model_and_args
-from utils.config import load_yaml
+from utils.config import load_yaml, typed_model_values
 from utils.errors import UserError
 from utils.log import warn
 from utils.tokenizer import load_tokenizer
@@ -192,8 +192,9 @@ def load_run(path, device="cpu", dtype=torch.float32, overrides: dict | None = N
     if checkpoint is None:
         raise UserError(f"{path} has no valid checkpoint: let the training reach its first save, or choose another run")
     Model, ModelArgs = get_model_and_args(config["model_name"])
+    overrides = typed_model_values(overrides or {}, ModelArgs)
     try:
-        model = Model(ModelArgs(**(config["model"] | (overrides or {}))))
+        model = Model(ModelArgs(**(config["model"] | overrides)))
     except TypeError as error:
         raise UserError(f"{path}/config.yaml does not fit {config['model_name']} as it is now: {error}") from None
     load_weights(model, checkpoint / "model.safetensors")

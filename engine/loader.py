@@ -45,8 +45,8 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
 class StepLoader:
     """Iterates over StepBatches from step `start` to `total_steps`.
 
-    The step's rows are a slice of the epoch's shuffle and are dealt to the ranks in turn, so the same global batch
-    comes out whatever the number of processes or micro-batches. Call close() when leaving early.
+    The step's rows are a slice of the epoch's shuffle, cut into micro-batches that are dealt to the ranks in turn: the
+    number of processes changes neither the global batch nor the micro-batches. Call close() when leaving early.
     """
 
     def __init__(self, rows, plan, seed: int, start: int, total_steps: int, rank: int = 0, world_size: int = 1,
@@ -67,10 +67,9 @@ class StepLoader:
 
     def make(self, step: int) -> StepBatches:
         numbers, epoch = self.step_rows(step)
-        mine = numbers[self.rank :: self.world_size]
-        batches, targets, tokens = [], [], 0
-        for i in range(0, len(mine), self.plan.micro_rows):
-            rows = [self.rows.row(int(n)) for n in mine[i : i + self.plan.micro_rows]]
+        size, batches, targets, tokens = self.plan.micro_rows, [], [], 0
+        for start in range(self.rank * size, len(numbers), self.world_size * size):
+            rows = [self.rows.row(int(n)) for n in numbers[start : start + size]]
             batches.append(collate(rows, self.rows.with_doc_ids, self.rows.file.pad_id, self.pin, self.trim))
             targets.append(sum(int((row["targets"] != IGNORE).sum()) for row in rows))
             tokens += sum(int((row["input_ids"] != self.rows.file.pad_id).sum()) for row in rows)

@@ -1,0 +1,45 @@
+"""One process of test_distributed.py: trains the tiny model on unevenly masked rows. Started by torchrun or alone."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from engine_helpers import TinyModel, TinyModelArgs  # noqa: E402
+
+from engine import distributed  # noqa: E402
+from engine.config import TrainConfig  # noqa: E402
+from engine.data import DocumentRows, TokenFile  # noqa: E402
+from engine.trainer import train  # noqa: E402
+from utils.config import parse  # noqa: E402
+from utils.errors import run_script  # noqa: E402
+from utils.tokenizer import load_tokenizer  # noqa: E402
+
+
+class RankModel(TinyModel):
+    """Leaves a layer out of the graph on all ranks but the first, as a plugin with rare branches would."""
+
+    def forward(self, input_ids, targets=None, doc_ids=None):
+        logits, loss, other_vars = super().forward(input_ids, targets, doc_ids)
+        if distributed.is_main() and loss is not None:
+            extra = 0.0 * self.unused.sum()
+            loss, other_vars = loss + extra, {**other_vars, "loss/extra": other_vars["loss/extra"] + extra}
+        return logits, loss, other_vars
+
+
+def main():
+    config = parse(TrainConfig)
+    data = Path(config.output_path).parent / "data"
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    distributed.init("cpu")
+    torch.manual_seed(config.seed + distributed.rank())  # every rank starts elsewhere: rank 0's weights must win
+    model = RankModel(TinyModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=32))
+    rows = {name: DocumentRows(TokenFile(data / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, drop_long=True)
+            for name in ("train", "val")}
+    train(config, "sft", model, tokenizer, rows["train"], rows["val"], "python next.py")
+
+
+if __name__ == "__main__":
+    run_script(main)

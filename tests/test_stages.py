@@ -1,0 +1,103 @@
+"""pretrain.py and sft.py as commands: end to end on tiny data, and one line for each user error."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from engine_helpers import ROOT, make_tokenizer, pretrain_files, sft_files
+
+import pretrain
+import sft
+from engine.checkpoint import find_runs, load_run, newest_run
+from model import list_models
+from utils.errors import UserError
+
+NAME = list_models()[0]
+SMALL = ["--device=cpu", "--max_batch_size=2", "--max_steps=2", "--sample_interval=0", "--eval_interval=0",
+         "--model.dim=32", "--model.n_layers=2", "--max_seq_len=48"]
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """A working folder with tokenizer, data, and one pretraining run."""
+    folder = tmp_path_factory.mktemp("stages")
+    tokenizer = make_tokenizer(folder / "output/tokenizer")
+    pretrain_files(folder / "output/data", tokenizer)
+    sft_files(folder / "output/data", tokenizer)
+    before = os.getcwd()
+    os.chdir(folder)
+    pretrain.main([f"--model_name={NAME}", *SMALL])
+    yield folder
+    os.chdir(before)
+
+
+def test_from_pretraining_to_a_loaded_chat_model(stages):
+    summary = sft.main([f"--model_name={NAME}", *SMALL[:5]])
+    assert summary["run"] == f"output/sft_{NAME}" and summary["status"] == "finished"
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tokenizer, config = load_run(f"output/sft_{NAME}", dtype=dtype)
+        assert not model.training and config["stage"] == "sft" and config["model"]["dim"] == 32
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert all(b.dtype != torch.bfloat16 for b in model.buffers())
+        logits, loss, _ = model(torch.tensor([[tokenizer.bos_id, 20]]))
+        assert logits.shape == (1, 2, tokenizer.vocab_size) and loss is None
+    assert {run.stage for run in find_runs()} == {"pretrain", "sft"}
+    assert str(newest_run("output", "pretrain", NAME)) == f"output/pretrain_{NAME}"
+    assert json.loads((stages / f"output/sft_{NAME}/run.json").read_text())["identity"]["init_weights"]
+
+
+def test_a_run_can_move(stages, tmp_path):
+    shutil.copytree(stages / f"output/pretrain_{NAME}", tmp_path / "elsewhere")
+    load_run(tmp_path / "elsewhere")
+    sft.main([f"--init_from={tmp_path / 'elsewhere'}", *SMALL[:5], f"--output_path={tmp_path}"])
+    assert (tmp_path / f"sft_{NAME}" / "final").is_dir()
+
+
+def test_fields_that_leave_the_shapes_alone_may_change(stages, tmp_path):
+    sft.main([*SMALL[:5], f"--output_path={tmp_path}", f"--init_from=output/pretrain_{NAME}",
+              "--model.norm_eps=1e-5", "--max_seq_len=40"])
+    _, _, config = load_run(tmp_path / f"sft_{NAME}")
+    assert config["model"]["norm_eps"] == 1e-5 and config["max_seq_len"] == 40 and config["model"]["max_seq_len"] == 48
+
+
+def case(script, says, *flags):
+    return pytest.param(script, flags, says, id=says[:40])
+
+
+@pytest.mark.parametrize("script, flags, says", [
+    case(pretrain, "which model? add --model_name="),
+    case(pretrain, "unknown model", f"--model_name={NAME[:-1]}x"),
+    case(pretrain, "no data file none.bin: make it with", f"--model_name={NAME}", "--pretrain_data_path=none.bin"),
+    case(pretrain, "no tokenizer in nowhere: run python train_tokenizer.py", f"--model_name={NAME}", "--tokenizer_path=nowhere"),
+    case(pretrain, "with another tokenizer", f"--model_name={NAME}", "--tokenizer_path=other_tokenizer"),
+    case(pretrain, "beyond the vocabulary", f"--model_name={NAME}", "--pretrain_data_path=foreign.bin"),
+    case(pretrain, "PyTorch sees no CUDA device", f"--model_name={NAME}", "--device=cuda"),
+    case(pretrain, "did you mean --model.n_layers?", f"--model_name={NAME}", "--model.n_layer=3"),
+    case(sft, "takes at most 48 tokens", "--max_seq_len=4096"),
+    case(sft, "has no valid checkpoint", "--init_from=empty_run"),
+    case(sft, "is no run folder", "--init_from=output"),
+    case(sft, "no pretraining run in empty", "--output_path=empty"),
+    case(sft, "the architecture's fields must stay as they were", "--model.dim=64"),
+    case(sft, "holds", "--model_name=mini_other", f"--init_from=output/pretrain_{NAME}"),
+])
+def test_user_errors_are_one_line(stages, script, flags, says, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if not (stages / "empty_run").exists():
+        (stages / "empty_run").mkdir()
+        shutil.copy(stages / f"output/pretrain_{NAME}/config.yaml", stages / "empty_run")
+        shutil.copytree("output/tokenizer", "other_tokenizer")
+        with open("other_tokenizer/tokenizer.json", "a") as file:
+            file.write(" ")
+        (stages / "foreign.bin").write_bytes(bytes([1, 0, 255, 255] * 400))  # id 65535, no meta file
+    with pytest.raises(ValueError) as caught:
+        script.main([*(SMALL if script is pretrain else SMALL[:5]), *flags])
+    assert caught.value.user_error and says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_command_prints_one_line_and_fails(stages):
+    done = subprocess.run([sys.executable, str(ROOT / "pretrain.py"), "--model_name=nothing"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown model 'nothing'") and done.stderr.count("\n") == 1
