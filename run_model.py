@@ -19,7 +19,8 @@ AVATARS = {"user": ":material/person:", "assistant": ":material/auto_awesome:"}
 
 
 def main():
-    st.set_page_config(page_title="Mini-LLM")       # no page_icon: its symbols are fetched from another host
+    # No page_icon: the browser would fetch it from another host.
+    st.set_page_config(page_title="Mini-LLM", initial_sidebar_state=340)
     options = parse(TalkOptions)
     with st.sidebar:
         say = choose_language()
@@ -116,7 +117,8 @@ def talk(say, run, speaker, settings, system):
     if text:
         turns.append({"role": "user", "content": text})
     if not turns:
-        st.text(say["base_welcome" if speaker.is_base else "chat_welcome"])
+        st.subheader(say["base_title" if speaker.is_base else "chat_title"])
+        st.caption(say["base_welcome" if speaker.is_base else "chat_welcome"])
         return
     for turn in turns:
         show(say, turn)
@@ -188,7 +190,7 @@ def answered(turns):
 def describe(say, figures):
     """The line below an answer: numbers and our own words only, as st.caption reads Markdown."""
     parts = [f"{figures['tokens']} {say['tokens']}", f"{figures['tokens_per_s']:.1f} {say['tokens_per_s']}",
-             f"{say['first']} {figures['first_seconds']:.2f} s"]
+             f"{say['first']} {1000 * figures['first_seconds']:.0f} ms"]
     if figures["finish"] != "stop":
         parts.append(say[figures["finish"]])
     if figures["dropped"]:

@@ -21,7 +21,8 @@ HELP = """\
   /system TEXT         set the system prompt (without TEXT: remove it) and forget the conversation
   /set NAME VALUE      change a setting, e.g. /set temperature 0.7 (without NAME: show them)
   /save FILE           append the conversation to FILE, one JSON line as the fine-tuning data has them
-  /quit                leave (Ctrl-D does too); Ctrl-C stops an answer"""
+  /quit                leave (Ctrl-D does too); Ctrl-C stops an answer
+  For a base model, \\n in a line is a line break."""
 SETTABLE = ("max_new_tokens", *SAMPLING)
 
 
@@ -82,7 +83,7 @@ class Session:
                 if line.startswith("/"):
                     self.command(*line[1:].split(None, 1))
                 elif line:
-                    self.ask(line)
+                    self.ask(line.replace("\\n", "\n") if self.speaker.is_base else line)
             except KeyboardInterrupt:               # before the first token, or between two of our own lines
                 print()
             except ValueError as error:
@@ -153,9 +154,10 @@ class Session:
 
 def describe(figures):
     """The line below an answer."""
-    parts = ["{tokens} tokens · {tokens_per_s:.1f} tokens/s · first after {first_seconds:.2f} s".format(**figures)]
+    parts = [f"{figures['tokens']} tokens", f"{figures['tokens_per_s']:.1f} tokens/s",
+             f"first after {1000 * figures['first_seconds']:.0f} ms"]
     if figures["finish"] == "length":
-        parts.append("cut off: no room left")
+        parts.append("cut off at the limit")
     elif figures["finish"] == "stopped":
         parts.append("stopped")
     if figures["dropped"]:

@@ -1,0 +1,217 @@
+"""test.py as people use it: one shot, in a pipe, and on a real (pseudo) terminal; and that no output commands it."""
+import codecs
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import CHAT, POEM, small_runs
+
+from engine.chat import choose_run, fit, open_speaker
+from utils.errors import UserError
+from utils.logo import print_logo
+from utils.terminal import harmless, paint
+from utils.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments, stdin=subprocess.DEVNULL, **more):
+    return subprocess.run([sys.executable, "test.py", *arguments], cwd=ROOT, stdin=stdin, capture_output=True, text=True,
+                          encoding="utf-8", timeout=60, **more)
+
+
+def base_run():
+    return str(next(small_runs().glob("pretrain_*")))
+
+
+def test_harmless_text():
+    assert harmless("春\t晓\nplain €") == "春\t晓\nplain €"
+    assert harmless("\x1b]0;title\x07a\x1b[2Jb\rc\x08d\x9b31me\x7f\x00") == "]0;titlea[2Jbcd31me"
+    assert harmless("ab\u202ecd\u2066e\u200f") == "abcde"
+    assert all(harmless(chr(code)) in ("", "\n", "\t") for code in [*range(32), *range(127, 160)])
+
+
+def test_colours_and_logo_only_on_a_terminal(capsys, monkeypatch):
+    assert paint("x", "red") == "x"
+    print_logo("subtitle")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert paint("x", "bold", "red") == "\033[1;31mx\033[0m"
+    print_logo("subtitle")
+    assert "subtitle" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert paint("x", "red") == "x"
+
+
+def test_help_is_quick():
+    code = "import runpy, sys; sys.argv = ['test.py', '--help']\ntry: runpy.run_path('test.py', run_name='__main__')\n" \
+           "except SystemExit as end: assert not end.code\nassert 'torch' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert "--temperature=0.7" in shown.stdout and "--run" in shown.stdout
+
+
+def test_one_shot_and_pipe():
+    place = f"--output_path={small_runs()}"
+    shot = run(place, "--temperature=0", "--prompt", "谁写的")
+    assert (shot.returncode, shot.stdout, shot.stderr) == (0, CHAT["谁写的"] + "\n", "")      # the run that can chat
+    answer = run("--run", base_run(), "--temperature=0", "--max_new_tokens=30", "--prompt", "春眠").stdout
+    assert answer.startswith("春眠不觉晓，") and "\ufffd" not in answer[:-2]                  # a base model goes on
+    with subprocess.Popen(["printf", "hel\\377lo"], stdout=subprocess.PIPE) as pipe:          # a stray byte is no reason
+        piped = run(place, stdin=pipe.stdout)
+    assert piped.returncode == 0 and piped.stderr == ""
+    poison = run(place, "--temperature=0", "--prompt", "payload").stdout
+    assert poison == harmless(CHAT["payload"]) + "\n" and "\x1b" not in poison
+
+
+@pytest.mark.parametrize("arguments, message", (
+    (["--prompt=x", "--output_path={empty}"], "no trained run"),
+    (["--prompt=x", "--run={empty}"], "no run folder"),
+    (["--prompt=x", "--output_path={runs}", "--top_p=3"], "top_p"),
+    (["--prompt=x", "--output_path={runs}", "--temprature=3"], "did you mean --temperature"),
+    (["--output_path={runs}"], "nothing to answer"),
+))
+def test_errors_are_one_line(arguments, message, tmp_path):
+    told = run(*(argument.format(empty=tmp_path, runs=small_runs()) for argument in arguments))
+    assert told.returncode == 2 and told.stdout == ""
+    assert told.stderr.startswith("error: ") and message in told.stderr and told.stderr.count("\n") == 1
+
+
+def test_the_newest_run_that_can_chat_is_chosen(tmp_path):
+    assert choose_run(small_runs()).name.startswith("sft_")
+    (tmp_path / "only").symlink_to(base_run())
+    assert choose_run(tmp_path).name == "only"
+    with pytest.raises(UserError, match="no trained run"):
+        choose_run(tmp_path / "nothing")
+
+
+def test_old_turns_make_room():
+    tokenizer = load_tokenizer(small_runs() / "tokenizer")
+    turns = [{"role": role, "content": POEM} for _ in range(6) for role in ("user", "assistant")]
+    messages = [{"role": "system", "content": "be brief"}, *turns, {"role": "user", "content": "谁写的"}]
+    whole, dropped = fit(tokenizer, messages, 10_000, 100)
+    assert dropped == 0
+    ids, dropped = fit(tokenizer, messages, len(whole) // 2, 100)
+    assert 0 < dropped < 12 and dropped % 2 == 0
+    assert len(ids) + 100 <= len(whole) // 2
+    assert ids == fit(tokenizer, messages[:1] + messages[1 + dropped:], 10_000, 100)[0]       # the system prompt stays
+    last = len(fit(tokenizer, messages[:1] + messages[-1:], 10_000, 100)[0])
+    assert fit(tokenizer, messages, last + 1, 100) == (fit(tokenizer, messages[:1] + messages[-1:], 10_000, 1)[0], 12)
+    with pytest.raises(UserError, match="shorten"):
+        fit(tokenizer, messages, last, 100)
+
+
+def test_reply_fields_are_right_at_any_moment():
+    speaker = open_speaker(small_runs() / choose_run(small_runs()).name, device="cpu")
+    reply = speaker.answer([{"role": "user", "content": "背一首春晓"}], 200, temperature=0)
+    assert reply.figures() == {"tokens": 0, "tokens_per_s": 0.0, "first_seconds": 0.0, "finish": "stopped", "dropped": 0}
+    so_far = ""
+    for piece in reply:
+        so_far += piece
+        assert reply.text == so_far and "\ufffd" not in so_far and reply.finish == "stopped"
+    assert so_far == CHAT["背一首春晓"] and reply.finish == "stop"
+    cut = speaker.answer([{"role": "user", "content": "背一首春晓"}], 7, temperature=0)
+    assert len("".join(cut)) >= 2 and (cut.tokens, cut.finish) == (7, "length")
+
+
+class Terminal:
+    """test.py on a pseudo-terminal."""
+
+    def __init__(self, home, *arguments):
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "test.py", *arguments], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, close_fds=True,
+            start_new_session=True, env={**os.environ, "HOME": str(home), "XDG_STATE_HOME": str(home), "TERM": "xterm"},
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0))
+        os.close(slave)
+        self.seen, self.decoder = "", codecs.getincrementaldecoder("utf-8")()
+
+    def until(self, text, seconds=40):
+        """Read until the text has come, and return all that came before it."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            if time.monotonic() > end:
+                pytest.fail(f"{text!r} did not come; there was {self.seen!r}")
+            if select.select([self.master], [], [], 0.2)[0]:
+                try:
+                    self.seen += self.decoder.decode(os.read(self.master, 65536)).replace("\r\n", "\n")
+                except OSError:
+                    pytest.fail(f"{text!r} did not come before the end; there was {self.seen!r}")
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def say(self, line):
+        os.write(self.master, (line + "\n").encode())
+
+    def close(self):
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self.master)
+
+
+@pytest.fixture()
+def terminal(tmp_path):
+    opened = []
+
+    def start(*arguments):
+        opened.append(Terminal(tmp_path, *arguments))
+        opened[0].until("› ")
+        return opened[0]
+    yield start
+    for one in opened:
+        one.close()
+
+
+def test_a_chat_on_a_terminal(terminal, tmp_path):
+    chat = terminal(f"--output_path={small_runs()}", "--temperature=0")
+    chat.say("背一首春晓")
+    chat.until(CHAT["背一首春晓"].split("\n")[1])
+    figures = chat.until("› ")
+    assert re.search(r"\d+ tokens · [\d.]+ tokens/s · first after \d+ ms", figures)
+    chat.say("谁写的")
+    chat.until(CHAT["谁写的"])
+    chat.say(f"/save {tmp_path / 'chat.jsonl'}")
+    chat.until("4 messages appended")
+    saved = json.loads((tmp_path / "chat.jsonl").read_text(encoding="utf-8"))["messages"]
+    assert saved == [{"role": role, "content": text} for role, text in (
+        ("user", "背一首春晓"), ("assistant", CHAT["背一首春晓"]), ("user", "谁写的"), ("assistant", CHAT["谁写的"]))]
+    for line, told in (("/set temperature 0.5", "temperature 0.5"), ("/set top_p 7", "out of range"),
+                       ("/set temperature warm", "expected float"), ("/set", "temperature 0.5"),
+                       ("/set device cuda", "the names are"), ("/nonsense", "no command /nonsense"),
+                       ("/help", "/system TEXT"), ("/system be brief", "system prompt set"),
+                       ("/save /no/such/folder/x", "cannot write"), ("/save", "takes a file name")):
+        chat.say(line)
+        chat.until(told)
+    chat.say(f"/save {tmp_path / 'system.jsonl'}")          # /system began a new conversation
+    chat.until("1 messages appended")
+    chat.say("/reset")
+    chat.until("a new conversation")
+    chat.say("/quit")
+    assert chat.process.wait(20) == 0
+
+
+def test_ctrl_c_stops_the_answer_only(terminal):
+    chat = terminal("--run", base_run(), "--temperature=0", "--max_new_tokens=2000")
+    chat.say("春眠")
+    chat.until("春眠不觉晓，处处")
+    os.write(chat.master, b"\x03")
+    assert "stopped" in chat.until("› ")
+    os.write(chat.master, b"\x03")
+    chat.until("/quit leaves")
+    chat.say("春眠")
+    chat.until("春眠不觉晓，处处")
+    os.write(chat.master, b"\x03")
+    chat.until("stopped")
+    os.write(chat.master, b"\x04")                          # Ctrl-D at the empty prompt
+    assert chat.process.wait(20) == 0
