@@ -15,6 +15,11 @@ from pathlib import Path
 import torch
 import yaml
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder go unnoticed there
+    fcntl = None
+
 from engine import distributed
 from engine.checkpoint import damage, newest_checkpoint
 from utils.config import to_dict
@@ -110,9 +115,22 @@ def _identity_of(folder: Path) -> dict:
         return {}
 
 
+def lock_folder(folder: Path):
+    """Claim a run folder for this process; the claim ends when the returned file is closed or the process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise UserError(f"another process is training in {folder}: wait for it, or start with --resume=never or "
+                            "another --run_name") from None
+    return file
+
+
 def write_run_files(folder: Path, config, stage: str, who: dict, model, tokenizer, model_source: Path) -> None:
     """config.yaml, run.json, the model's file as it is now, and the tokenizer: all that later stages need."""
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {"stage": stage, **to_dict(config), "model": who["model"]}
     write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     about = {

@@ -3,15 +3,18 @@
 import os
 import signal
 import threading
+import time
 
-from utils.log import log
+from utils.log import is_main_process
+
+ECHO_SECONDS = 2  # Ctrl-C under torchrun arrives twice, from the terminal and from torchrun: that is one wish
 
 
 class StopSignal:
     """`wanted` is 1 after the first signal, and `name` says which. A context manager: the old handlers come back."""
 
     def __init__(self):
-        self.wanted, self.name, self.old = 0, "", {}
+        self.wanted, self.name, self.since, self.old = 0, "", 0.0, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
@@ -24,6 +27,9 @@ class StopSignal:
 
     def _handle(self, number, _frame):
         if self.wanted:
-            os._exit(128 + number)
-        self.wanted, self.name = 1, signal.Signals(number).name
-        log(f"\n{self.name}: saving at the next step, then stopping; once more to stop at once")
+            if time.monotonic() - self.since > ECHO_SECONDS:
+                os._exit(128 + number)
+            return
+        self.wanted, self.name, self.since = 1, signal.Signals(number).name, time.monotonic()
+        if is_main_process():  # not through print: the signal may have come in the middle of one
+            os.write(2, f"\n{self.name}: saving at the next step, then stopping; once more to stop at once\n".encode())

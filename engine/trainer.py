@@ -17,7 +17,7 @@ from engine.heldout import held_out_loss
 from engine.loader import StepLoader, to_device
 from engine.metrics import RunLog, log_text
 from engine.optim import build_optimizer
-from engine.runfolder import choose_place, identity, source_fingerprint, write_run_files, write_text
+from engine.runfolder import choose_place, identity, lock_folder, source_fingerprint, write_run_files, write_text
 from engine.samples import write_samples
 from engine.schedule import learning_rate
 from engine.stopping import StopSignal
@@ -73,6 +73,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     # ---------------------------------------------------------------- 3. the run folder
     main = distributed.is_main()
     params = model.num_params()
+    lock = lock_folder(folder) if main else None
     if main:
         write_run_files(folder, config, stage, who, model, tokenizer, model_source)
     run_log = RunLog(folder if main else None, state["step"])
@@ -204,6 +205,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     run_log.close()
     if main:
         write_text(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+        lock.close()
     figures = [f"{name} {summary[name]:.4f}" for name in ("train_loss", "val_loss", "val_bpc") if summary[name] is not None]
     log(f"{summary['status']}: {state['step']} steps, {format_count(state['tokens'])} tokens in "
         f"{format_seconds(state['seconds'])}; {', '.join(figures)}")

@@ -3,17 +3,20 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from engine_helpers import TinyModel, TinyModelArgs, make_tokenizer, pretrain_files, sft_files
+from engine_helpers import ROOT, TinyModel, TinyModelArgs, make_tokenizer, pretrain_files, sft_files
 
 from engine import trainer
 from engine.checkpoint import find_runs, newest_checkpoint
 from engine.config import TrainConfig
 from engine.data import DocumentRows, TokenFile, WindowRows
 from engine.metrics import read_metrics
+from engine.runfolder import lock_folder
 from utils.errors import UserError
 
 TIMES = ("tokens_per_s", "seconds")
@@ -67,7 +70,7 @@ def test_it_learns_and_leaves_a_complete_folder(world):
     assert summary["status"] == "finished" and summary["run"] == str(folder) and summary["next_command"] == f"python next.py {folder}"
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.yaml", "run.json", "engine_helpers.py", "metrics.jsonl", "logs", "samples.md", "checkpoints", "final",
-                     "summary.json", "loss_curve.png", "tokenizer"}
+                     "summary.json", "loss_curve.png", "tokenizer", ".lock"}
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000040", "step-00000060"]
     assert json.loads((folder / "summary.json").read_text()) == summary
     curve = losses(summary)
@@ -185,6 +188,21 @@ def test_a_bad_step_is_skipped_and_counted(world, monkeypatch, capsys):
     monkeypatch.setattr(TinyModel, "forward", poisoned(set(range(1, 99))))
     with pytest.raises(UserError, match="10 steps in a row"):
         world.run(max_steps=30)
+
+
+def test_one_writer_a_folder(world, monkeypatch):
+    stop_after(world, monkeypatch, 3)
+    with lock_folder(world.path / "output/pretrain_tiny"), pytest.raises(UserError, match="another process is training in"):
+        world.run()
+    assert world.run()["status"] == "finished"
+
+
+def test_a_second_signal_ends_at_once():
+    code = ("import os, signal, engine.stopping as s; s.ECHO_SECONDS = %s\nwith s.StopSignal() as stop:\n"
+            "    os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); print(stop.name)")
+    for echo, code_wanted, output in ((5, 0, "SIGTERM\n"), (-1, 143, "")):
+        done = subprocess.run([sys.executable, "-c", code % echo], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stdout) == (code_wanted, output) and "saving at the next step" in done.stderr
 
 
 def test_a_failed_save_does_not_end_the_run(world, monkeypatch, capsys):
