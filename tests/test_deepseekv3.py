@@ -1,0 +1,188 @@
+"""DeepSeek-V3's equations, each against a loop over tokens in float64."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from checks import Subject
+from model.deepseekv3 import DeepSeekV3Model, DeepSeekV3ModelArgs, MoE
+
+NAME = DeepSeekV3Model.model_name
+
+
+def small_args(**changes):
+    args = Subject(NAME).args
+    return DeepSeekV3ModelArgs(**{**vars(args), **changes})
+
+
+def sharp_model(args, seed=0):
+    subject = Subject(NAME)
+    subject.args = args
+    return subject.build(seed)
+
+
+def random_moe(args, seed=0):
+    torch.manual_seed(seed)
+    moe = MoE(args).double()
+    for param in moe.parameters():
+        torch.nn.init.normal_(param, std=param.shape[-1] ** -0.5)
+    moe.routing_bias.normal_(std=0.2)
+    return moe
+
+
+def swiglu(x, gate, up, down):
+    return down @ (F.silu(gate @ x) * (up @ x))
+
+
+def choose_by_loop(affinity, bias, args):
+    """Equation 16 with the node-limited choice of 2.1.2, for one token, with sorted() instead of topk."""
+    score = [a + b for a, b in zip(affinity.tolist(), bias.tolist())]
+    size = args.n_routed_experts // args.n_expert_groups
+    groups = [range(g * size, (g + 1) * size) for g in range(args.n_expert_groups)]
+    if args.n_limited_groups < args.n_expert_groups:
+        groups.sort(key=lambda g: -sum(sorted((score[e] for e in g), reverse=True)[:2]))
+        groups = groups[: args.n_limited_groups]
+    allowed = sorted(itertools.chain(*groups), key=lambda e: -score[e])
+    return allowed[: args.n_activated_experts]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_expert_groups": 1, "n_limited_groups": 1},
+        {"norm_topk": False, "route_scale": 2.5},
+        {"n_shared_experts": 0},
+        {"n_shared_experts": 2, "n_activated_experts": 1},
+    ],
+)
+def test_mixture_equals_a_loop_over_tokens(changes):
+    args = small_args(**changes)
+    moe = random_moe(args)
+    x = torch.randn(2, 7, args.dim, dtype=torch.double)
+    out, load, balance = moe(x)
+
+    loads = [0] * args.n_routed_experts
+    row_losses = []
+    for row in range(2):
+        f, p = [0.0] * args.n_routed_experts, [0.0] * args.n_routed_experts
+        for t in range(7):
+            u = x[row, t]
+            affinity = (moe.router @ u).sigmoid()
+            chosen = choose_by_loop(affinity, moe.routing_bias, args)
+            total = sum(affinity[e] for e in chosen) if args.norm_topk else 1.0
+            want = torch.zeros(args.dim, dtype=torch.double)
+            for e in chosen:
+                gate = args.route_scale * affinity[e] / total
+                want += gate * swiglu(u, moe.gate_proj[e], moe.up_proj[e], moe.down_proj[e])
+                loads[e] += 1
+            if args.n_shared_experts:
+                s = moe.shared
+                want += swiglu(u, s.gate_proj.weight, s.up_proj.weight, s.down_proj.weight)
+            # Routing is computed in fp32, so the weights agree to fp32.
+            torch.testing.assert_close(out[row, t], want, atol=1e-5, rtol=1e-5)
+            top = sorted(range(args.n_routed_experts), key=lambda e: -affinity[e].item())[: args.n_activated_experts]
+            for e in range(args.n_routed_experts):
+                f[e] += args.n_routed_experts / (args.n_activated_experts * 7) * (e in top)  # equation 18
+                p[e] += (affinity[e] / affinity.sum()).item() / 7  # equations 19-20
+        row_losses.append(args.seq_aux_alpha * sum(a * b for a, b in zip(f, p)))  # equation 17
+    assert load.tolist() == loads
+    assert balance.item() == pytest.approx(sum(row_losses) / 2, rel=1e-5)
+
+
+def test_bias_steers_the_choice_and_never_the_weight():
+    args = small_args(n_expert_groups=1, n_limited_groups=1, n_activated_experts=6, n_routed_experts=6)
+    moe = random_moe(args)
+    x = torch.randn(1, 5, args.dim, dtype=torch.double)
+    before = moe(x)[0]
+    moe.routing_bias.normal_(std=5.0)  # with every expert chosen anyway, the bias has nothing left to do
+    torch.testing.assert_close(moe(x)[0], before)
+
+
+def test_bias_moves_by_gamma_against_the_load():
+    args = small_args(bias_update_speed=0.25)
+    model = DeepSeekV3Model(args)
+    n_moe = args.n_layers - args.n_dense_layers
+    load = torch.tensor([[5.0, 0.0, 2.0, 2.0, 3.0, 0.0]] * n_moe)  # mean 2
+    model.after_step({"moe/load": load, "moe/load_mtp": load[:1] * 0 + 1})
+    for layer in model.layers[args.n_dense_layers :]:
+        assert layer.ffn.routing_bias.tolist() == [-0.25, 0.25, 0.0, 0.0, -0.25, 0.25]
+    assert model.mtp[0].block.ffn.routing_bias.tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+def test_mtp_loss_equals_the_equations(depths):
+    """Equations 21-25 position by position, with ignored targets and document borders."""
+    args = small_args(n_mtp_layers=depths, n_dense_layers=3, max_seq_len=12)
+    model = sharp_model(args)
+    ids = torch.randint(args.vocab_size, (1, 12))
+    doc_ids = torch.tensor([[0] * 5 + [1] * 7])
+    targets = ids.roll(-1, 1)
+    targets[0, [4, 7, 11]] = -100  # the border, an ignored one, the end
+    got = model(ids, targets=targets, doc_ids=doc_ids)[2]["loss/mtp"]
+
+    # The main model's output, one document at a time, from a hook on its last norm.
+    hidden = []
+    handle = model.norm.register_forward_hook(lambda module, args, out: hidden.append(out[0]))
+    for start, end in ((0, 5), (5, 12)):
+        model(ids[:, start:end])
+    handle.remove()
+
+    total = 0.0
+    previous = list(hidden)
+    for k, module in enumerate(model.mtp, start=1):
+        losses, outputs = [], []
+        for number, (start, end) in enumerate(((0, 5), (5, 12))):
+            n = end - start - k  # positions i with a token i + k in the same document
+            rows = []
+            for i in range(n):
+                embedded = model.tok_embed(ids[0, start + i + k])
+                joint = torch.cat((module.embed_norm(embedded), module.hidden_norm(previous[number][i])))
+                rows.append(module.proj(joint))
+            positions = torch.arange(n)[None]
+            x = torch.stack(rows)[None]
+            out = module.norm(module.block(x, model.rotary(positions), None)[0])[0]
+            outputs.append(out)
+            for i in range(n):
+                target = targets[0, start + i + k]
+                if target != -100:
+                    losses.append(-F.log_softmax(model.lm_head(out[i]), dim=-1)[target])
+        previous = outputs
+        total = total + torch.stack(losses).mean()
+    assert got.item() == pytest.approx((args.mtp_loss_weight * total / depths).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("q_lora_rank", [0, 20])
+def test_absorbed_attention_equals_expanded(q_lora_rank):
+    args = small_args(q_lora_rank=q_lora_rank)
+    model = sharp_model(args)
+    attn = model.layers[0].attn
+    x = torch.randn(2, 9, args.dim)
+    rope = model.rotary(torch.arange(9)[None])
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+    calls = {}
+    expanded, absorbed = attn._expanded, attn._absorbed
+    attn._expanded = lambda *inputs: calls.setdefault("inputs", inputs) and expanded(*inputs)
+    attn(x, rope, mask)
+    torch.testing.assert_close(absorbed(*calls["inputs"]), expanded(*calls["inputs"]), atol=1e-5, rtol=1e-4)
+
+
+def test_cache_holds_the_latent_and_the_rotary_key_only():
+    args = small_args()
+    model = sharp_model(args)
+    state = model.init_state(2, 10)
+    model(torch.randint(args.vocab_size, (2, 4)), state=state)
+    for layer in state.layers:
+        numbers = sum(tensor.numel() for tensor in layer.values())
+        assert numbers == 2 * 10 * (args.kv_lora_rank + args.qk_rope_head_dim)
+
+
+def test_default_sizes_are_the_documented_ones():
+    with torch.device("meta"):
+        counts = DeepSeekV3Model(DeepSeekV3ModelArgs()).num_params()
+        without = DeepSeekV3Model(DeepSeekV3ModelArgs(n_mtp_layers=0)).num_params()
+    assert 160e6 < without["total"] < 172e6  # "~165M parameters, ~100M active, plus MTP"
+    assert 95e6 < without["active"] < 108e6
+    assert counts["active"] == without["active"]
