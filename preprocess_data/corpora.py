@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preprocess_data import idioms, poems
-from preprocess_data.readers import Broken, find_files, read_file
+from preprocess_data.readers import Broken, Position, find_files, read_file
 from utils.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -64,9 +64,9 @@ class Source:
     files: list[Path]
     take: Callable | None
 
-    def records(self) -> Iterator:
+    def records(self, position: Position | None = None) -> Iterator:
         for path in self.files:
-            yield from read_file(path)
+            yield from read_file(path, position)
 
     def texts(self) -> Iterator[str | Broken]:
         for record in self.records():

@@ -6,6 +6,7 @@ that cannot be read comes out as a `Broken`, so that it is counted and not lost.
 
 import glob
 import gzip
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +87,22 @@ def find_reader(path: Path) -> Callable[[BinaryIO], Iterator]:
         raise UserError(f"no reader for {path}: a file is one of {' '.join(sorted(READERS))}, each also .gz") from None
 
 
-def read_file(path: Path) -> Iterator:
+class Position:
+    """How many bytes of the input have been read, for the progress bar."""
+
+    done = 0
+
+
+def read_file(path: Path, position: Position | None = None) -> Iterator:
     """The records of one file. A gzip file that was cut off ends with a `Broken`."""
-    read = find_reader(path)
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+    read, before = find_reader(path), position.done if position else 0
+    with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
         try:
-            yield from read(file)
-        except (EOFError, gzip.BadGzipFile):
+            for record in read(file):
+                if position:
+                    position.done = before + raw.tell()
+                yield record
+        except (EOFError, gzip.BadGzipFile, zlib.error):
             yield Broken("truncated gzip, the rest of the file is unread")
 
 
