@@ -9,6 +9,7 @@ import time
 import streamlit as st
 
 from utils.config import parse
+from utils.errors import UserError
 from utils.log import format_count
 from utils.page_texts import TEXTS
 from utils.talk_options import TalkOptions
@@ -21,7 +22,11 @@ AVATARS = {"user": ":material/person:", "assistant": ":material/auto_awesome:"}
 def main():
     # No page_icon: the browser would fetch it from another host.
     st.set_page_config(page_title="Mini-LLM", initial_sidebar_state=340)
-    options = parse(TalkOptions)
+    try:
+        options = parse(TalkOptions)
+    except UserError as error:
+        show_error("Settings", error)
+        st.stop()
     with st.sidebar:
         say = choose_language()
         run = choose_run(say, options.output_path)

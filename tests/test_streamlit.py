@@ -41,6 +41,30 @@ def test_the_texts_are_complete_in_both_languages():
     assert "unsafe_allow_html" not in (ROOT / "run_model.py").read_text(encoding="utf-8")
 
 
+def open_page(monkeypatch, *arguments):
+    """The page without a browser: what it draws, and nothing of how."""
+    from streamlit.testing.v1 import AppTest
+    monkeypatch.setattr(sys, "argv", ["run_model.py", *arguments])
+    return AppTest.from_file(str(ROOT / "run_model.py"), default_timeout=60).run()
+
+
+def test_what_cannot_be_done_is_told_on_the_page(monkeypatch, tmp_path):
+    empty = open_page(monkeypatch, f"--output_path={tmp_path}")
+    assert empty.warning[0].value == EN["no_runs"] and not empty.exception
+    assert "did you mean" in open_page(monkeypatch, "--temprature=1").text[0].value
+
+    shutil.copytree(next(small_runs().glob("sft_*")), tmp_path / "damaged")
+    (tmp_path / "damaged" / "final" / "model.safetensors").write_bytes(b"short")
+    damaged = open_page(monkeypatch, f"--output_path={tmp_path}")
+    assert damaged.error[0].value == EN["cannot_load"] and "no valid checkpoint" in damaged.text[-1].value
+
+    talk = open_page(monkeypatch, f"--output_path={small_runs()}", "--temperature=0")
+    talk.chat_input[0].set_value("长" * 600).run()
+    assert talk.error[0].value == EN["cannot"] and "shorten" in talk.text[-1].value and not talk.exception
+    talk.chat_input[0].set_value("谁写的").run()                              # and the conversation goes on
+    assert talk.text[-1].value == CHAT["谁写的"]
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The address of a running page over the two small runs."""

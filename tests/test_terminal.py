@@ -209,8 +209,9 @@ def test_ctrl_c_stops_the_answer_only(terminal):
     assert "stopped" in chat.until("› ")
     os.write(chat.master, b"\x03")
     chat.until("/quit leaves")
-    chat.say("春眠")
-    chat.until("春眠不觉晓，处处")
+    chat.say("夜来风雨声，花落知多少。\\n春眠")                   # typed as \\n, since Enter sends the line
+    chat.until("花落知多少。\n春眠")
+    chat.until("不觉晓，处处")
     os.write(chat.master, b"\x03")
     chat.until("stopped")
     os.write(chat.master, b"\x04")                          # Ctrl-D at the empty prompt
