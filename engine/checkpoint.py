@@ -68,7 +68,10 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 def save_checkpoint(folder: Path, model, optimizer, state: dict, about: dict) -> None:
-    """Write one checkpoint (main process only). `state`: plain numbers and tensors; `about` goes into the manifest."""
+    """Write one checkpoint (main process only); OSError when it cannot be written, and then nothing is left behind.
+
+    state: plain numbers and tensors. about: goes into the manifest.
+    """
     temporary = folder.parent / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that died while saving
     temporary.mkdir(parents=True)
@@ -85,8 +88,10 @@ def save_checkpoint(folder: Path, model, optimizer, state: dict, about: dict) ->
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
         _fsync(folder.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (SafetensorError, RuntimeError)):  # how safetensors and torch.save report a full disk
+            raise OSError(str(error)) from error
         raise
 
 

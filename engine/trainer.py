@@ -99,13 +99,19 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             text = write_samples(folder / "samples.md", state["step"], model, tokenizer, prompts, autocast, config.seed)
             run_log.text("samples", text, state["step"])
 
-    def save(target: Path, with_optimizer: bool = True) -> None:
+    def save(target: Path, final: bool = False) -> None:
         if main:
             extra = {"scaler": scaler.state_dict()} if scaler.is_enabled() else {}
             about = {"stage": stage, "model_name": config.model_name, "params": params["total"], "step": state["step"],
                      "tokens": state["tokens"], "tokenizer": tokenizer.fingerprint, "data": train_rows.file.fingerprint}
-            save_checkpoint(target, model, optimizer if with_optimizer else None, {**state, **extra}, about)
-            prune_checkpoints(folder, config.keep_last)
+            try:
+                save_checkpoint(target, model, None if final else optimizer, {**state, **extra}, about)
+                prune_checkpoints(folder, config.keep_last)
+            except OSError as error:
+                if final:
+                    raise UserError(f"{target} could not be saved ({error}): make room; the same command then goes on from "
+                                    "the last checkpoint") from None
+                warn(f"step {state['step']}: the checkpoint could not be saved ({error}); the one before is kept")
         distributed.barrier()
 
     # ---------------------------------------------------------------- 4. the loop
@@ -182,10 +188,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             if config.sample_interval and done % config.sample_interval == 0 and not last:
                 sample()
             if last or stopping or (config.save_interval and done % config.save_interval == 0):
-                try:
-                    save(folder / "checkpoints" / f"step-{done:08d}")
-                except OSError as error:
-                    warn(f"step {done}: the checkpoint could not be saved ({error}); the one before is kept")
+                save(folder / "checkpoints" / f"step-{done:08d}")
             if stopping and not last:
                 stopped_by = stop.name or "a signal"
                 break
@@ -195,7 +198,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         if val_rows is not None:
             evaluate(config.eval_final_batches)
         sample()
-        save(folder / "final", with_optimizer=False)
+        save(folder / "final", final=True)
     summary = {"stage": stage, "model_name": config.model_name, "run": str(folder),
                "status": f"stopped by {stopped_by}: the same command goes on" if stopped_by else "finished",
                "steps": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1),

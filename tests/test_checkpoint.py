@@ -78,7 +78,7 @@ def test_prune_keeps_the_newest(tmp_path):
 def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
     folder = saved(tmp_path, 1)
     before = (folder / "manifest.json").read_bytes()
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         saved(tmp_path, 1)
     assert damage(folder) is None and (folder / "manifest.json").read_bytes() == before
