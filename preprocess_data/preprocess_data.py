@@ -39,7 +39,7 @@ class PrepareConfig:
     sources: str = opt("", "corpora, files, folders or globs, separated by commas; empty: all in the corpora folder")
     text_field: str = opt("text", "field with the text, in your own jsonl or json files (pretrain)")
     where: str = opt("", "keep records by a field, e.g. form=五言绝句,七言绝句; records without the field are kept")
-    limit: int = opt(0, "take only the first records of each source; 0 takes all")
+    max_documents: int = opt(0, "take only the first records of each source; 0 takes all")
     min_characters: int = opt(1, "drop shorter documents")
     max_characters: int = opt(0, "drop longer documents; 0 keeps all")
     corpora_path: str = opt(CORPORA_PATH, "folder with the named corpora")
@@ -103,7 +103,7 @@ def records_of(sources: list[Source], config: PrepareConfig, position: Position,
             if key and isinstance(record, dict) and key in record and str(record[key]) not in values:
                 dropped[f"not {config.where}"] += 1
                 continue
-            if config.limit and taken >= config.limit:
+            if config.max_documents and taken >= config.max_documents:
                 break
             taken += 1
             if source.take is None:
