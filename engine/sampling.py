@@ -55,10 +55,10 @@ def candidates(logits, sampling):
     scores, ids = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6), None     # (B, V)
     if 0 < sampling.top_k < scores.shape[-1]:
         scores, ids = scores.topk(sampling.top_k)                              # sorted, likeliest first
-    elif sampling.top_p < 1:
-        scores, ids = scores.sort(dim=-1, descending=True, stable=True)
     probs = scores.softmax(-1)
     if sampling.top_p < 1:
+        if ids is None:
+            probs, ids = likeliest_first(probs, sampling.top_p)
         likelier = probs.cumsum(-1) - probs                                    # mass of the tokens before this one
         probs = probs.masked_fill(likelier >= sampling.top_p, 0)
     if sampling.min_p > 0:
@@ -66,12 +66,29 @@ def candidates(logits, sampling):
     return probs / probs.sum(-1, keepdim=True), ids
 
 
+def likeliest_first(probs, mass, few=1024):
+    """Sort probabilities, or only the likeliest few of them where those have the mass.  # (B, V) -> (B, N), (B, N)
+
+    On the CPU sorting a large vocabulary takes longer than a small model's forward. Each row decides for itself, so
+    its tokens do not depend on its neighbours. An accelerator sorts fast, and would have to wait for the question.
+    """
+    if probs.device.type != "cpu" or probs.shape[-1] <= few:
+        return probs.sort(dim=-1, descending=True, stable=True)
+    top, ids = probs.topk(few)
+    lacking = top.sum(-1) < mass                                               # (B,)
+    if lacking.any():
+        rest = (0, probs.shape[-1] - few)
+        top, ids = torch.nn.functional.pad(top, rest), torch.nn.functional.pad(ids, rest)
+        top[lacking], ids[lacking] = probs[lacking].sort(dim=-1, descending=True, stable=True)
+    return top, ids
+
+
 def distribution(logits, sampling):
     """The probability of every token of the vocabulary after all filters.  # (B, V) -> (B, V)"""
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     probs, ids = candidates(logits, sampling)
-    return probs if ids is None else torch.zeros_like(logits, dtype=probs.dtype).scatter(-1, ids, probs)
+    return probs if ids is None else torch.zeros_like(logits, dtype=probs.dtype).scatter_add(-1, ids, probs)
 
 
 def pick(logits, sampling, uniform):

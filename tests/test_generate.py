@@ -154,6 +154,19 @@ def test_filters_against_the_definitions(temperature, top_k, top_p, min_p):
     torch.testing.assert_close(distribution(logits, sampling), expected.float(), atol=1e-6, rtol=1e-5)
 
 
+def test_top_p_over_a_large_vocabulary():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 3000, generator=generator) * torch.tensor([[0.1], [5.0], [1.5]])   # flat, sharp, between
+    expected = torch.tensor([probabilities(row.double().tolist(), 1.0, 0, 0.9, 0.0) for row in logits])
+    assert (expected[0] > 0).sum() > 1024 > (expected[1] > 0).sum()              # by a full sort, and by the few
+    assert torch.equal((distribution(logits, Sampling(top_p=0.9)) > 0).sum(-1), (expected > 0).sum(-1))
+    torch.testing.assert_close(distribution(logits, Sampling(top_p=0.9)), expected.float(), atol=1e-7, rtol=1e-4)
+    drawn = [pick(logits, Sampling(top_p=0.9), torch.full((3,), u)) for u in (1e-6, 0.5, 1.0)]
+    alone = [torch.cat([pick(row[None], Sampling(top_p=0.9), torch.tensor([u])) for row in logits]) for u in (1e-6, 0.5, 1.0)]
+    assert torch.equal(torch.stack(drawn), torch.stack(alone))
+    assert all(expected[row, token] > 0 for tokens in drawn for row, token in enumerate(tokens))
+
+
 def test_drawn_tokens_follow_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -9.0]])
     for sampling in (Sampling(), Sampling(1e-300), Sampling(top_p=0.8), Sampling(top_k=3, min_p=0.2), Sampling(temperature=2.0)):
