@@ -26,7 +26,7 @@ out=output
 tokenizer_flags=(--vocab_size=5120) preprocess_flags=() pretrain_flags=() sft_flags=() evaluate_flags=()
 if [ -n "$quick" ]; then
     out=output/quick
-    tokenizer_flags=(--vocab_size=4096 --max_characters=3000000)
+    tokenizer_flags=(--vocab_size=4096 --max_characters=6000000)
     preprocess_flags=(--max_documents=20000)
     pretrain_flags=(--max_steps=150)
     sft_flags=(--max_steps=60)
@@ -89,7 +89,7 @@ newest_run() {
 }
 
 printf '[%s] python environment\n' "$(elapsed)"
-make_venv
+make_venv demo
 [ "$SECONDS" -lt 10 ] || "$python" demo/times.py "$times" environment "$SECONDS"
 preset=$("$python" demo/preset.py "$model" --output_path "$out")
 architecture=$("$python" -c 'import sys; from model import model_file; print(model_file(sys.argv[1]))' "$model")
@@ -98,7 +98,7 @@ corpora=output/corpora
 stage poems $corpora/poems.jsonl preprocess_data/preprocess_data.py fetch poems
 stage idioms $corpora/idioms.jsonl preprocess_data/preprocess_data.py fetch idioms
 stage chat $corpora/demo-chat.jsonl preprocess_data/preprocess_data.py fetch demo-chat
-stage tokenizer "$out/tokenizer/tokenizer.json" train_tokenizer.py --sources=poems,idioms \
+stage tokenizer "$out/tokenizer/tokenizer.json" train_tokenizer.py --sources=idioms,poems \
     --tokenizer_path="$out/tokenizer" "${tokenizer_flags[@]}"
 stage tokens "$out/data/pretrain_train.meta.json" preprocess_data/preprocess_data.py pretrain --sources=poems,idioms \
     --tokenizer_path="$out/tokenizer" --data_path="$out/data" ${preprocess_flags[@]+"${preprocess_flags[@]}"}

@@ -46,7 +46,7 @@ install_browser() {
     fi
 }
 
-make_venv ".[test]"
+make_venv test
 install_browser
 export PYTHONUTF8=1
 status=0

@@ -20,10 +20,14 @@ from utils.errors import UserError, run_script
 from utils.log import Progress, log
 
 
-# One or two of each of the five tasks of the chat rows, worded as they are there.
+# Each of the five tasks of the chat rows, worded as they are there.
 REQUESTS = [
     poem_request("春夜", "五言绝句"),
     poem_request("江上送别", "七言律诗"),
+    "请接下句：床前明月光，",
+    "“春眠不觉晓，处处闻啼鸟。”是谁写的？",
+    "“画蛇添足”是什么意思？",
+    "哪个成语的意思是：比喻做了多余的事，非但无益，反而不合适。",
 ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.verse import form_of, rhymes, split_verses
+from preprocess_data.demo_chat import LONGEST_TITLE
 from preprocess_data.poems import FORMS, document
 from utils.errors import UserError
 from utils.text import is_held_out
@@ -41,16 +42,16 @@ def load_poems(path: str | Path) -> tuple[dict[str, list[dict]], set[str]]:
     return held_out, training_verses
 
 
-def choose_titles(held_out: dict[str, list[dict]], count: int, seed: int, longest: int = 12) -> list[tuple[str, str]]:
+def choose_titles(held_out: dict[str, list[dict]], count: int, seed: int) -> list[tuple[str, str]]:
     """Return (title, form) pairs, equally many of each form, drawn from the held-out poems without repeating a title.
 
-    Titles of more than `longest` characters are left out, as in the chat rows: some are whole prefaces.
+    Titles that no chat row has are left out: some are whole prefaces.
     """
     random_ = random.Random(seed)
     chosen, used = [], set()
     for number, (form, poems) in enumerate(held_out.items()):
         wanted = count // len(held_out) + (number < count % len(held_out))
-        titles = {poem["title"]: None for poem in poems if 0 < len(poem["title"]) <= longest}  # a set in file order
+        titles = {poem["title"]: None for poem in poems if len(poem["title"]) <= LONGEST_TITLE and "《" not in poem["title"]}  # a set in file order
         free = [title for title in titles if title not in used]
         if len(free) < wanted:
             raise UserError(f"only {len(free)} held-out titles of the form {form}, {wanted} asked: lower --poems")

@@ -1,25 +1,26 @@
 # Sourced by run_demo.sh and run_tests.sh, after they changed to the root of the project.
-# make_venv [EXTRA REQUIREMENTS FILE ...] makes .venv when there is none, installs into it, and sets $python.
+# make_venv WHAT makes .venv when there is none, installs `demo` (what every stage needs) or `test` (that and the test tools)
+# into it, and sets $python.
 
 die() {
     echo "error: $*" >&2
     exit 2
 }
 
-# The first Python of at least 3.10 among $PYTHON, or else the usual names.
+# The first Python of at least 3.11 among $PYTHON, or else the usual names.
 find_python() {
-    local candidate candidates=(python3 python python3.14 python3.13 python3.12 python3.11 python3.10)
+    local candidate candidates=(python3 python python3.14 python3.13 python3.12 python3.11)
     [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
     for candidate in "${candidates[@]}"; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
     if [ -n "${PYTHON:-}" ]; then
-        die "PYTHON=$PYTHON is not a Python of version 3.10 or later: $("$PYTHON" --version 2>&1 || true)"
+        die "PYTHON=$PYTHON is not a Python of version 3.11 or later: $("$PYTHON" --version 2>&1 || true)"
     fi
-    die "Python 3.10 or later is needed and was not found: install it, or name it, as in PYTHON=/path/to/python3 bash $0"
+    die "Python 3.11 or later is needed and was not found: install it, or name it, as in PYTHON=/path/to/python3 bash $0"
 }
 
 venv_python() {
@@ -34,7 +35,12 @@ venv_python() {
 }
 
 make_venv() {
-    local base stamp wanted requirements=(requirements.txt "$@")
+    local base stamp wanted what
+    if [ "$1" = test ]; then
+        what=(-e ".[test]")
+    else
+        what=(-r requirements.txt)
+    fi
     if ! python=$(venv_python); then
         base=$(find_python)
         echo "making .venv with $("$base" --version 2>&1)"
@@ -45,17 +51,13 @@ make_venv() {
         "$base" -m venv .venv || die "could not make .venv: see above"
         python=$(venv_python) || die "the new .venv does not start: remove it and try again"
     fi
-    stamp=.venv/installed-$(basename "${requirements[${#requirements[@]}-1]}")
-    wanted=$(cat "${requirements[@]}")
-    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    stamp=.venv/installed-$1
+    wanted=$(cat requirements.txt pyproject.toml)
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
-    echo "installing ${requirements[*]} into .venv (the first time this fetches PyTorch: some hundred MB)"
-    local arguments=() file
-    for file in "${requirements[@]}"; do
-        arguments+=(-r "$file")
-    done
-    "$python" -m pip install --disable-pip-version-check "${arguments[@]}" ||
+    echo "installing ${what[1]} into .venv (the first time this fetches PyTorch: some hundred MB)"
+    "$python" -m pip install --disable-pip-version-check "${what[@]}" ||
         die "the installation failed: see above; after a network failure just run the same command again"
     printf '%s\n' "$wanted" >"$stamp"
 }

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from demo import poems, report
+from demo import evaluate, poems, report
 from demo.verse import form_of, rhyme_group, rhymes, split_verses
+from preprocess_data import demo_chat
 from utils.errors import UserError
 
 QUIET_NIGHT = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"  # guang shuang yue xiang
@@ -131,3 +132,23 @@ def test_the_table_has_a_row_for_every_form_and_baseline():
     assert table.count("96.0%") == 7
     assert "6.432" in table
     assert "not in the pretraining run" in report.table(result | {"pretrain_val_bpc": None})
+
+
+def test_the_fixed_requests_are_worded_as_in_training():
+    """All five tasks, in their usual words; the answers of an untrained wording would show nothing."""
+
+    class Usual:
+        def random(self):
+            return 1.0
+
+        def randrange(self, stop):
+            return 0
+
+    poem = {"title": "春夜", "form": "五言绝句", "text": QUIET_NIGHT, "lines": split_verses(QUIET_NIGHT),
+            "author": "李白", "dynasty": "唐"}  # fmt: skip
+    morning = poem | {"lines": split_verses(SPRING_MORNING)}
+    idiom = {"idiom": "画蛇添足", "explanation": "比喻做了多余的事，非但无益，反而不合适。"}
+    worded = [demo_chat.write_poem(poem, Usual()), demo_chat.continue_couplet(poem, Usual()),
+              demo_chat.tell_author(morning, Usual()), demo_chat.explain_idiom(idiom, Usual()),
+              demo_chat.name_idiom(idiom, Usual())]  # fmt: skip
+    assert {request for request, _ in worded} <= set(evaluate.REQUESTS)

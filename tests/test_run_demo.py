@@ -61,7 +61,8 @@ def project(tmp_path):
         (root / f"model/{name}.py").write_text("# architecture\n", encoding="utf-8")
         (root / f"configs/{name}_cpu.yaml").write_text("max_lr: 1\n", encoding="utf-8")
     (root / "configs/sft_cpu.yaml").write_text("max_lr: 1\n", encoding="utf-8")
-    (root / "requirements.txt").write_text("# nothing\n", encoding="utf-8")
+    for name in ("requirements.txt", "pyproject.toml", ".venv/installed-demo"):  # nothing to install
+        (root / name).write_text("", encoding="utf-8")
     python = root / ".venv/bin/python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
@@ -153,7 +154,7 @@ def test_user_errors_are_one_line(project):
     ]
     shutil.rmtree(project / ".venv")
     done, _ = demo(project, PYTHON="/no/such/python")
-    assert done.returncode == 2 and done.stderr.startswith("error: PYTHON=/no/such/python is not a Python of version 3.10")
+    assert done.returncode == 2 and done.stderr.startswith("error: PYTHON=/no/such/python is not a Python of version 3.11")
     old = project / "old"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 2.7.18 && exit 0\nexit 1\n', encoding="utf-8")
     old.chmod(0o755)
