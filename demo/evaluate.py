@@ -6,8 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo import poems, report
 from engine.checkpoint import load_run
@@ -18,7 +17,6 @@ from utils.chat_template import encode_chat
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
 from utils.log import Progress, log
-
 
 # Each of the five tasks of the chat rows, worded as they are there.
 REQUESTS = [
@@ -35,8 +33,8 @@ REQUESTS = [
 class EvaluateConfig:
     """Evaluates the demo: form, rhyme and copying of poems on held-out titles, and a few answers to read."""
 
-    run: str = opt("", "run folder of the fine-tuned model; empty: none")
-    pretrain_run: str = opt("", "run folder of the pretrained model, for its held-out bits per character; empty: beside")
+    run: str = opt("", "run folder of the fine-tuned model")
+    pretrain_run: str = opt("", "run folder whose held-out bits per character are shown; empty: beside")
     corpora_path: str = opt("output/corpora", "folder with poems.jsonl")
     poems: int = opt(100, "poems to sample, equally many of each form")
     temperature: float = opt(0.8, "sampling temperature")
@@ -96,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         form: counts([text for text, asked_form in zip(texts, forms) if asked_form == form], [form] * forms.count(form))
         for form in held_out
     }
-    pretrain_run = Path(config.pretrain_run) if config.pretrain_run else run.with_name(run.name.replace("sft_", "pretrain_", 1))
+    pretrain_run = Path(config.pretrain_run or run.with_name(run.name.replace("sft_", "pretrain_", 1)))
     answers = ask(model, tokenizer, REQUESTS, config, seed=config.seed)
     result = {
         "settings": dataclasses.asdict(config),

@@ -51,8 +51,8 @@ def choose_titles(held_out: dict[str, list[dict]], count: int, seed: int) -> lis
     chosen, used = [], set()
     for number, (form, poems) in enumerate(held_out.items()):
         wanted = count // len(held_out) + (number < count % len(held_out))
-        titles = {poem["title"]: None for poem in poems if len(poem["title"]) <= LONGEST_TITLE and "《" not in poem["title"]}  # a set in file order
-        free = [title for title in titles if title not in used]
+        titles = dict.fromkeys(poem["title"] for poem in poems)  # a set in the order of the file
+        free = [t for t in titles if t not in used and len(t) <= LONGEST_TITLE and "《" not in t]
         if len(free) < wanted:
             raise UserError(f"only {len(free)} held-out titles of the form {form}, {wanted} asked: lower --poems")
         drawn = random_.sample(free, wanted)

@@ -9,14 +9,15 @@ import dataclasses
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import yaml
 
 from model import get_model_and_args
 from utils.errors import UserError, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Names as in DESIGN section 4. A model has some of them; what it has not, it does not get.
 SMALL = {

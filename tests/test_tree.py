@@ -119,7 +119,8 @@ def test_no_error_prone_call(what):
         if folder_of(path) == "tests":  # tests name what must not be there
             continue
         text = path.read_text(encoding="utf-8")
-        found += [f"{name_of(path)}:{text.count(chr(10), 0, hit.start()) + 1}: {hit[0]}" for hit in pattern.finditer(text)]
+        lines = [(text.count("\n", 0, hit.start()) + 1, hit[0]) for hit in pattern.finditer(text)]
+        found += [f"{name_of(path)}:{line}: {hit}" for line, hit in lines]
     assert not found, f"{what}: " + ", ".join(found)
 
 
