@@ -23,7 +23,8 @@ class PretrainConfig(TrainConfig):
     """Pretraining: a model learns to continue text."""
 
     pretrain_data_path: str = opt("output/data/pretrain_train.bin", "training tokens", neutral=True)
-    pretrain_val_path: str = opt("", "held-out tokens; default: beside the training tokens, `_val` for `_train`", neutral=True)
+    pretrain_val_path: str = opt("", "held-out tokens; default: beside the training tokens, `_val` for `_train`",
+                                 neutral=True)
     rows: str = opt("windows", "how documents become rows: cut at every max_seq_len tokens, or kept whole and packed",
                     choices=("windows", "documents"))
 

@@ -24,7 +24,8 @@ class SFTConfig(TrainConfig):
 
     init_from: str = opt("", "run folder of the pretrained model; default: the newest of --model_name", neutral=True)
     sft_data_path: str = opt("output/data/sft_train.bin", "training conversations", neutral=True)
-    sft_val_path: str = opt("", "held-out conversations; default: beside the training ones, `_val` for `_train`", neutral=True)
+    sft_val_path: str = opt("", "held-out conversations; default: beside the training ones, `_val` for `_train`",
+                            neutral=True)
     max_lr: float = opt(0.005, "peak learning rate")
 
 
@@ -32,13 +33,15 @@ def main(argv=None) -> dict:
     config = parse(SFTConfig, argv, model_args)
     distributed.init(config.device)
     model, tokenizer, seq_len, weights = pretrained_model(config)
-    packs = model.accepts("doc_ids")
 
-    train_rows = DocumentRows(TokenFile(config.sft_data_path, tokenizer, MAKE_DATA), seq_len, packs, drop_long=True)
+    def conversations(path):
+        return DocumentRows(TokenFile(path, tokenizer, MAKE_DATA), seq_len, model.accepts("doc_ids"), drop_long=True)
+
+    train_rows = conversations(config.sft_data_path)
     if train_rows.dropped:
         log(f"{train_rows.dropped} conversations are longer than {seq_len} tokens and left out")
     held_out = val_path(config.sft_val_path, config.sft_data_path)
-    val_rows = DocumentRows(TokenFile(held_out, tokenizer, MAKE_DATA), seq_len, packs, drop_long=True) if held_out else None
+    val_rows = conversations(held_out) if held_out else None
 
     return train(config, "sft", model, tokenizer, train_rows, val_rows,
                  next_command="python test.py --run={run}", facts={"init_weights": weights})

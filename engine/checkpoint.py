@@ -56,7 +56,8 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     own, names = model.state_dict(), canonical_names(model)
     unknown = sorted(set(tensors) - set(own))
     if unknown:
-        raise UserError(f"{path} holds {unknown[0]}, which this model has not: the architecture or its file has changed")
+        raise UserError(f"{path} holds {unknown[0]}, which this model has not: "
+                        "the architecture or its file has changed")
     for name, target in own.items():
         source = tensors.get(name, tensors.get(names[name]))
         if source is None:
@@ -191,7 +192,8 @@ def load_run(path, device="cpu", dtype=torch.float32, overrides: dict | None = N
     """
     path = Path(path)
     if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} is no run folder (it has no config.yaml): give the folder that pretrain.py or sft.py made")
+        raise UserError(f"{path} is no run folder (it has no config.yaml): "
+                        "give the folder that pretrain.py or sft.py made")
     config = load_yaml(path / "config.yaml")
     checkpoint = newest_checkpoint(path, final=True)
     if checkpoint is None:

@@ -23,13 +23,15 @@ class TrainConfig:
     # the batch
     max_batch_size: int = opt(16, "rows in one forward pass of one process", neutral=True)
     accumulation_steps: int = opt(1, "forward passes an optimizer step", neutral=True)
-    global_batch_size: int = opt(0, "rows an optimizer step over all processes; 0: max_batch_size x accumulation_steps x processes")
+    global_batch_size: int = opt(0, "rows an optimizer step over all processes; 0: the product of max_batch_size, "
+                                 "accumulation_steps and the number of processes")
     # how long
     epochs: float = opt(1.0, "passes over the training data")
     max_steps: int = opt(0, "optimizer steps, instead of epochs; 0: not set")
     max_tokens: int = opt(0, "training tokens, instead of epochs; 0: not set")
     # the recipe
-    optimizer: str = opt("muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all", choices=("muon", "adamw"))
+    optimizer: str = opt("muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all",
+                         choices=("muon", "adamw"))
     max_lr: float = opt(0.02, "peak learning rate")
     embed_lr_scale: float = opt(1.0, "learning rate of embeddings and output head, as a multiple of max_lr")
     scalar_lr_scale: float = opt(1.0, "learning rate of norms, biases and other vectors, as a multiple of max_lr")
@@ -114,5 +116,6 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     if wanted == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if wanted == "fp16" and device.type != "cuda":
-        raise UserError(f"--precision=fp16 needs cuda for its loss scaling, and this is {device.type}: use bf16 or fp32")
+        raise UserError(f"--precision=fp16 needs cuda for its loss scaling, and this is {device.type}: "
+                        "use bf16 or fp32")
     return wanted

@@ -54,8 +54,8 @@ class TokenFile:
             raise UserError(f"{self.path} was made with another tokenizer than {tokenizer.path}: "
                             "preprocess the data again, or pass the right --tokenizer_path")
         if meta.get("max_id", 0) >= self.vocab_size:
-            raise UserError(f"{self.path} holds token id {meta['max_id']}, beyond the vocabulary of {self.vocab_size} in "
-                            f"{tokenizer.path}: preprocess the data again, or pass the right --tokenizer_path")
+            raise UserError(f"{self.path} holds token id {meta['max_id']}, beyond the vocabulary of {self.vocab_size} "
+                            f"in {tokenizer.path}: preprocess the data again, or pass the right --tokenizer_path")
         return meta
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, the loss curve. Knows no model: other_vars speak for themselves."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, the loss curve. other_vars are logged by shape, not by name."""
 
 import json
 import sys

@@ -6,7 +6,8 @@ from engine.generate import generate
 from utils.log import warn
 
 
-def write_samples(path, step: int, model, tokenizer, prompts: list[list[int]], autocast, seed: int, tokens: int = 64) -> str:
+def write_samples(path, step: int, model, tokenizer, prompts: list[list[int]], autocast, seed: int,
+                  tokens: int = 64) -> str:
     """Append one generation a prompt under a heading of the step, and return the text (Markdown)."""
     try:
         with torch.no_grad(), autocast():

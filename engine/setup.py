@@ -31,20 +31,22 @@ def build_model(config, tokenizer):
 
 
 def pretrained_model(config):
-    """Return (model, tokenizer, tokens a row, sha256 of the weights) of --init_from, by default the newest pretraining run.
+    """Return (model, tokenizer, tokens a row, sha256 of the weights) of --init_from: default, the newest pretraining.
 
-    Sets config.model_name and config.max_seq_len to what they turn out to be. UserError: no such run, another model_name, rows
-    longer than the model takes, architecture fields that do not fit the weights.
+    Sets config.model_name and config.max_seq_len to what they turn out to be. UserError: no such run, another
+    model_name, rows longer than the model takes, architecture fields that do not fit the weights.
     """
     run = config.init_from or newest_run(config.output_path, "pretrain", config.model_name)
     if run is None:
         of = f" of {config.model_name}" if config.model_name else ""
-        raise UserError(f"no pretraining run{of} in {config.output_path}: run python pretrain.py, or give --init_from=RUN")
+        raise UserError(f"no pretraining run{of} in {config.output_path}: "
+                        "run python pretrain.py, or give --init_from=RUN")
     log(f"starting from {run}")
     torch.manual_seed(config.seed)
     model, tokenizer, theirs = load_run(run, overrides=config.model)
     if config.model_name not in ("", theirs["model_name"]):
-        raise UserError(f"--model_name={config.model_name}, but {run} holds {theirs['model_name']}: drop one of the two")
+        raise UserError(f"--model_name={config.model_name}, but {run} holds {theirs['model_name']}: "
+                        "drop one of the two")
     config.model_name, config.init_from = theirs["model_name"], str(run)
     seq_len = config.max_seq_len or model.args.max_seq_len
     if seq_len > model.args.max_seq_len:
@@ -57,7 +59,7 @@ def pretrained_model(config):
 
 
 def val_path(given: str, train_path: str) -> str | None:
-    """The held-out file: the one given, else the training file's neighbour; None (with a warning) when there is none."""
+    """The held-out file: the one given, else the training file's neighbour; None, with a warning, without one."""
     if given:
         return given
     path = Path(train_path)

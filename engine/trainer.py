@@ -27,11 +27,13 @@ from utils.log import Progress, format_count, format_seconds, log, warn
 MAX_BAD_STEPS = 10  # so many non-finite steps in a row are no accident
 
 
-def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_command: str, facts: dict | None = None) -> dict:
+def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_command: str,
+          facts: dict | None = None) -> dict:
     """Train `model` on `train_rows` and return the run's summary (written to summary.json too).
 
-    config: a TrainConfig. train_rows and val_rows: see engine/data.py; val_rows may be None. next_command: what to type after this stage, with
-    {run} for the run folder. facts: what else decides the run (e.g. the weights it starts from), JSON values.
+    config: a TrainConfig. train_rows and val_rows: see engine/data.py; val_rows may be None. next_command: what to type
+    after this stage, with {run} for the run folder. facts: what else decides the run (e.g. the weights it starts
+    from), as JSON values.
     Raises UserError for settings that cannot work and for a run whose loss is no number any more.
     """
     # ---------------------------------------------------------------- 1. the plan: what this run is, and where it goes
@@ -78,8 +80,9 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         write_run_files(folder, config, stage, who, model, tokenizer, model_source)
     run_log = RunLog(folder if main else None, state["step"])
     prompts = val_rows.openings(4) if main and val_rows is not None else []
-    log(f"{stage} {config.model_name}: {format_count(params['total'])} parameters ({format_count(params['active'])} active), "
-        f"{device.type} {precision}{' compiled' if compiled else ''}, {distributed.world_size()} process(es)")
+    log(f"{stage} {config.model_name}: {format_count(params['total'])} parameters "
+        f"({format_count(params['active'])} active), {device.type} {precision}{' compiled' if compiled else ''}, "
+        f"{distributed.world_size()} process(es)")
     log(f"{len(train_rows)} rows of {train_rows.seq_len} tokens, {plan.global_rows} a step ({plan.micro_rows} x "
         f"{plan.accumulation} x {distributed.world_size()}), {total_steps} steps; run folder {folder}"
         + (f", from step {state['step']}" if state["step"] else ""))
@@ -88,8 +91,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     val: dict = {}
 
     def evaluate(batches: int) -> None:
-        val.update(held_out_loss(model, forward, val_rows, plan.micro_rows, batches * plan.global_rows, device, autocast,
-                                 trim=not compiled))
+        limit = batches * plan.global_rows
+        val.update(held_out_loss(model, forward, val_rows, plan.micro_rows, limit, device, autocast, trim=not compiled))
         bits = f", {val['val_bpc']:.4f} bits a character" if val["val_bpc"] is not None else ""
         progress.write(f"step {state['step']}: held-out loss {val['val_loss']:.4f}{bits}")
         run_log.evaluation({"step": state["step"], "tokens": state["tokens"], **val})
@@ -109,8 +112,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                 prune_checkpoints(folder, config.keep_last)
             except OSError as error:
                 if final:
-                    raise UserError(f"{target} could not be saved ({error}): make room; the same command then goes on from "
-                                    "the last checkpoint") from None
+                    raise UserError(f"{target} could not be saved ({error}): make room; the same command then goes on "
+                                    "from the last checkpoint") from None
                 warn(f"step {state['step']}: the checkpoint could not be saved ({error}); the one before is kept")
         distributed.barrier()
 
@@ -132,6 +135,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             # 4b. forward and backward. Each micro-batch weighs as much as it has valid targets in the step of all
             # processes: a mean over tokens, not a mean of means
             targets, tokens, stopping = distributed.sum_numbers([sum(work.targets), work.tokens, stop.wanted])
+            micro_batches = plan.accumulation * distributed.world_size()
             values: dict[str, torch.Tensor] = {}
             for batch, count in zip(work.batches, work.targets):
                 weight = count / max(1, targets)
@@ -139,7 +143,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                     _, loss, other_vars = forward(**to_device(batch, device))
                 scaler.scale(loss * weight).backward()
                 for name, value in {"loss": loss, **other_vars}.items():
-                    share = weight if name.split("/")[0] == "loss" else 1 / (plan.accumulation * distributed.world_size())
+                    share = weight if name.split("/")[0] == "loss" else 1 / micro_batches
                     value = value.detach().float() * share
                     values[name] = values[name] + value if name in values else value
 
@@ -150,7 +154,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if config.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
-            loss_value, norm_value = torch.stack([values["loss"], norm.float()]).tolist()  # the step's one wait for the device
+            loss_value, norm_value = torch.stack([values["loss"], norm.float()]).tolist()  # the one wait for the device
             if math.isfinite(loss_value) and math.isfinite(norm_value):
                 scaler.step(optimizer)
                 model.after_step({name: value for name, value in values.items() if name != "loss"})
@@ -162,8 +166,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                 warn(f"step {step + 1} skipped: loss {loss_value}, gradient norm {norm_value}; epoch {work.epoch}, "
                      f"rows {work.rows[:8]}{' ...' if len(work.rows) > 8 else ''}")
                 if state["bad_in_a_row"] >= MAX_BAD_STEPS:
-                    raise UserError(f"{MAX_BAD_STEPS} steps in a row without a finite loss, the last {step + 1}: lower --max_lr, "
-                                    "use --precision=fp32, or look at the data; the last checkpoint is kept")
+                    raise UserError(f"{MAX_BAD_STEPS} steps in a row without a finite loss, the last {step + 1}: lower "
+                                    "--max_lr, use --precision=fp32, or look at the data; the last checkpoint is kept")
             scaler.update()
             optimizer.zero_grad()
 
@@ -175,8 +179,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             last, done = step + 1 == total_steps, step + 1
             text = None
             if done % config.log_interval == 0 or last or done == 1:
-                record = {"step": done, "tokens": state["tokens"], "loss": loss_value, "lr": lr, "grad_norm": norm_value,
-                          "tokens_per_s": round(since_log[0] / max(since_log[1], 1e-9), 1)}
+                record = {"step": done, "tokens": state["tokens"], "loss": loss_value, "lr": lr,
+                          "grad_norm": norm_value, "tokens_per_s": round(since_log[0] / max(since_log[1], 1e-9), 1)}
                 run_log.step(record, {name: value for name, value in values.items() if name != "loss"})
                 text = log_text(record, state["smooth_loss"], val.get("val_loss"), state["skipped"], device)
                 since_log = [0, 0.0]
@@ -193,7 +197,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                 stopped_by = stop.name or "a signal"
                 break
 
-    # ---------------------------------------------------------------- 5. the end: all held-out data, final weights, what next
+    # ---------------------------------------------------------------- 5. the end: held-out loss, final weights
     if not stopped_by:
         if val_rows is not None:
             evaluate(config.eval_final_batches)
@@ -209,7 +213,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     if main:
         write_text(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
         lock.close()
-    figures = [f"{name} {summary[name]:.4f}" for name in ("train_loss", "val_loss", "val_bpc") if summary[name] is not None]
+    figures = [f"{name} {summary[name]:.4f}" for name in ("train_loss", "val_loss", "val_bpc")
+               if summary[name] is not None]
     log(f"{summary['status']}: {state['step']} steps, {format_count(state['tokens'])} tokens in "
         f"{format_seconds(state['seconds'])}; {', '.join(figures)}")
     log(f"Next: {summary['next_command']}")

@@ -80,7 +80,7 @@ class TinyModelArgs(BaseModelArgs):
 
 
 class TinyModel(BaseModel):
-    """An embedding, a causal mean over the document, a mixing layer; a buffer that after_step moves; a vector statistic."""
+    """An embedding, a causal mean over the document, two mixing layers; a buffer that after_step moves; a statistic."""
 
     model_name = "tiny"
 
@@ -107,7 +107,7 @@ class TinyModel(BaseModel):
         if targets is None:
             return logits, None, {}
         valid = (targets != -100).sum().clamp(min=1)
-        ce = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100) / valid
+        ce = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum") / valid
         extra = 0.01 * x.float().square().mean()
         load = x.detach().float().mean((0, 1))[:4]
         return None, ce + extra, {"loss/ce": ce, "loss/extra": extra, "moe/load": load.expand(2, 4)}

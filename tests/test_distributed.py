@@ -18,13 +18,15 @@ WORKER = Path(__file__).parent / "distributed_worker.py"
 
 def train(folder: Path, processes: int, output="output", **settings):
     """Run the worker; returns (metrics, final weights or None)."""
-    settings = {"model_name": "tiny", "device": "cpu", "global_batch_size": 8, "max_batch_size": 4, "max_steps": 8, "log_interval": 1,
-                "eval_interval": 4, "sample_interval": 0, "max_lr": 0.01, "output_path": folder / output,
+    settings = {"model_name": "tiny", "device": "cpu", "global_batch_size": 8, "max_batch_size": 4, "max_steps": 8,
+                "log_interval": 1, "eval_interval": 4, "sample_interval": 0, "max_lr": 0.01,
+                "output_path": folder / output,
                 "tokenizer_path": folder / "tokenizer", **settings}
     flags = [f"--{key}={value}" for key, value in settings.items()]
     launch = [sys.executable, str(WORKER)] if processes == 1 else \
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(WORKER)]
-    done = subprocess.run(launch + flags, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch + flags, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     run = folder / output / "sft_tiny"
     return read_metrics(run / "metrics.jsonl"), load_file(run / "final/model.safetensors")

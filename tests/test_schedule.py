@@ -45,7 +45,8 @@ def test_steps_and_batches():
     assert (plan.global_rows, plan.micro_rows, plan.accumulation) == (18, 6, 3)
 
 
-@pytest.mark.parametrize("fields", [{"max_batch_size": 0}, {"warmup_ratio": 1.5}, {"epochs": 0}, {"min_lr": 1.0, "max_lr": 0.1}])
+@pytest.mark.parametrize("fields", [{"max_batch_size": 0}, {"warmup_ratio": 1.5}, {"epochs": 0},
+                                    {"min_lr": 1.0, "max_lr": 0.1}])
 def test_senseless_settings_are_refused(fields):
     with pytest.raises(UserError):
         TrainConfig(**fields)

@@ -14,7 +14,6 @@ import pretrain
 import sft
 from engine.checkpoint import find_runs, load_run, newest_run
 from model import list_models
-from utils.errors import UserError
 
 NAME = list_models()[0]
 SMALL = ["--device=cpu", "--max_batch_size=2", "--max_steps=2", "--sample_interval=0", "--eval_interval=0",
@@ -72,7 +71,8 @@ def case(script, says, *flags):
     case(pretrain, "which model? add --model_name="),
     case(pretrain, "unknown model", f"--model_name={NAME[:-1]}x"),
     case(pretrain, "no data file none.bin: make it with", f"--model_name={NAME}", "--pretrain_data_path=none.bin"),
-    case(pretrain, "no tokenizer in nowhere: run python train_tokenizer.py", f"--model_name={NAME}", "--tokenizer_path=nowhere"),
+    case(pretrain, "no tokenizer in nowhere: run python train_tokenizer.py", f"--model_name={NAME}",
+         "--tokenizer_path=nowhere"),
     case(pretrain, "with another tokenizer", f"--model_name={NAME}", "--tokenizer_path=other_tokenizer"),
     case(pretrain, "beyond the vocabulary", f"--model_name={NAME}", "--pretrain_data_path=foreign.bin"),
     case(pretrain, "PyTorch sees no CUDA device", f"--model_name={NAME}", "--device=cuda"),
@@ -99,5 +99,7 @@ def test_user_errors_are_one_line(stages, script, flags, says, monkeypatch):
 
 
 def test_the_command_prints_one_line_and_fails(stages):
-    done = subprocess.run([sys.executable, str(ROOT / "pretrain.py"), "--model_name=nothing"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: unknown model 'nothing'") and done.stderr.count("\n") == 1
+    command = [sys.executable, str(ROOT / "pretrain.py"), "--model_name=nothing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: unknown model 'nothing'")
