@@ -7,6 +7,7 @@
 import itertools
 import json
 import os
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +86,19 @@ def save(backend: Backend, folder: Path) -> Tokenizer:
 
 
 def stream(sources: list[Source], held_out: bool) -> Iterator[str]:
-    """The cleaned documents of one side of the split; unreadable records are left out."""
-    for source in sources:
-        for text in source.texts():
-            if not isinstance(text, Broken) and (text := clean_text(text)) and is_held_out(text) == held_out:
-                yield text
+    """The cleaned documents of one side of the split, one from each source in turn; unreadable records are left out.
+
+    In turn, so that --max_characters cuts every source and not only the last.
+    """
+    open_ones = deque(source.texts() for source in sources)
+    while open_ones:
+        texts = open_ones.popleft()
+        text = next(texts, None)
+        if text is None:
+            continue
+        open_ones.append(texts)
+        if not isinstance(text, Broken) and (text := clean_text(text)) and is_held_out(text) == held_out:
+            yield text
 
 
 def limited(texts: Iterator[str], characters: int) -> Iterator[str]:

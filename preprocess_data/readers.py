@@ -17,6 +17,7 @@ import orjson
 
 from utils.errors import UserError
 
+_BOM = b"\xef\xbb\xbf"
 READERS: dict[str, Callable[[BinaryIO], Iterator]] = {}
 
 
@@ -40,7 +41,7 @@ def read_jsonl(file: BinaryIO) -> Iterator:
     """One JSON value a line."""
     for number, line in enumerate(file):
         if number == 0:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.removeprefix(_BOM)
         if line.strip():
             try:
                 yield orjson.loads(line)
@@ -50,7 +51,12 @@ def read_jsonl(file: BinaryIO) -> Iterator:
 
 @reader(".json")
 def read_json(file: BinaryIO) -> Iterator:
-    """One list of records, read as a stream: the file may be larger than the memory."""
+    """One list of records, read as a stream: the file may be larger than the memory. Some such files hold lines."""
+    if file.peek(1024).removeprefix(_BOM).lstrip()[:1] == b"{":
+        yield from read_jsonl(file)
+        return
+    if file.peek(3).startswith(_BOM):
+        file.read(3)
     try:
         yield from ijson.items(file, "item", use_float=True)
     except ijson.JSONError:
@@ -112,7 +118,7 @@ def find_files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.is_file() and Path(p.name.removesuffix(".gz")).suffix in READERS]
+        found = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name[0] != "." and Path(p.name.removesuffix(".gz")).suffix in READERS]
     else:
         found = sorted(map(Path, glob.glob(source, recursive=True)))
     if not found:

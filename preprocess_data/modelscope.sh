@@ -1,0 +1,28 @@
+# Sourced by the download scripts. fetch NAME FOLDER PATTERN: files of a ModelScope dataset into output/corpora/FOLDER.
+# What is complete is not downloaded again; what was cut off goes on where it stopped.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+corpora=output/corpora
+
+say() { printf '%s\n' "$*" >&2; }
+
+fetch() {
+    local name=$1 folder=$corpora/$2 pattern=$3 command=modelscope
+    if [ -x .venv/bin/modelscope ]; then command=.venv/bin/modelscope; fi
+    if ! command -v "$command" >/dev/null; then
+        say "error: the command modelscope is missing: run 'pip install modelscope' (it is in requirements.txt)"
+        exit 2
+    fi
+    mkdir -p "$folder"
+    say "downloading $pattern of $name into $folder ..."
+    if ! "$command" download --dataset "$name" --include "$pattern" --local_dir "$folder"; then
+        say "error: could not download $name: check the connection to modelscope.cn (or the free space), then run this"
+        say "       script again; it goes on where it stopped. By hand: https://modelscope.cn/datasets/$name, into $folder"
+        exit 2
+    fi
+    if [ -z "$(find "$folder" -name "$pattern" -size +0 -print -quit)" ]; then
+        say "error: $name holds no file $pattern any more: look at https://modelscope.cn/datasets/$name"
+        exit 2
+    fi
+}
