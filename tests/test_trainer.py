@@ -74,7 +74,8 @@ def test_it_learns_and_leaves_a_complete_folder(world):
     assert summary["status"] == "finished" and summary["run"] == str(folder)
     assert summary["next_command"] == f"python next.py {folder}"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "run.json", "engine_helpers.py", "metrics.jsonl", "logs", "samples.md", "checkpoints",
+    assert names == {"config.yaml", "run.json", "engine_helpers.py", "metrics.jsonl", "logs", "samples.md",
+                     "checkpoints",
                      "final", "summary.json", "loss_curve.png",
                      "tokenizer", ".lock"}
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000040", "step-00000060"]
