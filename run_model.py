@@ -3,7 +3,6 @@
 Settings go after two dashes: streamlit run run_model.py -- --output_path=output
 All text that a model or a person wrote is shown by st.text, which reads no Markdown and no HTML.
 """
-import sys
 import time
 
 import streamlit as st
@@ -47,7 +46,7 @@ def choose_language():
 def choose_run(say, output_path):
     """One of the runs in the output folder; without any, the page says how to make one and ends."""
     with st.spinner(say["loading"]):
-        from engine.chat import talkers         # torch comes with it: seconds, the first time
+        from engine.chat import talkers  # torch comes with it: seconds, the first time
         runs = {str(run.path): run for run in talkers(output_path)}
     if not runs:
         st.warning(say["no_runs"])
@@ -96,7 +95,9 @@ def load_cached(path, modified, device, precision):
 
 def controls(say, options, speaker):
     """The sampling settings and the system prompt of the sidebar."""
-    system = "" if speaker.is_base else st.text_area(say["system"], placeholder=say["system_hint"], key="system", height=68)
+    system = ""
+    if not speaker.is_base:
+        system = st.text_area(say["system"], placeholder=say["system_hint"], key="system", height=68)
     longest = speaker.model.args.max_seq_len
     settings = {
         "temperature": st.slider(say["temperature"], 0.0, 2.0, options.temperature, 0.05, help=say["temperature_help"]),

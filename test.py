@@ -52,7 +52,7 @@ def main():
 
 def open_run(config):
     """Load the run that the config names, or the best one to talk to: (Speaker, path)."""
-    from engine.chat import choose_run, open_speaker        # torch comes with it
+    from engine.chat import choose_run, open_speaker  # torch comes with it
     from engine.sampling import Sampling
 
     Sampling(**config.sampling())                           # a wrong setting is told before the model is loaded

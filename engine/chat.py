@@ -11,7 +11,6 @@ from utils.chat_template import encode_chat
 from utils.errors import UserError
 from utils.tokenizer import StreamDecoder
 
-
 BASE = "pretrain"       # the stage whose models have seen no conversation
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -86,7 +86,7 @@ def make_run(output, stage, name, tokenizer, rows, max_seq_len, steps):
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(
         {"stage": stage, "model_name": name, "model": dataclasses.asdict(args)}), encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps({"val_loss": round(loss.item(), 4), "val_bpc": None}), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps({"val_loss": loss.item(), "val_bpc": None}), encoding="utf-8")
     tokenizer.save(folder / "tokenizer")
     save_checkpoint(folder / "final", model, None, {}, {
         "stage": stage, "model_name": name, "step": steps, "params": model.num_params()["total"]})

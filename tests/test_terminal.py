@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments, stdin=subprocess.DEVNULL, **more):
-    return subprocess.run([sys.executable, "test.py", *arguments], cwd=ROOT, stdin=stdin, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "test.py", *arguments], cwd=ROOT, stdin=stdin, capture_output=True,
                           encoding="utf-8", timeout=60, **more)
 
 
@@ -54,7 +54,8 @@ def test_colours_and_logo_only_on_a_terminal(capsys, monkeypatch):
 
 
 def test_help_is_quick():
-    code = "import runpy, sys; sys.argv = ['test.py', '--help']\ntry: runpy.run_path('test.py', run_name='__main__')\n" \
+    code = "import runpy, sys\nsys.argv = ['test.py', '--help']\n" \
+           "try: runpy.run_path('test.py', run_name='__main__')\n" \
            "except SystemExit as end: assert not end.code\nassert 'torch' not in sys.modules"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
@@ -67,7 +68,7 @@ def test_one_shot_and_pipe():
     assert (shot.returncode, shot.stdout, shot.stderr) == (0, CHAT["谁写的"] + "\n", "")      # the run that can chat
     answer = run("--run", base_run(), "--temperature=0", "--max_new_tokens=30", "--prompt", "春眠").stdout
     assert answer.startswith("春眠不觉晓，") and "\ufffd" not in answer[:-2]                  # a base model goes on
-    with subprocess.Popen(["printf", "hel\\377lo"], stdout=subprocess.PIPE) as pipe:          # a stray byte is no reason
+    with subprocess.Popen(["printf", "hel\\377lo"], stdout=subprocess.PIPE) as pipe:    # a stray byte is no error
         piped = run(place, stdin=pipe.stdout)
     assert piped.returncode == 0 and piped.stderr == ""
     poison = run(place, "--temperature=0", "--prompt", "payload").stdout
@@ -114,7 +115,7 @@ def test_old_turns_make_room():
 def test_reply_fields_are_right_at_any_moment():
     speaker = open_speaker(small_runs() / choose_run(small_runs()).name, device="cpu")
     reply = speaker.answer([{"role": "user", "content": "背一首春晓"}], 200, temperature=0)
-    assert reply.figures() == {"tokens": 0, "tokens_per_s": 0.0, "first_seconds": 0.0, "finish": "stopped", "dropped": 0}
+    assert reply.figures() == dict(tokens=0, tokens_per_s=0.0, first_seconds=0.0, finish="stopped", dropped=0)
     so_far = ""
     for piece in reply:
         so_far += piece
