@@ -1,7 +1,7 @@
 """Trains the tokenizer: byte-level BPE over a stream of documents, saved as a folder that transformers loads as it is.
 
-    python train_tokenizer.py                                    # all corpora in output/corpora, 32,000 tokens
-    python train_tokenizer.py --sources=my.jsonl --vocab_size=8192
+python train_tokenizer.py                                    # all corpora in output/corpora, 32,000 tokens
+python train_tokenizer.py --sources=my.jsonl --vocab_size=8192
 """
 
 import itertools
@@ -35,7 +35,7 @@ _REST = r"|[ !-/:-@\[-`{-~]?" + _LETTERS + r"|\p{N}| ?[\p{P}\p{S}]+[\r\n]*|\s*[\
 class TokenizerConfig:
     """Trains a byte-level BPE tokenizer."""
 
-    sources: str = opt("", "corpora, files, folders or globs, separated by commas; empty: all text in the corpora folder")
+    sources: str = opt("", "corpora, files, folders or globs, separated by commas; empty: all in the corpora folder")
     text_field: str = opt("text", "field with the text, in your own jsonl or json files")
     corpora_path: str = opt(CORPORA_PATH, "folder with the named corpora")
     tokenizer_path: str = opt("output/tokenizer", "folder to write")
@@ -53,18 +53,25 @@ def pattern(split_han: bool) -> str:
 def train(texts: Iterator[str], vocab_size: int, min_frequency: int = 2, split_han: bool = False) -> Backend:
     """Train on a stream of texts. The same texts give the same tokenizer."""
     if vocab_size < N_SPECIAL + 256:
-        raise UserError(f"vocab_size={vocab_size} is too small: {N_SPECIAL} special tokens and 256 bytes need "
-                        f"{N_SPECIAL + 256}")
+        raise UserError(
+            f"vocab_size={vocab_size} is too small: {N_SPECIAL} special tokens and 256 bytes need {N_SPECIAL + 256}"
+        )
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern(split_han)), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern(split_han)), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     special = [*SPECIAL_TOKENS, *(f"<|reserved_{i}|>" for i in range(N_SPECIAL - len(SPECIAL_TOKENS)))]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, show_progress=os.isatty(2),
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        show_progress=os.isatty(2),
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     backend.train_from_iterator(texts, trainer)
     return backend
 
@@ -72,12 +79,21 @@ def train(texts: Iterator[str], vocab_size: int, min_frequency: int = 2, split_h
 def save(backend: Backend, folder: Path) -> Tokenizer:
     """Write the folder: each file beside its name, then renamed; tokenizer.json last, as it makes the folder valid."""
     unk, bos, eos, pad, *_ = SPECIAL_TOKENS
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": unk, "bos_token": bos, "eos_token": eos,
-              "pad_token": pad, "clean_up_tokenization_spaces": False, "model_max_length": 1_000_000_000,
-              "chat_template": CHAT_TEMPLATE}
-    files = {"chat_template.jinja": CHAT_TEMPLATE,
-             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
-             "tokenizer.json": backend.to_str(pretty=True)}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": unk,
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000_000,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    files = {
+        "chat_template.jinja": CHAT_TEMPLATE,
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        "tokenizer.json": backend.to_str(pretty=True),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / f".{name}.partial").write_text(text, encoding="utf-8")
@@ -118,8 +134,10 @@ def report(tokenizer: Tokenizer, texts: list[str]) -> str:
             raise UserError(f"round trip failed on {text[:40]!r}: the tokenizer is not lossless, report this")
     tokens, characters = max(1, sum(map(len, encoded))), sum(map(len, texts))
     size = sum(len(text.encode()) for text in texts)
-    return (f"held out: {len(texts)} documents, {characters / tokens:.3f} characters a token, {size / tokens:.3f} bytes a "
-            f"token, {tokens / max(1, len(texts)):.1f} tokens a document, round trip exact")
+    return (
+        f"held out: {len(texts)} documents, {characters / tokens:.3f} characters a token, "
+        f"{size / tokens:.3f} bytes a token, {tokens / max(1, len(texts)):.1f} tokens a document, round trip exact"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,11 +148,14 @@ def main(argv: list[str] | None = None) -> None:
     backend = train(texts, config.vocab_size, config.min_frequency, config.split_han)
     tokenizer = save(backend, project_path(config.tokenizer_path))
     if tokenizer.vocab_size < config.vocab_size:
-        log(f"the text gave {tokenizer.vocab_size} tokens, fewer than asked: it has no more pairs that occur "
-            f"{config.min_frequency} times")
+        log(
+            f"the text gave {tokenizer.vocab_size} tokens, fewer than asked: it has no more pairs that occur "
+            f"{config.min_frequency} times"
+        )
     held_out = list(itertools.islice(stream(sources, held_out=True), 5000))
     log(report(tokenizer, held_out) if held_out else "no held-out documents to report on")
-    log(f"wrote {config.tokenizer_path} ({tokenizer.vocab_size} tokens). Next: python preprocess_data/preprocess_data.py")
+    log(f"wrote {config.tokenizer_path}, {tokenizer.vocab_size} tokens")
+    log("next: python preprocess_data/preprocess_data.py")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from preprocess_data.readers import Broken
 from utils.text import clean_text
 
-ROLE_NAMES = {"human": "user", "user": "user", "prompter": "user", "question": "user",
-              "gpt": "assistant", "assistant": "assistant", "bot": "assistant", "chatgpt": "assistant", "answer": "assistant",
-              "model": "assistant", "system": "system"}
+ROLE_NAMES = {
+    **dict.fromkeys(("user", "human", "prompter", "question"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "answer"), "assistant"),
+    "system": "system",
+}
 
 
 def _from_turns(record: dict, key: str) -> list[tuple]:
@@ -30,8 +32,12 @@ LAYOUTS: list[tuple[tuple[str, ...], Callable[[dict], list[tuple]]]] = [
     (("messages",), lambda r: _from_turns(r, "messages")),
     (("conversations",), lambda r: _from_turns(r, "conversations")),
     (("conversation",), lambda r: _from_turns(r, "conversation")),
-    (("instruction", "output"), lambda r: _from_pair(r, "instruction", "output", "input") if r["instruction"]
-     else _from_pair(r, "input", "output")),
+    (
+        ("instruction", "output"),
+        lambda r: (
+            _from_pair(r, "instruction", "output", "input") if r["instruction"] else _from_pair(r, "input", "output")
+        ),
+    ),
     (("q", "a"), lambda r: _from_pair(r, "q", "a")),
     (("input", "output"), lambda r: _from_pair(r, "input", "output")),
     (("prompt", "response"), lambda r: _from_pair(r, "prompt", "response")),

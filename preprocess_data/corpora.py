@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preprocess_data import idioms, poems
-from preprocess_data.readers import Broken, Position, find_files, read_file
+from preprocess_data.readers import Broken, Position, data_files, find_files, read_file
 from utils.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -19,21 +19,25 @@ def project_path(path: str) -> Path:
 
 def field(name: str) -> Callable:
     """A function that takes the text from this field of a record."""
+
     def take(record) -> str | Broken:
         if isinstance(record, str):
             return record
         text = record.get(name) if isinstance(record, dict) else None
         return text if isinstance(text, str) else Broken(f"no text in the field {name!r}")
+
     return take
 
 
 def row(document: Callable) -> Callable:
     """A function that builds the text of a record whose fields are known."""
+
     def take(record) -> str | Broken:
         try:
             return document(record)
         except (KeyError, TypeError, AttributeError):
             return Broken("missing fields")
+
     return take
 
 
@@ -84,22 +88,29 @@ def find_sources(sources: str, corpora_path: Path, text_field: str = "text", cha
         if not there:
             first = named["demo-chat" if chat else "poems"].fetch
             other = named["deepctrl-sft" if chat else "seq-monkey"].fetch
-            raise UserError(f"no {'chat rows' if chat else 'text'} in {corpora_path}: run {first} (small) or {other} "
-                            "(large), or name your own file with --sources=FILE")
+            raise UserError(
+                f"no {'chat rows' if chat else 'text'} in {corpora_path}: run {first} (small) or {other} "
+                "(large), or name your own file with --sources=FILE"
+            )
         return [_named(name, named, corpora_path) for name in there]
-    return [_named(name, named, corpora_path) if name in CORPORA
-            else Source(name, find_files(str(project_path(name))), None if chat else field(text_field))
-            for name in filter(None, map(str.strip, sources.split(",")))]
+    return [
+        _named(name, named, corpora_path)
+        if name in CORPORA
+        else Source(name, find_files(str(project_path(name))), None if chat else field(text_field))
+        for name in filter(None, map(str.strip, sources.split(",")))
+    ]
 
 
 def _present(path: Path) -> bool:
-    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+    return path.is_file() or (path.is_dir() and bool(data_files(path)))
 
 
 def _named(name: str, named: dict[str, Corpus], corpora_path: Path) -> Source:
     if name not in named:
-        raise UserError(f"{name} is {'text' if CORPORA[name].take else 'chat rows'}: "
-                        f"use it with {'pretrain' if CORPORA[name].take else 'sft'}")
+        raise UserError(
+            f"{name} is {'text' if CORPORA[name].take else 'chat rows'}: "
+            f"use it with {'pretrain' if CORPORA[name].take else 'sft'}"
+        )
     corpus = named[name]
     if not _present(corpora_path / corpus.files):
         raise UserError(f"the corpus {name} is not in {corpora_path}: run {corpus.fetch}")

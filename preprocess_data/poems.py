@@ -20,7 +20,9 @@ PACKAGE = "chinese-poetry@2.0.1"
 FORMS = {(4, 5): "五言绝句", (4, 7): "七言绝句", (8, 5): "五言律诗", (8, 7): "七言律诗"}  # (lines, characters a line)
 OTHER = "other"
 
-_MEMBER = re.compile(r"package/dist/(?:quantangshi/poet\.(tang|song)\.\d+|songci/ci\.(song)\.\d+|(shijing)/shijing)\.json")
+_MEMBER = re.compile(
+    r"package/dist/(?:quantangshi/poet\.(tang|song)\.\d+|songci/ci\.(song)\.\d+|(shijing)/shijing)\.json"
+)
 _DYNASTY = {"tang": "唐", "song": "宋", "shijing": "先秦"}
 _PUNCTUATION = str.maketrans(",.!?;:;．｡､", "，。！？；：；。。、")
 _NOTE = re.compile(r"[（(〈［\[【][^（）()〈〉［］\[\]【】]*[）)〉］\]】]")
@@ -33,7 +35,8 @@ _FRAGMENT = re.compile("句|存目|残句|断句|失题|佚句")
 # Shapes of one character that the converter keeps apart: old prints, Japanese forms, letters outside the usual fonts.
 _VARIANTS = str.maketrans(
     "馀峯隠浄髪谿脩鶑霑𬞟菴蘂髙鬬珮馿櫂昇煖賸汎槃翫餠麹𪩘懽寛俛荅彊鲙椀𬬻鉏鳯珪袴峩拏缾堦𢭏虀檝迺穉醖踈犂鏁磵麤歳悮鍼羮邉釐槩蜺秔嚬崑揺烱暎殽旛偪頳濬纒敎邨毎懐蠧瓌螘陞翺徴薫讙柂藂閴罏厯崐崘凖卭淸靑産锺",
-    "余峰隐净发溪修莺沾苹庵蕊高斗佩驴棹升暖剩泛盘玩饼曲巘欢宽俯答强脍碗炉锄凤圭裤峨拿瓶阶捣齑楫乃稚酝疏犁锁涧粗岁误针羹边厘概霓粳颦昆摇炯映肴幡逼赪浚缠教村每怀蠹瑰蚁升翱征薰欢舵丛阒炉历昆仑准邛清青产钟")
+    "余峰隐净发溪修莺沾苹庵蕊高斗佩驴棹升暖剩泛盘玩饼曲巘欢宽俯答强脍碗炉锄凤圭裤峨拿瓶阶捣齑楫乃稚酝疏犁锁涧粗岁误针羹边厘概霓粳颦昆摇炯映肴幡逼赪浚缠教村每怀蠹瑰蚁升翱征薰欢舵丛阒炉历昆仑准邛清青产钟",
+)
 
 
 def _simplify_all(*parts: str) -> list[str]:
@@ -64,8 +67,7 @@ def make_poem(record: dict, dynasty: str) -> tuple[dict | None, str]:
     if not raw.strip():
         return None, "no text"
     heading = str(record.get("title") or record.get("rhythmic") or "").replace("○", "〇")
-    title, author, body = (
-        part.strip() for part in _simplify_all(heading, str(record.get("author") or ""), raw))
+    title, author, body = (part.strip() for part in _simplify_all(heading, str(record.get("author") or ""), raw))
     title, author, body = " ".join(_NOTE.sub("", title).split()), "".join(author.split()), "".join(body.split())
     if author in ("", "不详", "无名氏", "无名", "阙名"):
         author = "佚名"
@@ -82,7 +84,8 @@ def make_poem(record: dict, dynasty: str) -> tuple[dict | None, str]:
         text = poem_text(lines)
     else:
         text = "\n".join(_SENTENCE_END.split(body)).strip()
-    return {"title": title, "author": author, "dynasty": dynasty, "form": poem_form(lines), "text": text, "lines": lines}, ""
+    form = poem_form(lines)
+    return {"title": title, "author": author, "dynasty": dynasty, "form": form, "text": text, "lines": lines}, ""
 
 
 def document(row: dict) -> str:
@@ -101,7 +104,7 @@ def read_package(path: Path) -> Iterator[tuple[dict, str]]:
 
 
 def build_poems(package: Path) -> tuple[list[dict], Counter]:
-    """Rows in a fixed random-looking order (by hash, so that every stretch mixes the ages), and the dropped by reason."""
+    """Rows in the order of their hash, so that every stretch mixes the ages, and the dropped by reason."""
     dropped, rows, seen = Counter(), {}, set()
     for record, dynasty in read_package(package):
         row, reason = make_poem(record, dynasty)

@@ -1,9 +1,11 @@
 """Raw text to token files.
 
-    python preprocess_data.py                        # pretrain and sft, for the corpora that are there
-    python preprocess_data.py fetch poems            # an embedded corpus: poems, idioms, demo-chat
-    python preprocess_data.py pretrain --sources=wikipedia-cn,my.jsonl --text_field=text
-    python preprocess_data.py sft --sources=deepctrl-sft
+Inside this folder, or from the root as preprocess_data/preprocess_data.py:
+
+python preprocess_data.py                        # pretrain and sft, for the corpora that are there
+python preprocess_data.py fetch poems            # an embedded corpus: poems, idioms, demo-chat
+python preprocess_data.py pretrain --sources=wikipedia-cn,my.jsonl --text_field=text
+python preprocess_data.py sft --sources=deepctrl-sft
 """
 
 import sys
@@ -20,8 +22,8 @@ if not __package__:
 
 from preprocess_data.chat_rows import to_messages
 from preprocess_data.corpora import CORPORA, CORPORA_PATH, Source, find_sources, project_path
-from preprocess_data.encode import ChatEncoder, Limits, TextEncoder, blocks, in_order
 from preprocess_data.demo_chat import make_chat
+from preprocess_data.encode import ChatEncoder, Limits, TextEncoder, blocks, in_order
 from preprocess_data.idioms import fetch_idioms
 from preprocess_data.poems import fetch_poems
 from preprocess_data.readers import Broken, Position
@@ -66,31 +68,53 @@ def prepare(kind: str, config: PrepareConfig) -> dict[str, dict]:
 
     limits = Limits(config.min_characters, config.max_characters)
     make_encoder = partial(ChatEncoder if chat else TextEncoder, tokenizer_path, limits)
-    position, dropped, records = Position(), Counter(), 0
-    items = records_of(sources, config, position, dropped)
-    progress = Progress(max(1, sum(f.stat().st_size for s in sources for f in s.files) >> 20), label=f"{kind}, MB")
-    start = said = time.time()
-    with (TokenWriter(folder, f"{kind}_train", tokenizer, chat) as train,
-          TokenWriter(folder, f"{kind}_val", tokenizer, chat) as val):
+    dropped, records = Counter(), 0
+    progress = ReadingProgress(kind, sources)
+    items = records_of(sources, config, progress.position, dropped)
+    with (
+        TokenWriter(folder, f"{kind}_train", tokenizer, chat) as train,
+        TokenWriter(folder, f"{kind}_val", tokenizer, chat) as val,
+    ):
         for block in in_order(make_encoder, blocks(items, _size), config.workers):
             for writer, split in ((train, "train"), (val, "val")):
                 part = block.splits[split]
                 writer.add(part.tokens, part.lengths, part.characters, part.mask)
             dropped.update(block.dropped)
             records += block.records
-            text = f"{format_count(train.tokens + val.tokens)} tokens, {format_count((train.tokens + val.tokens) / (time.time() - start))}/s"
-            progress.update(position.done >> 20, text if time.time() - said > 5 else None)
-            said = time.time() if time.time() - said > 5 else said
+            progress.update(train.tokens + val.tokens)
         progress.close()
         if not train.tokens:
-            raise UserError(f"nothing left to write of {records} records ({_reasons(dropped)}): check --sources, --text_field and --where")
-        meta = {"kind": kind, "sources": [str(f) for s in sources for f in s.files], "dropped": dict(sorted(dropped.items()))}
+            lost = f"nothing left to write of {records} records ({_reasons(dropped)})"
+            raise UserError(f"{lost}: check --sources, --text_field and --where")
+        files = [str(file) for source in sources for file in source.files]
+        meta = {"kind": kind, "sources": files, "dropped": dict(sorted(dropped.items()))}
         metas = {writer.name: writer.finish(**meta) for writer in (train, val)}
     for name, meta in metas.items():
-        log(f"{name}: {meta['documents']} {'conversations' if chat else 'documents'}, {format_count(meta['tokens'])} tokens, "
-            f"{meta['tokens'] / max(1, meta['documents']):.1f} each")
-    log(f"dropped: {_reasons(dropped)}. {format_seconds(time.time() - start)}")
+        count, what = meta["documents"], "conversations" if chat else "documents"
+        tokens = format_count(meta["tokens"])
+        log(f"{name}: {count} {what}, {tokens} tokens, {meta['tokens'] / max(1, count):.1f} each")
+    log(f"dropped: {_reasons(dropped)}. {format_seconds(progress.seconds())}")
     return metas
+
+
+class ReadingProgress:
+    """How much of the input has been read, and how fast the tokens come; off a terminal a line every few seconds."""
+
+    def __init__(self, kind: str, sources: list[Source]):
+        self.position, self.start, self.said = Position(), time.time(), time.time()
+        megabytes = sum(file.stat().st_size for source in sources for file in source.files) >> 20
+        self.bar = Progress(max(1, megabytes), label=f"{kind}, MB")
+        self.close = self.bar.close
+
+    def seconds(self) -> float:
+        return time.time() - self.start
+
+    def update(self, tokens: int) -> None:
+        text = None
+        if time.time() - self.said > 5:
+            self.said = time.time()
+            text = f"{format_count(tokens)} tokens, {format_count(tokens / self.seconds())}/s"
+        self.bar.update(self.position.done >> 20, text)
 
 
 def records_of(sources: list[Source], config: PrepareConfig, position: Position, dropped: Counter) -> Iterator:
@@ -132,7 +156,8 @@ def fetch(name: str, config: FetchConfig) -> None:
         rows, dropped = FETCHERS[name](folder / "downloads")
     path = folder / CORPORA[name].files
     write_jsonl(path, rows)
-    log(f"{name}: {len(rows)} rows in {config.corpora_path}/{path.name}, dropped {_reasons(dropped)}. {format_seconds(time.time() - start)}")
+    log(f"{name}: {len(rows)} rows in {config.corpora_path}/{path.name}. {format_seconds(time.time() - start)}")
+    log(f"dropped: {_reasons(dropped)}")
 
 
 FETCHERS = {"poems": fetch_poems, "idioms": fetch_idioms}
@@ -151,6 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     elif command in ("pretrain", "sft"):
         prepare(command, parse(PrepareConfig, argv))
     elif not command:
+        if "--help" in argv:
+            log(__doc__)
         config = parse(PrepareConfig, argv)
         if config.sources:
             raise UserError("--sources needs to know what for: preprocess_data.py pretrain --sources=..., or sft")

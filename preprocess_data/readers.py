@@ -30,9 +30,11 @@ class Broken:
 
 def reader(*suffixes: str):
     """Register a reader for these file suffixes."""
+
     def register(function):
         READERS.update(dict.fromkeys(suffixes, function))
         return function
+
     return register
 
 
@@ -112,15 +114,24 @@ def read_file(path: Path, position: Position | None = None) -> Iterator:
             yield Broken("truncated gzip, the rest of the file is unread")
 
 
+def data_files(folder: Path) -> list[Path]:
+    """The readable files below a folder, in a fixed order. Hidden ones are left out: they are downloads under way."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(part[0] == "." for part in path.relative_to(folder).parts)
+        and Path(path.name.removesuffix(".gz")).suffix.lower() in READERS
+    ]
+
+
 def find_files(source: str) -> list[Path]:
     """The files that a path, a folder or a glob names, in a fixed order; UserError when there is none."""
     path = Path(source)
     if path.is_file():
         return [path]
-    if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name[0] != "." and Path(p.name.removesuffix(".gz")).suffix in READERS]
-    else:
-        found = sorted(map(Path, glob.glob(source, recursive=True)))
+    found = data_files(path) if path.is_dir() else sorted(map(Path, glob.glob(source, recursive=True)))
+    found = [path for path in found if path.is_file()]
     if not found:
         raise UserError(f"no data file {source}: give a file, a folder, a glob or the name of a corpus")
     return found

@@ -65,11 +65,21 @@ class TokenWriter:
         np.save(open(self._partial(".docs.npy"), "wb"), np.frombuffer(self.starts, dtype="<u8"))
         size = self._partial(".bin").stat().st_size
         if size != self.tokens * self.dtype.itemsize or self.max_id >= self.tokenizer.vocab_size:
-            raise UserError(f"{self.name}.bin came out wrong ({size} bytes for {self.tokens} tokens, largest id "
-                            f"{self.max_id}): is the disk full?")
-        meta = {"dtype": self.dtype.name, "tokens": self.tokens, "documents": len(self.starts),
-                "characters": self.characters, "vocab_size": self.tokenizer.vocab_size, "max_id": self.max_id,
-                "tokenizer_fingerprint": self.tokenizer.fingerprint, "sha256": self.sha256.hexdigest(), **meta}
+            raise UserError(
+                f"{self.name}.bin came out wrong ({size} bytes for {self.tokens} tokens, largest id "
+                f"{self.max_id}): is the disk full?"
+            )
+        meta = {
+            "dtype": self.dtype.name,
+            "tokens": self.tokens,
+            "documents": len(self.starts),
+            "characters": self.characters,
+            "vocab_size": self.tokenizer.vocab_size,
+            "max_id": self.max_id,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "sha256": self.sha256.hexdigest(),
+            **meta,
+        }
         self._partial(".meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         (self.folder / f"{self.name}.meta.json").unlink(missing_ok=True)
         for suffix in (".bin", ".mask.bin", ".docs.npy", ".meta.json"):

@@ -1,4 +1,4 @@
-"""The tokenizer as the project uses it: text to ids with special tokens switched off, ids to text without half characters."""
+"""The tokenizer: text to ids with special tokens switched off, ids to text without half characters."""
 
 import codecs
 import hashlib
@@ -15,7 +15,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class Tokenizer:
-    """A trained tokenizer folder. Text is always data: `</s>` in a text becomes ordinary tokens, never the special one."""
+    """A trained tokenizer folder. Text is data: `</s>` in a text becomes ordinary tokens, never the special one."""
 
     def __init__(self, path: Path, backend: Backend):
         self.path, self.backend = path, backend
@@ -24,13 +24,21 @@ class Tokenizer:
         self.backend.no_padding()
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.fingerprint = hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()
-        (self.unk_id, self.bos_id, self.eos_id, self.pad_id,
-         self.im_start_id, self.im_end_id, self.think_id, self.end_think_id) = map(self._special_id, SPECIAL_TOKENS)
+        (
+            self.unk_id,
+            self.bos_id,
+            self.eos_id,
+            self.pad_id,
+            self.im_start_id,
+            self.im_end_id,
+            self.think_id,
+            self.end_think_id,
+        ) = map(self._special_id, SPECIAL_TOKENS)
 
     def _special_id(self, token: str) -> int:
         token_id = self.backend.token_to_id(token)
         if token_id is None:
-            raise UserError(f"the tokenizer in {self.path} has no token {token}: train it with python train_tokenizer.py")
+            raise UserError(f"the tokenizer in {self.path} has no token {token}: run python train_tokenizer.py")
         return token_id
 
     def __len__(self) -> int:

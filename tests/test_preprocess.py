@@ -1,0 +1,292 @@
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from preprocess_data.preprocess_data import main
+from preprocess_data.write_tokens import TokenWriter
+from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
+from utils.chat_template import encode_chat
+from utils.errors import UserError
+from utils.text import clean_text
+
+ROOT = Path(__file__).resolve().parent.parent
+SUFFIXES = (".bin", ".docs.npy", ".meta.json")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def run(kind: str, tokenizer, source, out: Path, *flags: str) -> tuple[dict, dict]:
+    main(
+        [kind, f"--sources={source}", f"--tokenizer_path={tokenizer.path}", f"--data_path={out}", "--workers=1", *flags]
+    )
+    return tuple(json.loads((out / f"{kind}_{split}.meta.json").read_text()) for split in ("train", "val"))
+
+
+def documents_of(folder: Path, name: str, tokenizer) -> list[str]:
+    """The texts in a token file, each checked to stand between <s> and </s>."""
+    meta = json.loads((folder / f"{name}.meta.json").read_text())
+    tokens = np.fromfile(folder / f"{name}.bin", dtype=np.dtype(meta["dtype"]).newbyteorder("<"))
+    starts = np.load(folder / f"{name}.docs.npy")
+    assert starts.dtype == np.uint64 and len(tokens) == meta["tokens"] and len(starts) == meta["documents"]
+    assert hashlib.sha256((folder / f"{name}.bin").read_bytes()).hexdigest() == meta["sha256"]
+    texts = []
+    for part in np.split(tokens, starts[1:].astype(np.int64)) if len(starts) else []:
+        assert part[0] == tokenizer.bos_id and part[-1] == tokenizer.eos_id
+        texts.append(tokenizer.decode(part[1:-1].tolist(), skip_special=False))
+    return texts
+
+
+def some_texts(count: int) -> list[str]:
+    return [f"{SENTENCES[i % len(SENTENCES)]}{i}{HOSTILE[i % len(HOSTILE)]}" for i in range(count)]
+
+
+def test_texts_come_back_split_as_the_design_says(tokenizer, tmp_path):
+    texts = some_texts(400)
+    source = write_lines(tmp_path / "my.jsonl", [{"text": text} for text in texts])
+    train, val = run("pretrain", tokenizer, source, tmp_path / "out")
+    cleaned = [clean_text(text) for text in texts]
+    held_out = [text for text in cleaned if int(hashlib.sha1(text.encode()).hexdigest(), 16) % 50 == 0]
+    assert held_out
+    assert documents_of(tmp_path / "out", "pretrain_val", tokenizer) == held_out
+    kept = documents_of(tmp_path / "out", "pretrain_train", tokenizer)
+    assert kept == [text for text in cleaned if text not in held_out]
+    assert train["characters"] == sum(map(len, kept)) and val["characters"] == sum(map(len, held_out))
+    assert train["vocab_size"] == tokenizer.vocab_size > train["max_id"]
+    assert train["tokenizer_fingerprint"] == tokenizer.fingerprint
+    assert train["sources"] == [str(source)] and train["dropped"] == {}
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocess_data.encode.BLOCK_CHARACTERS", 2000)
+    source = write_lines(tmp_path / "my.jsonl", [{"text": text} for text in some_texts(600)])
+    for workers in (1, 2):
+        run("pretrain", tokenizer, source, tmp_path / str(workers), f"--workers={workers}")
+    for split in ("train", "val"):
+        for suffix in SUFFIXES:
+            one, two = ((tmp_path / w / f"pretrain_{split}{suffix}").read_bytes() for w in "12")
+            assert one == two
+
+
+def test_what_cannot_be_used_is_counted_by_reason(tokenizer, tmp_path):
+    rows = [
+        {"text": "好文章"},
+        "{broken",
+        b'"\xff\xfe"',
+        {"text": 7},
+        {"other": "x"},
+        {"text": " \x00\n"},
+        {"text": "长" * 50},
+        [1],
+        b"",
+        {"text": "又一篇"},
+    ]
+    train, val = run(
+        "pretrain",
+        tokenizer,
+        write_lines(tmp_path / "my.jsonl", rows),
+        tmp_path / "out",
+        "--min_characters=2",
+        "--max_characters=40",
+    )
+    assert train["dropped"] == {"broken JSON": 2, "empty": 1, "no text in the field 'text'": 3, "too long": 1}
+    assert train["documents"] + val["documents"] == 2
+
+
+def test_every_kind_of_file_gives_the_same_tokens(tokenizer, tmp_path):
+    texts = ["第一篇。", "第二篇，\n两行。", "third"]
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
+    files = {
+        "a.jsonl": lines,
+        "bom.jsonl": b"\xef\xbb\xbf" + lines,
+        "b.jsonl.gz": gzip.compress(lines),
+        "c.json": json.dumps([{"text": t} for t in texts]).encode(),
+        "lines.json": lines,
+        "d.txt": "\n\n".join(texts).encode(),
+        "crlf.txt": "\r\n\r\n".join(texts).replace("，\n", "，\r\n").encode(),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        run("pretrain", tokenizer, tmp_path / name, tmp_path / f"out_{name}")
+        assert documents_of(tmp_path / f"out_{name}", "pretrain_train", tokenizer) == texts, name
+
+
+def test_truncated_gzip_keeps_what_was_read(tokenizer, tmp_path):
+    packed = gzip.compress(
+        "".join(json.dumps({"text": f"第{i}篇 {hash(i * 7919)}"}) + "\n" for i in range(9999)).encode()
+    )
+    (tmp_path / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    train, _ = run("pretrain", tokenizer, tmp_path / "cut.jsonl.gz", tmp_path / "out")
+    assert train["documents"] > 100 and train["dropped"]["truncated gzip, the rest of the file is unread"] == 1
+
+
+def test_folder_glob_where_and_limit(tokenizer, tmp_path):
+    for name in ("a", "b"):
+        rows = [{"text": f"{name}{i}", "kind": ("x", "y")[i % 2]} for i in range(10)]
+        write_lines(tmp_path / "in" / f"{name}.jsonl", rows)
+    (tmp_path / "in" / ".unfinished.jsonl").write_text("{")
+    (tmp_path / "in" / "notes.csv").write_text("not read")
+    folder, _ = run("pretrain", tokenizer, tmp_path / "in", tmp_path / "1")
+    globbed, _ = run("pretrain", tokenizer, tmp_path / "in" / "*.jsonl", tmp_path / "2")
+    assert folder["sha256"] == globbed["sha256"] and len(folder["sources"]) == 2
+    run("pretrain", tokenizer, tmp_path / "in", tmp_path / "3", "--where=kind=y", "--max_documents=2")
+    texts = [documents_of(tmp_path / "3", f"pretrain_{split}", tokenizer) for split in ("train", "val")]
+    assert sorted(sum(texts, [])) == ["a1", "a3"]
+
+
+def test_a_failure_leaves_the_old_files_and_no_half_ones(tokenizer, tmp_path):
+    run("pretrain", tokenizer, write_lines(tmp_path / "ok.jsonl", [{"text": "好"}]), tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match="nothing left to write"):
+        run("pretrain", tokenizer, write_lines(tmp_path / "bad.jsonl", ["{"]), tmp_path / "out")
+    with pytest.raises(RuntimeError), TokenWriter(tmp_path / "out", "pretrain_train", tokenizer) as writer:
+        writer.add(np.array([1, 2]), np.array([2]), 0)
+        raise RuntimeError
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_large_vocabulary_takes_four_bytes():
+    from preprocess_data.write_tokens import token_dtype
+
+    assert token_dtype(65_536) == np.dtype("<u2") and token_dtype(65_537) == np.dtype("<u4")
+
+
+CHAT = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
+LAYOUTS = [
+    {"messages": CHAT},
+    {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "你好！"}]},
+    {"instruction": "你好", "input": "", "output": "你好！"},
+    {"instruction": "", "input": "你好", "output": "你好！"},
+    {"q": "你好", "a": "你好！", "history": []},
+    {"input": "你好", "output": "你好！"},
+]
+
+
+@pytest.mark.parametrize("row", LAYOUTS)
+def test_every_layout_gives_the_same_conversation(row):
+    from preprocess_data.chat_rows import to_messages
+
+    assert to_messages(row) == (CHAT, None)
+
+
+def test_history_system_and_input_are_kept():
+    from preprocess_data.chat_rows import to_messages
+
+    messages, _ = to_messages({"q": "三", "a": "四", "history": [["一", "二"]], "system": "诗人"})
+    assert [m["content"] for m in messages] == ["诗人", "一", "二", "三", "四"]
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
+    messages, _ = to_messages({"instruction": "翻译", "input": "hello", "output": "你好"})
+    assert messages[0]["content"] == "翻译\nhello"
+
+
+def test_chat_tokens_and_mask_are_those_of_encode_chat(tokenizer, tmp_path):
+    chats = [
+        [{"role": "user", "content": f"问{i}<|im_end|>"}, {"role": "assistant", "content": f"答{i}"}]
+        for i in range(100)
+    ]
+    rows = [{"messages": chat, "held_out": i % 10 == 0} for i, chat in enumerate(chats)]
+    bad = [
+        "{",
+        {"messages": CHAT[:1]},
+        {"x": 1},
+        {"q": None, "a": "b"},
+        {"messages": [{"role": "w", "content": "x"}]},
+        {"messages": [{"role": "user", "content": ""}, CHAT[1]]},
+    ]
+    train, val = run("sft", tokenizer, write_lines(tmp_path / "chat.jsonl", rows + bad), tmp_path / "out")
+    assert (train["documents"], val["documents"], train["kind"]) == (90, 10, "sft")
+    assert train["dropped"] == {
+        "broken JSON": 1,
+        "empty turn": 1,
+        "missing or mistyped fields": 1,
+        "no answer in the row": 1,
+        "unknown layout": 1,
+        "unknown role": 1,
+    }
+    assert val["characters"] == sum(len(chat[1]["content"]) for chat in chats[::10])
+    expected = [encode_chat(tokenizer, chat) for chat in chats[::10]]
+    assert np.fromfile(tmp_path / "out/sft_val.bin", "<u2").tolist() == sum((ids for ids, _ in expected), [])
+    assert np.fromfile(tmp_path / "out/sft_val.mask.bin", np.uint8).tolist() == sum((mask for _, mask in expected), [])
+    assert (
+        np.load(tmp_path / "out/sft_val.docs.npy").tolist()
+        == np.cumsum([0] + [len(ids) for ids, _ in expected[:-1]]).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    "command,folder", [("preprocess_data.py", "preprocess_data"), ("preprocess_data/preprocess_data.py", ".")]
+)
+def test_the_command_works_inside_its_folder_and_from_the_root(tokenizer, tmp_path, command, folder):
+    write_lines(
+        tmp_path / "corpora/poems.jsonl",
+        [{"title": f"题{i}", "author": "李白", "text": "床前明月光，疑是地上霜。"} for i in range(60)],
+    )
+    write_lines(tmp_path / "corpora/demo-chat.jsonl", [{"messages": CHAT, "held_out": False}])
+    done = subprocess.run(
+        [
+            sys.executable,
+            command,
+            f"--corpora_path={tmp_path / 'corpora'}",
+            f"--tokenizer_path={tokenizer.path}",
+            f"--data_path={tmp_path / 'out'}",
+            "--workers=2",
+        ],
+        cwd=ROOT / folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "out").glob("*.bin")} == {
+        "pretrain_train.bin",
+        "pretrain_val.bin",
+        "sft_train.bin",
+        "sft_val.bin",
+        "sft_train.mask.bin",
+        "sft_val.mask.bin",
+    }
+    assert documents_of(tmp_path / "out", "pretrain_train", tokenizer)[0] == "题0\n李白\n床前明月光，疑是地上霜。"
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["pretrain", "--sources=nothing.jsonl"], "no data file nothing.jsonl"),
+        (["pretrain", "--sources=seq-monkey"], "download_pretrain_data.sh"),
+        (["pretrain", "--sources=demo-chat"], "use it with sft"),
+        (["pretrain"], "fetch poems"),
+        (["sft"], "fetch demo-chat"),
+        ([], "fetch demo-chat"),
+        (["pretrain", "--source=x"], "did you mean --sources"),
+        (["fetch", "novels"], "poems, idioms, demo-chat"),
+        (["fetch", "demo-chat"], "fetch poems first"),
+        (["clean"], "unknown command clean"),
+        (["pretrain", f"--sources={__file__}"], "no reader for"),
+    ],
+)
+def test_user_errors_in_one_line(tmp_path, argv, words):
+    folder = [] if "novels" in argv else [f"--corpora_path={tmp_path}"]
+    with pytest.raises(UserError) as error:
+        main([*argv, *folder])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_tokenizer_is_told_before_any_work(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    with pytest.raises(UserError, match="no tokenizer in"):
+        main(
+            [
+                "pretrain",
+                f"--sources={source}",
+                f"--tokenizer_path={tmp_path / 'none'}",
+                f"--data_path={tmp_path / 'out'}",
+            ]
+        )
+    assert not (tmp_path / "out").exists()

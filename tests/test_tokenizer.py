@@ -1,0 +1,149 @@
+import itertools
+import random
+import subprocess
+import sys
+
+import pytest
+
+from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, random_text, write_lines
+from train_tokenizer import main as train_main
+from train_tokenizer import train
+from utils.errors import UserError
+from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, StreamDecoder, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def texts_to_try():
+    random_ = random.Random(7)
+    return HOSTILE + SENTENCES + [random_text(random_, random_.randrange(40)) for _ in range(500)]
+
+
+def test_round_trip_of_any_text(tokenizer):
+    for text in texts_to_try():
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_batch_equals_one_by_one(tokenizer):
+    texts = texts_to_try()
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_special_tokens_stand_first_and_text_never_makes_one(tokenizer):
+    ids = [
+        tokenizer.unk_id,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        tokenizer.im_start_id,
+        tokenizer.im_end_id,
+        tokenizer.think_id,
+        tokenizer.end_think_id,
+    ]
+    assert ids == list(range(len(SPECIAL_TOKENS)))
+    for text in [*SPECIAL_TOKENS, "<|reserved_0|>", *HOSTILE]:
+        assert all(token_id >= N_SPECIAL for token_id in tokenizer.encode("a" + text + "b"))
+
+
+def test_decode_leaves_special_tokens_out_unless_asked(tokenizer):
+    ids = [tokenizer.bos_id, *tokenizer.encode("好"), tokenizer.im_end_id]
+    assert tokenizer.decode(ids) == "好"
+    assert tokenizer.decode(ids, skip_special=False) == "<s>好<|im_end|>"
+
+
+def test_stream_decoder_never_cuts_a_character(tokenizer):
+    for text in texts_to_try():
+        decoder = StreamDecoder(tokenizer)
+        parts = [decoder.push(token_id) for token_id in tokenizer.encode(text)]
+        assert decoder.flush() == ""
+        assert "".join(parts) == text
+        if "\ufffd" not in text:
+            assert not any("\ufffd" in part for part in parts)
+
+
+def test_stream_decoder_of_random_ids_equals_decode(tokenizer):
+    random_ = random.Random(3)
+    for _ in range(300):
+        ids = [random_.randrange(tokenizer.vocab_size) for _ in range(random_.randrange(30))]
+        decoder = StreamDecoder(tokenizer)
+        streamed = "".join(map(decoder.push, ids)) + decoder.flush()
+        assert streamed == tokenizer.decode(ids)
+
+
+def test_stream_decoder_ends_inside_a_character(tokenizer):
+    ids = tokenizer.encode("🙂"[:1])
+    byte_ids = [tokenizer.backend.token_to_id(char) for char in "ðŁ"]  # two of the four bytes
+    decoder = StreamDecoder(tokenizer)
+    assert ids and "".join(map(decoder.push, byte_ids)) == ""
+    assert decoder.flush() == "\ufffd"
+
+
+def test_training_is_deterministic():
+    texts = [sentence + str(i) for i in range(50) for sentence in SENTENCES]
+    assert train(iter(texts), 500).to_str() == train(iter(texts), 500).to_str()
+
+
+@pytest.mark.parametrize("split_han", [False, True])
+def test_chinese_stands_apart_from_punctuation(tmp_path, split_han):
+    tokenizer = make_tokenizer(tmp_path, 600, split_han)
+    tokens = [tokenizer.decode([i]) for i in tokenizer.encode("床前明月光，疑是地上霜。\nisn't 12")]
+    assert "，" in tokens and "1" in tokens and "2" in tokens
+    longest = max(len(token) for token in tokens if "月" in token)
+    assert longest == 1 if split_han else longest > 1
+
+
+def test_transformers_loads_the_folder_as_it_is(tokenizer):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tokenizer.path))
+    assert len(theirs) == tokenizer.vocab_size
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+    )
+    for text in SENTENCES:
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+
+
+def test_save_copies_a_loadable_folder(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "copy")
+    copy = load_tokenizer(tmp_path / "copy")
+    assert copy.fingerprint == tokenizer.fingerprint and copy.encode("明月") == tokenizer.encode("明月")
+    assert (tmp_path / "copy" / "chat_template.jinja").is_file()
+
+
+def test_user_errors(tmp_path):
+    with pytest.raises(UserError, match="run python train_tokenizer.py"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="too small"):
+        train(iter(["a"]), 100)
+
+
+def test_command_trains_on_a_users_file_and_reports(tmp_path, capsys):
+    rows = [{"content": SENTENCES[i % len(SENTENCES)] + str(i)} for i in range(300)] + ["not json"]
+    path = write_lines(tmp_path / "my.jsonl", rows)
+    train_main(
+        [f"--sources={path}", "--text_field=content", "--vocab_size=400", f"--tokenizer_path={tmp_path / 'out'}"]
+    )
+    assert "round trip exact" in capsys.readouterr().out
+    assert load_tokenizer(tmp_path / "out").vocab_size == 400
+
+
+def test_command_without_any_corpus_says_what_to_run(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train_tokenizer.py", f"--corpora_path={tmp_path}"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "fetch poems" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_no_token_spans_the_limit_of_characters(tmp_path):
+    from train_tokenizer import limited
+
+    texts = itertools.repeat("abcd")
+    assert len(list(limited(texts, 10))) == 2
