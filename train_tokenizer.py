@@ -41,7 +41,7 @@ class TokenizerConfig:
     tokenizer_path: str = opt("output/tokenizer", "folder to write")
     vocab_size: int = opt(32_000, "tokens, the special ones included")
     min_frequency: int = opt(2, "a merge must occur this often")
-    max_characters: int = opt(1_000_000_000, "read no more characters than this; 1e9 take about 16 GB of memory")
+    max_characters: int = opt(100_000_000, "read no more characters than this, from all sources in turn")
     split_han: bool = opt(False, "every Chinese character a token of its own, as verse wants it: lines can be counted")
 
 
