@@ -28,8 +28,8 @@ if [ -n "$quick" ]; then
     out=output/quick
     tokenizer_flags=(--vocab_size=4096 --max_characters=6000000)
     preprocess_flags=(--max_documents=20000)
-    pretrain_flags=(--max_steps=150)
-    sft_flags=(--max_steps=60)
+    pretrain_flags=(--max_steps=100)
+    sft_flags=(--max_steps=50)
     evaluate_flags=(--poems=20)
 fi
 
@@ -103,7 +103,7 @@ stage tokenizer "$out/tokenizer/tokenizer.json" train_tokenizer.py --sources=idi
 stage tokens "$out/data/pretrain_train.meta.json" preprocess_data/preprocess_data.py pretrain --sources=poems,idioms \
     --tokenizer_path="$out/tokenizer" --data_path="$out/data" ${preprocess_flags[@]+"${preprocess_flags[@]}"}
 stage chat-tokens "$out/data/sft_train.meta.json" preprocess_data/preprocess_data.py sft --sources=demo-chat \
-    --tokenizer_path="$out/tokenizer" --data_path="$out/data" ${preprocess_flags[@]+"${preprocess_flags[@]}"}
+    --tokenizer_path="$out/tokenizer" --data_path="$out/data"
 
 of_model=$model
 inputs="$(cat "$preset" "$architecture")"

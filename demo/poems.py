@@ -14,7 +14,10 @@ from utils.text import is_held_out
 
 @dataclass(frozen=True)
 class Counts:
-    """What was counted over some poems; in_form and rhyming count poems, copied and verses count verses."""
+    """What was counted over some poems; in_form and rhyming count poems, copied and verses count verses.
+
+    Verses of fewer than five characters are left out: two characters alike are no copy.
+    """
 
     poems: int
     in_form: int
@@ -68,7 +71,7 @@ def count(texts: list[str], forms: list[str], training_verses: set[str]) -> Coun
     """
     poems = [split_verses(text) for text in texts]
     in_form = [verses for verses, form in zip(poems, forms, strict=True) if form_of(verses) == form]
-    verses = [verse for poem in poems for verse in poem]
+    verses = [verse for poem in poems for verse in poem if len(verse) >= 5]
     return Counts(
         poems=len(poems),
         in_form=len(in_form),
