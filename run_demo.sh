@@ -34,7 +34,7 @@ if [ -n "$quick" ]; then
 fi
 
 export PYTHONUTF8=1 PYTHONUNBUFFERED=1 # Chinese text whatever the locale; progress at once, also into a pipe
-marks=$out/.demo times=$out/demo_times.json
+marks=output/.demo times=$out/demo_times.json
 chain= # a hash over all that the stages so far were made from
 
 elapsed() {
