@@ -23,14 +23,14 @@ for argument in "$@"; do
 done
 
 out=output
-tokenizer_flags=(--vocab_size=5120) preprocess_flags=() pretrain_flags=() sft_flags=() evaluate_flags=()
+tokenizer_flags=(--vocab_size=5120 --split_han --max_characters=8000000) preprocess_flags=() pretrain_flags=() sft_flags=() evaluate_flags=()
 if [ -n "$quick" ]; then
     out=output/quick
-    tokenizer_flags=(--vocab_size=4096 --max_characters=6000000)
+    tokenizer_flags=(--vocab_size=5120 --split_han --max_characters=3000000)
     preprocess_flags=(--max_documents=20000)
     pretrain_flags=(--max_steps=100)
     sft_flags=(--max_steps=50)
-    evaluate_flags=(--poems=20)
+    evaluate_flags=(--poems=20 --bits_poems=200)
 fi
 
 export PYTHONUTF8=1 PYTHONUNBUFFERED=1 # Chinese text whatever the locale; progress at once, also into a pipe

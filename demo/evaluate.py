@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo import poems, report
+from demo.bits import bits_per_character
 from engine.checkpoint import load_run
 from engine.distributed import find_device
 from engine.generate import generate
@@ -34,9 +35,10 @@ class EvaluateConfig:
     """Evaluates the demo: form, rhyme and copying of poems on held-out titles, and a few answers to read."""
 
     run: str = opt("", "run folder of the fine-tuned model")
-    pretrain_run: str = opt("", "run folder whose held-out bits per character are shown; empty: beside")
+    pretrain_run: str = opt("", "run folder whose held-out bits per character are measured; empty: the one that `run` started from")
     corpora_path: str = opt("output/corpora", "folder with poems.jsonl")
     poems: int = opt(100, "poems to sample, equally many of each form")
+    bits_poems: int = opt(1500, "held-out poems, of any form, over which bits per character are measured")
     temperature: float = opt(0.8, "sampling temperature")
     top_k: int = opt(0, "keep the k likeliest tokens; 0 keeps all")
     top_p: float = opt(0.9, "keep the likeliest tokens up to this probability; 1 keeps all")
@@ -71,17 +73,11 @@ def write_poems(model, tokenizer, asked: list[tuple[str, str]], config: Evaluate
     return texts
 
 
-def bits_per_character(run: Path) -> float | None:
-    """Return the held-out bits per character that the run's summary states, or None when it states none."""
-    summary = run / "summary.json"
-    return json.loads(summary.read_text(encoding="utf-8")).get("val_bpc") if summary.exists() else None
-
-
 def evaluate(config: EvaluateConfig) -> dict:
     """Measure the run, write demo.json into its folder, and return what was measured."""
     run = Path(config.run)
     model, tokenizer, run_config = load_run(run, device=find_device(config.device))
-    held_out, training_verses = poems.load_poems(Path(config.corpora_path) / "poems.jsonl")
+    held_out, documents, training_verses = poems.load_poems(Path(config.corpora_path) / "poems.jsonl")
     asked = poems.choose_titles(held_out, config.poems, config.seed)
     texts = write_poems(model, tokenizer, asked, config)
     forms = [form for _, form in asked]
@@ -94,12 +90,14 @@ def evaluate(config: EvaluateConfig) -> dict:
         form: counts([text for text, asked_form in zip(texts, forms) if asked_form == form], [form] * forms.count(form))
         for form in held_out
     }
-    pretrain_run = Path(config.pretrain_run or run.with_name(run.name.replace("sft_", "pretrain_", 1)))
+    pretrain_run = Path(config.pretrain_run or run_config["init_from"])
+    pretrained, pretrained_tokenizer, _ = load_run(pretrain_run, device=find_device(config.device))
+    documents = documents[: config.bits_poems]
     answers = ask(model, tokenizer, REQUESTS, config, seed=config.seed)
     result = {
         "settings": dataclasses.asdict(config),
-        "pretrain_val_bpc": bits_per_character(pretrain_run),
-        "sft_val_bpc": bits_per_character(run),
+        "pretrain_bits_per_character": bits_per_character(pretrained, pretrained_tokenizer, documents),
+        "bits_poems": len(documents),
         "model": counts(texts, forms),
         "by_form": by_form,
         "real_poems": counts(real, real_forms),

@@ -26,23 +26,27 @@ class Counts:
     copied: int
 
 
-def load_poems(path: str | Path) -> tuple[dict[str, list[dict]], set[str]]:
-    """Return the held-out poems by form, in the order of the file, and the set of all verses of the training poems.
+def load_poems(path: str | Path) -> tuple[dict[str, list[dict]], list[str], set[str]]:
+    """Return the held-out poems by form, the documents of all held-out poems, and the verses of the training poems.
 
-    A poem without one of the four forms is in no list, but its verses count as training verses.
+    Lists are in the order of the file. A poem of another form is in no list of the first, but in the other two.
     """
     if not Path(path).exists():
         raise UserError(f"no poems in {path}: run `python preprocess_data.py fetch poems` inside preprocess_data/")
     held_out: dict[str, list[dict]] = {form: [] for form in FORMS.values()}
+    documents: list[str] = []
     training_verses: set[str] = set()
     with open(path, encoding="utf-8") as file:
         for line in file:
             poem = json.loads(line)
-            if not is_held_out(document(poem)):
+            text = document(poem)
+            if not is_held_out(text):
                 training_verses.update(poem["lines"])
-            elif poem["form"] in held_out:
+                continue
+            documents.append(text)
+            if poem["form"] in held_out:
                 held_out[poem["form"]].append(poem)
-    return held_out, training_verses
+    return held_out, documents, training_verses
 
 
 def choose_titles(held_out: dict[str, list[dict]], count: int, seed: int) -> list[tuple[str, str]]:

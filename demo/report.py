@@ -35,9 +35,10 @@ def table(result: dict) -> str:
         f" seed {settings['seed']}; a verse is copied when a training poem has it word for word)",
         "",
     ]
-    bpc = result["pretrain_val_bpc"]
-    stated = f"{bpc:.3f}" if bpc is not None else "not in the pretraining run's summary"
-    lines.append(f"Held-out bits per character after pretraining: {stated}")
+    lines.append(
+        f"Bits per character after pretraining: {result['pretrain_bits_per_character']:.3f}"
+        f" (title, author and text of {result['bits_poems']} held-out poems)"
+    )
     return "\n".join(lines)
 
 

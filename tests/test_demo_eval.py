@@ -1,12 +1,18 @@
 """What the demo counts: forms and rhymes of poems everybody knows, and the sampling of titles."""
 
 import json
+import math
 
 import pytest
+import torch
 
 from demo import evaluate, poems, report
+from demo.bits import bits_per_character
 from demo.verse import form_of, rhyme_group, rhymes, split_verses
+from engine.checkpoint import load_run
 from preprocess_data import demo_chat
+from preprocess_data.poems import document
+from small_runs import POEM, small_runs
 from utils.errors import UserError
 
 QUIET_NIGHT = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"  # guang shuang yue xiang
@@ -104,9 +110,10 @@ def corpus(tmp_path, count=4000):
 
 
 def test_titles_are_held_out_balanced_and_repeatable(tmp_path):
-    held_out, training_verses = poems.load_poems(corpus(tmp_path))
+    held_out, documents, training_verses = poems.load_poems(corpus(tmp_path))
     assert "床前明月光" in training_verses
     total = sum(map(len, held_out.values()))
+    assert sorted(documents) == sorted(document(poem) for of_form in held_out.values() for poem in of_form)
     assert 40 < total < 120  # one in fifty of 4,000 is 80
     asked = poems.choose_titles(held_out, 20, seed=1)
     assert asked == poems.choose_titles(held_out, 20, seed=1) != poems.choose_titles(held_out, 20, seed=2)
@@ -125,13 +132,27 @@ def test_the_table_has_a_row_for_every_form_and_baseline():
     counts = {"poems": 25, "in_form": 24, "rhyming": 5, "verses": 150, "copied": 3}
     result = {
         "by_form": dict.fromkeys(["五言绝句", "七言绝句", "五言律诗", "七言律诗"], counts),
-        "model": counts, "real_poems": counts, "shuffled_poems": counts, "pretrain_val_bpc": 6.4321,
+        "model": counts, "real_poems": counts, "shuffled_poems": counts, "pretrain_bits_per_character": 6.4321,
+        "bits_poems": 80,
         "settings": {"temperature": 0.8, "top_p": 0.9, "top_k": 0, "seed": 1},
     }  # fmt: skip
     table = report.table(result)
     assert table.count("96.0%") == 7
-    assert "6.432" in table
-    assert "not in the pretraining run" in report.table(result | {"pretrain_val_bpc": None})
+    assert "6.432 (title, author and text of 80 held-out poems)" in table
+
+
+def test_bits_per_character_equal_a_loop_over_tokens():
+    """One document after the other, one token after the other, in float64; the batch and its padding change nothing."""
+    model, tokenizer, _ = load_run(small_runs() / "pretrain_mini_deepseekv3")
+    documents = [QUIET_NIGHT, "题\n佚名\n" + SPRING_VIEW, POEM, "一"]
+    nats = 0.0
+    for document in documents:
+        ids = [tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id]
+        for end in range(1, len(ids)):
+            logits = model(torch.tensor([ids[:end]]))[0][0, -1].double()
+            nats -= logits.log_softmax(dim=-1)[ids[end]].item()
+    want = nats / math.log(2) / sum(map(len, documents))
+    assert bits_per_character(model, tokenizer, documents, batch_size=3) == pytest.approx(want, rel=1e-4)
 
 
 def test_the_fixed_requests_are_worded_as_in_training():
