@@ -26,7 +26,7 @@ class SFTConfig(TrainConfig):
     sft_data_path: str = opt("output/data/sft_train.bin", "training conversations", neutral=True)
     sft_val_path: str = opt("", "held-out conversations; default: beside the training ones, `_val` for `_train`",
                             neutral=True)
-    max_lr: float = opt(0.005, "peak learning rate")
+    max_lr: float = opt(0.002, "peak learning rate")
 
 
 def main(argv=None) -> dict:

@@ -32,8 +32,8 @@ class TrainConfig:
     # the recipe
     optimizer: str = opt("muon", "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all",
                          choices=("muon", "adamw"))
-    max_lr: float = opt(0.02, "peak learning rate")
-    embed_lr_scale: float = opt(1.0, "learning rate of embeddings and output head, as a multiple of max_lr")
+    max_lr: float = opt(0.003, "peak learning rate; one scale for both optimizers")
+    embed_lr_scale: float = opt(4.0, "learning rate of embeddings and output head, as a multiple of max_lr")
     scalar_lr_scale: float = opt(1.0, "learning rate of norms, biases and other vectors, as a multiple of max_lr")
     min_lr: float = opt(0.0, "learning rate at the end of the decay")
     lr_schedule: str = opt("wsd", "shape of the decay", choices=("cosine", "wsd", "constant"))
