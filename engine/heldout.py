@@ -12,9 +12,9 @@ from engine.loader import held_out_batches, to_device
 @torch.no_grad()
 def held_out_loss(model, forward, rows, batch_rows: int, limit: int, device, autocast,
                   trim: bool = False) -> dict[str, float | None]:
-    """Return {"val_loss", "val_bpc"} over `limit` rows (0: all), weighted by valid targets over all processes.
+    """Return {"val_loss", "val_bpc", "val_targets"} over `limit` rows (0: all).
 
-    The loss is `other_vars["loss/ce"]` where the model reports it, for auxiliary terms predict nothing. Bits a
+    Weighted by valid targets over all processes.     The loss is `other_vars["loss/ce"]` where the model reports it, for auxiliary terms predict nothing. Bits a
     character = nats a target x targets a character / ln 2, which makes tokenizers comparable; None when the data does
     not say how many characters it holds.
     """
@@ -34,4 +34,4 @@ def held_out_loss(model, forward, rows, batch_rows: int, limit: int, device, aut
     nats, targets = distributed.sum_numbers([nats.item(), targets])
     mean = nats / max(1, targets)
     rate = rows.targets_per_character()
-    return {"val_loss": mean, "val_bpc": mean * rate / math.log(2) if rate else None}
+    return {"val_loss": mean, "val_bpc": mean * rate / math.log(2) if rate else None, "val_targets": int(targets)}

@@ -91,20 +91,23 @@ def draw_curve(metrics: Path, picture: Path) -> None:
 
     records = read_metrics(metrics)
     train = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    held_out = [(r["step"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
+    held_out = [(r["step"], r["val_loss"], r.get("val_targets")) for r in records if r.get("val_loss") is not None]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)")
     if train:
-        smooth, mean = [], 0.0
-        for i, (_, loss) in enumerate(train):
-            mean += (loss - mean) * max(0.1, 1 / (i + 1))
-            smooth.append(mean)
-        steps = [step for step, _ in train]
-        axes.plot(steps, [loss for _, loss in train], color="tab:blue", alpha=0.25)
-        axes.plot(steps, smooth, color="tab:blue", label="training")
+        steps, losses = zip(*train)
+        half = len(losses) // 20
+        windows = (losses[max(0, i - half) : i + half + 1] for i in range(len(losses)))  # around i: it does not lag
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25)
+        axes.plot(steps, [sum(window) / len(window) for window in windows], color="tab:blue", label="training")
     if held_out:
-        axes.plot(*zip(*held_out), "o-", color="tab:orange", markersize=3, label="held out")
+        # The evaluation at the end may read more held-out data than those before it: another set, so another mark.
+        same = [(step, loss) for step, loss, targets in held_out if targets == held_out[0][2]]
+        other = [(step, loss) for step, loss, targets in held_out if targets != held_out[0][2]]
+        axes.plot(*zip(*same), "o-", color="tab:orange", markersize=3, label="held out")
+        if other:
+            axes.plot(*zip(*other), "D", color="tab:red", markersize=5, label="held out, at the end over more of it")
     if train or held_out:
         axes.legend()
     axes.grid(alpha=0.3)
