@@ -14,9 +14,9 @@ def held_out_loss(model, forward, rows, batch_rows: int, limit: int, device, aut
                   trim: bool = False) -> dict[str, float | None]:
     """Return {"val_loss", "val_bpc", "val_targets"} over `limit` rows (0: all).
 
-    Weighted by valid targets over all processes.     The loss is `other_vars["loss/ce"]` where the model reports it, for auxiliary terms predict nothing. Bits a
-    character = nats a target x targets a character / ln 2, which makes tokenizers comparable; None when the data does
-    not say how many characters it holds.
+    Weighted by valid targets over all processes. The loss is `other_vars["loss/ce"]` where the model reports it, for
+    auxiliary terms predict nothing. Bits a character = nats a target x targets a character / ln 2, which makes
+    tokenizers comparable; None when the data does not say how many characters it holds.
     """
     was_training = model.training
     model.eval()
