@@ -1,11 +1,11 @@
-"""Is an architecture right? One file a group of checks, one function a check; the tests run all of them over every model.
+"""Is an architecture right? One file a group of checks, one function a check; the tests run all over every model.
 
 A check takes a `Subject` and returns nothing, raises `CheckFailed` with what was seen, or `NotApplicable`. It knows the
 model by its contract alone (model/basemodel.py).
 """
 
-from .subject import CheckFailed, NotApplicable, Subject
 from . import causality, contract, gradients, packing, persistence, state
+from .subject import CheckFailed, NotApplicable, Subject
 
 CHECKS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": function

@@ -6,7 +6,7 @@ from .subject import require
 
 
 def every_parameter_learns(subject):
-    """Every trainable parameter receives a finite gradient that is not zero, on a batch large enough for all experts."""
+    """Every trainable parameter receives a finite gradient that is not zero, on a batch with tokens for all experts."""
     model, ids = subject.build().train(), subject.tokens(rows=16)
     model(ids, targets=ids.roll(-1, 1))[1].backward()
     for name, param in model.named_parameters():

@@ -37,4 +37,4 @@ def packed_loss_equals_separate(subject):
         n = (part != -100).sum().item()
         alone = model(ids[:, start:end], targets=part)[2]
         total, count = total + alone["loss/ce"].double() * n, count + n
-    require_close(packed["loss/ce"].double(), total / count, "packed loss against the mean of the documents alone", 1e-5)
+    require_close(packed["loss/ce"].double(), total / count, "packed loss against the documents alone", 1e-5)

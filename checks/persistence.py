@@ -8,7 +8,7 @@ from .subject import require, require_close
 
 @torch.no_grad()
 def saved_weights_restore_the_model(subject):
-    """A fresh model with the saved weights of a trained one gives the same logits; buffers that moved are among them."""
+    """A fresh model with the saved weights of a trained one gives the same logits, moved buffers included."""
     model, ids = subject.build(seed=0), subject.tokens()
     with torch.enable_grad():
         _, _, other_vars = model.train()(ids, targets=ids.roll(-1, 1))

@@ -35,7 +35,7 @@ class EvaluateConfig:
     """Evaluates the demo: form, rhyme and copying of poems on held-out titles, and a few answers to read."""
 
     run: str = opt("", "run folder of the fine-tuned model")
-    pretrain_run: str = opt("", "run folder whose held-out bits per character are measured; empty: the one that `run` started from")
+    pretrain_run: str = opt("", "run folder whose bits per character are measured; empty: the one `run` started from")
     corpora_path: str = opt("output/corpora", "folder with poems.jsonl")
     poems: int = opt(100, "poems to sample, equally many of each form")
     bits_poems: int = opt(1500, "held-out poems, of any form, over which bits per character are measured")

@@ -19,7 +19,7 @@ from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The usual names of sizes (model/llama3.py and model/deepseekv3.py use them). A model has some of them; what it has not, it does not get.
+# The usual names of sizes, as in model/llama3.py and model/deepseekv3.py. A model gets those that it has.
 SMALL = {
     "dim": 256, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "inter_dim": 704,
     "q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64,

@@ -2,8 +2,8 @@
 
 import torch
 
-# Coefficients of the odd quintics x -> a x + b x^3 + c x^5, one a step, that together bring every singular value near 1:
-# each is the best for the interval that the steps before it leave (Amsel et al. 2025, "The Polar Express", section 4).
+# Coefficients of odd quintics x -> a x + b x^3 + c x^5, one a step, that together bring every singular value near 1:
+# each is best for the interval that the steps before it leave (Amsel et al. 2025, "The Polar Express", section 4).
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),

@@ -2,7 +2,7 @@
 
 Three ideas on top of a pre-norm decoder:
 - multi-head latent attention (2.1.1): keys and values are up-projections of one low-rank latent, all that is cached;
-- DeepSeekMoE without auxiliary loss (2.1.2): shared and routed experts, whose load is kept even by a bias on the choice;
+- DeepSeekMoE without auxiliary loss (2.1.2): shared and routed experts, their load kept even by a bias on the choice;
 - multi-token prediction (2.2): small sequential modules that predict one token further each, used in training only.
 """
 

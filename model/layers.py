@@ -174,7 +174,7 @@ def _slices(counts):
 
 
 def expert_matmul(x, weight, counts):
-    """Multiply each expert's rows by its own matrix. x (N, D) sorted by expert, weight (E, F, D), counts (E,) -> (N, F)."""
+    """Multiply each expert's rows by its matrix: x (N, D) sorted by expert, weight (E, F, D), counts (E,) -> (N, F)."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)

@@ -5,7 +5,6 @@ A dense decoder: pre-norm blocks of grouped-query attention with rotary position
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from .basemodel import BaseModel, BaseModelArgs, ModelError

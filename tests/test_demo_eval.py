@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from small_runs import POEM, small_runs
 
 from demo import evaluate, poems, report
 from demo.bits import bits_per_character
@@ -12,7 +13,6 @@ from demo.verse import form_of, rhyme_group, rhymes, split_verses
 from engine.checkpoint import load_run
 from preprocess_data import demo_chat
 from preprocess_data.poems import document
-from small_runs import POEM, small_runs
 from utils.errors import UserError
 
 QUIET_NIGHT = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"  # guang shuang yue xiang
@@ -146,8 +146,8 @@ def test_bits_per_character_equal_a_loop_over_tokens():
     model, tokenizer, _ = load_run(small_runs() / "pretrain_mini_deepseekv3")
     documents = [QUIET_NIGHT, "题\n佚名\n" + SPRING_VIEW, POEM, "一"]
     nats = 0.0
-    for document in documents:
-        ids = [tokenizer.bos_id, *tokenizer.encode(document), tokenizer.eos_id]
+    for text in documents:
+        ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
         for end in range(1, len(ids)):
             logits = model(torch.tensor([ids[:end]]))[0][0, -1].double()
             nats -= logits.log_softmax(dim=-1)[ids[end]].item()
