@@ -271,8 +271,10 @@ def test_the_command_works_inside_its_folder_and_from_the_root(tokenizer, tmp_pa
         (["pretrain", f"--sources={__file__}"], "no reader for"),
     ],
 )
-def test_user_errors_in_one_line(tmp_path, argv, words):
+def test_user_errors_in_one_line(tmp_path, tokenizer, argv, words):
     folder = [] if "novels" in argv else [f"--corpora_path={tmp_path}"]
+    if "fetch" not in argv:
+        folder.append(f"--tokenizer_path={tokenizer.path}")
     with pytest.raises(UserError) as error:
         main([*argv, *folder])
     assert words in str(error.value) and "\n" not in str(error.value)
