@@ -53,7 +53,10 @@ def pretrained_model(config):
         raise UserError(f"--max_seq_len={seq_len}, but {run} takes at most {model.args.max_seq_len} tokens: "
                         "lower it, or pretrain with a larger --max_seq_len")
     config.max_seq_len = seq_len
-    files = read_manifest(newest_checkpoint(Path(run), final=True))["files"]
+    checkpoint = newest_checkpoint(Path(run), final=True)
+    if checkpoint.name != "final":
+        warn(f"{run} has not finished its training: starting from its {checkpoint.name}")
+    files = read_manifest(checkpoint)["files"]
     weights = next(file["sha256"] for file in files if file["name"] == "model.safetensors")
     return model, tokenizer, seq_len, weights
 
@@ -64,7 +67,7 @@ def val_path(given: str, train_path: str) -> str | None:
         return given
     path = Path(train_path)
     neighbour = path.with_name(path.name.replace("_train", "_val"))
-    if neighbour == path or not neighbour.is_file():
+    if neighbour == path or not neighbour.is_file() or not neighbour.stat().st_size:
         warn(f"no held-out data beside {train_path}: the held-out loss is not measured")
         return None
     return str(neighbour)

@@ -63,6 +63,22 @@ def test_fields_that_leave_the_shapes_alone_may_change(stages, tmp_path):
     assert config["model"]["norm_eps"] == 1e-5 and config["max_seq_len"] == 40 and config["model"]["max_seq_len"] == 48
 
 
+def test_few_documents_leave_none_to_hold_out(stages, tmp_path, capsys):
+    for name in ("pretrain_train.bin", "pretrain_train.meta.json", "pretrain_train.docs.npy"):
+        shutil.copy(stages / "output/data" / name, tmp_path)
+    (tmp_path / "pretrain_val.bin").touch()
+    summary = pretrain.main([f"--model_name={NAME}", *SMALL, f"--output_path={tmp_path}",
+                             f"--pretrain_data_path={tmp_path}/pretrain_train.bin"])
+    assert summary["val_loss"] is None and "no held-out data beside" in capsys.readouterr().err
+
+
+def test_fine_tuning_says_when_the_pretraining_is_not_finished(stages, tmp_path, capsys):
+    shutil.copytree(stages / f"output/pretrain_{NAME}", tmp_path / "unfinished")
+    shutil.rmtree(tmp_path / "unfinished/final")
+    sft.main([f"--init_from={tmp_path / 'unfinished'}", *SMALL[:5], f"--output_path={tmp_path}"])
+    assert "has not finished its training" in capsys.readouterr().err
+
+
 def case(script, says, *flags):
     return pytest.param(script, flags, says, id=says[:40])
 
