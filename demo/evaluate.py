@@ -45,7 +45,7 @@ class EvaluateConfig:
     max_new_tokens: int = opt(96, "longest answer, tokens")
     batch_size: int = opt(25, "poems sampled at a time")
     seed: int = opt(1, "of the choice of titles and of the sampling")
-    device: str = opt("auto", "auto takes cuda, then mps, then cpu")
+    device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
 
 
 def ask(model, tokenizer, requests: list[str], config: EvaluateConfig, seed: int) -> list[str]:

@@ -73,6 +73,8 @@ class TrainConfig:
         for name in ("warmup_ratio", "lr_decay_ratio", "wsd_decay_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name}={getattr(self, name)}: a share of the run lies between 0 and 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas={self.betas}: each must be at least 0 and below 1")
         if self.epochs <= 0:
             raise UserError(f"--epochs={self.epochs}: must be above 0")
         if self.min_lr > self.max_lr:

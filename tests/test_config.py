@@ -60,6 +60,8 @@ def test_precedence_and_model_fields(tmp_path):
     (["--model.n_layer=1"], "did you mean --model.n_layers?"),
     (["--steps=1.5"], "--steps=1.5: expected int"),
     (["--steps=many"], "expected int"),
+    (["--steps=inf"], "expected int"),
+    (["--max_lr=nan"], "--max_lr=nan: expected float"),
     (["--verbose=perhaps"], "expected bool"),
     (["--betas=0.9"], "--betas=0.9: expected"),
     (["--compile=fast"], "expected one of auto, true, false"),

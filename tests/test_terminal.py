@@ -81,6 +81,7 @@ def test_one_shot_and_pipe():
     (["--prompt=x", "--output_path={empty}"], "no trained run"),
     (["--prompt=x", "--run={empty}"], "no run folder"),
     (["--prompt=x", "--output_path={runs}", "--top_p=3"], "top_p"),
+    (["--prompt=x", "--output_path={runs}", "--device=gpu"], "expected one of auto, cuda"),
     (["--prompt=x", "--output_path={runs}", "--temprature=3"], "did you mean --temperature"),
     (["--output_path={runs}"], "nothing to answer"),
 ))

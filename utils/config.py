@@ -13,6 +13,7 @@ architecture's own arguments, checked against the dataclass that `model_args(mod
 
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
@@ -157,7 +158,7 @@ def _convert(value, hint):
         if hint is int and isinstance(value, int):
             return value  # not through float: that would round beyond 2^53
         number = float(text)
-        if hint is int and number != int(number):  # 1e6 is a fine integer, 1.5 is not
+        if not math.isfinite(number) or (hint is int and number != int(number)):  # 1e6 is a fine integer, 1.5 is not
             raise ValueError
         return hint(number)
     if hint is str:

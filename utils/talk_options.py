@@ -16,7 +16,7 @@ class TalkOptions:
     min_p: float = opt(0.0, "drop tokens less likely than min_p times the likeliest (0: none)")
     repetition_penalty: float = opt(1.0, "above 1, tokens already there become less likely")
     seed: int | None = opt(None, "the same seed gives the same answer (none: a fresh one each time)")
-    device: str = opt("auto", "auto takes cuda, then mps, then cpu")
+    device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = opt("fp32", "of the weights", choices=("fp32", "bf16", "fp16"))
 
     def sampling(self):
