@@ -198,6 +198,8 @@ def load_run(path, device="cpu", dtype=torch.float32, overrides: dict | None = N
     checkpoint = newest_checkpoint(path, final=True)
     if checkpoint is None:
         raise UserError(f"{path} has no valid checkpoint: let the training reach its first save, or choose another run")
+    if not {"stage", "model_name", "model"} <= set(config):
+        raise UserError(f"{path}/config.yaml does not say stage, model_name and model: put it back as it was written")
     Model, ModelArgs = get_model_and_args(config["model_name"])
     overrides = typed_model_values(overrides or {}, ModelArgs)
     try:
@@ -207,7 +209,10 @@ def load_run(path, device="cpu", dtype=torch.float32, overrides: dict | None = N
     load_weights(model, checkpoint / "model.safetensors")
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return model.to(device).eval(), load_tokenizer(path / "tokenizer"), config
+    tokenizer = load_tokenizer(path / "tokenizer")
+    if read_manifest(checkpoint).get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(f"{tokenizer.path} is not the tokenizer that {checkpoint} was trained with: put that one back")
+    return model.to(device).eval(), tokenizer, config
 
 
 def find_runs(output_path="output", stage: str | None = None, model_name: str | None = None) -> list[RunInfo]:

@@ -14,6 +14,7 @@ import pretrain
 import sft
 from engine.checkpoint import find_runs, load_run, newest_run
 from model import list_models
+from utils.errors import UserError
 
 NAME = list_models()[0]
 SMALL = ["--device=cpu", "--max_batch_size=2", "--max_steps=2", "--sample_interval=0", "--eval_interval=0",
@@ -54,6 +55,17 @@ def test_a_run_can_move(stages, tmp_path):
     load_run(tmp_path / "elsewhere")
     sft.main([f"--init_from={tmp_path / 'elsewhere'}", *SMALL[:5], f"--output_path={tmp_path}"])
     assert (tmp_path / f"sft_{NAME}" / "final").is_dir()
+
+
+def test_a_run_that_was_tampered_with_is_refused(stages, tmp_path):
+    run = shutil.copytree(stages / f"output/pretrain_{NAME}", tmp_path / "run")
+    with open(run / "tokenizer/tokenizer.json", "a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match="is not the tokenizer that"):
+        load_run(run)
+    (run / "config.yaml").write_text("stage: pretrain\n")
+    with pytest.raises(UserError, match="does not say stage, model_name and model"):
+        load_run(run)
 
 
 def test_fields_that_leave_the_shapes_alone_may_change(stages, tmp_path):
