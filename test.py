@@ -37,6 +37,7 @@ class TestConfig(TalkOptions):
 def main():
     config = parse(TestConfig)
     sys.stdin.reconfigure(errors="replace")         # a stray byte in a pipe is no reason to stop
+    config.prompt = config.prompt.encode(errors="replace").decode()     # the same for a stray byte in an argument
     one_shot = config.prompt or ("" if sys.stdin.isatty() else sys.stdin.read().strip())
     if not one_shot and not sys.stdin.isatty():
         raise UserError("nothing to answer: the standard input is empty; pass --prompt TEXT, or start it on a terminal")

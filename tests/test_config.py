@@ -1,6 +1,7 @@
 """Flat configs: types, precedence, suggestions, help."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -103,5 +104,8 @@ def test_run_script_prints_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         run_script(fails)
     assert ended.value.code == 2 and capsys.readouterr().err == "error: no such thing: make it\n"
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: Path(__file__, "below_a_file").mkdir())
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ValueError, match="a bug"):  # anything else keeps its traceback
         run_script(lambda: (_ for _ in ()).throw(ValueError("a bug")))

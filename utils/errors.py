@@ -11,7 +11,11 @@ class UserError(ValueError):
 
 
 def run_script(main) -> None:
-    """Call main() and end the process: 0, 2 after a user's error (one line on stderr), 130 after Ctrl-C."""
+    """Call main() and end the process: 0; 2, with one line on stderr, after a user's error or for a path that cannot
+    be used; 130 after Ctrl-C."""
+    for out in (sys.stdout, sys.stderr):
+        if hasattr(out, "reconfigure"):
+            out.reconfigure(errors="replace")  # where the locale knows no Chinese, a ? and no UnicodeEncodeError
     try:
         main()
     except ValueError as error:
@@ -25,3 +29,8 @@ def run_script(main) -> None:
     except BrokenPipeError:  # `python x.py --help | head` is no error
         sys.stderr.close()
         raise SystemExit(0) from None
+    except OSError as error:
+        if error.filename is None:  # not about a path
+            raise
+        print(f"error: {error.filename}: {error.strerror}: choose another path, or mend this one", file=sys.stderr)
+        raise SystemExit(2) from None
