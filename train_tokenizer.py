@@ -7,6 +7,7 @@ python train_tokenizer.py --sources=my.jsonl --vocab_size=8192
 import itertools
 import json
 import os
+import signal
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -145,7 +146,9 @@ def main(argv: list[str] | None = None) -> None:
     sources = find_sources(config.sources, project_path(config.corpora_path), config.text_field)
     log(f"training a tokenizer of {config.vocab_size} tokens on {', '.join(source.name for source in sources)}")
     texts = limited(stream(sources, held_out=False), config.max_characters)
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the library would keep Ctrl-C waiting to its end
     backend = train(texts, config.vocab_size, config.min_frequency, config.split_han)
+    signal.signal(signal.SIGINT, handler)
     tokenizer = save(backend, project_path(config.tokenizer_path))
     if tokenizer.vocab_size < config.vocab_size:
         log(

@@ -164,7 +164,7 @@ FETCHERS = {"poems": fetch_poems, "idioms": fetch_idioms}
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = ["--help" if word == "-h" else word for word in (sys.argv[1:] if argv is None else argv)]
     command = argv.pop(0) if argv and not argv[0].startswith("--") else ""
     if command == "fetch":
         names = [*FETCHERS, "demo-chat"]
