@@ -88,6 +88,7 @@ class BaseModel(nn.Module):
     """
 
     model_name = None  # set it in the subclass, e.g. "mini_mynet"; this is what --model_name takes
+    hf_layout = None  # a `Layout` of hf.py where transformers has the architecture too (docs/interchange.md)
 
     def __init__(self, args):
         super().__init__()
@@ -195,3 +196,32 @@ class BaseModel(nn.Module):
                 f"a sequence of {input_ids.shape[1]} tokens exceeds max_seq_len={self.args.max_seq_len} of "
                 f"{self.model_name}: shorten it, or train with a larger --max_seq_len"
             )
+
+    # ---------------------------------------------------------------- to the published layout and back
+
+    def to_hf(self):
+        """Return `(config, tensors)`: what config.json says and {published name: tensor}, fp32 copies on the CPU.
+
+        Raises `ModelError` for an architecture without an `hf_layout`, or one that transformers cannot hold.
+        """
+        return self._layout().config(self.args), self._layout().tensors(self)
+
+    @classmethod
+    def from_hf(cls, config, tensors):
+        """Return a model built from a published config and {name: tensor}, a mapping that may read lazily.
+
+        Raises `ModelError` that names what the architecture cannot do, or the tensor that is missing or left over.
+        """
+        layout = cls._layout()
+        model = cls(layout.model_args(config))
+        layout.load(model, tensors)
+        return model
+
+    @classmethod
+    def _layout(cls):
+        if cls.hf_layout is None:
+            raise ModelError(
+                f"{cls.model_name} has no published layout, so transformers cannot hold it: give {cls.__name__} an "
+                "hf_layout (docs/interchange.md)"
+            )
+        return cls.hf_layout

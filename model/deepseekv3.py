@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .basemodel import BaseModel, BaseModelArgs, ModelError
+from .hf import Layout, interleaved_rows
 from .layers import (
     RMSNorm,
+    RopeArgs,
     Rotary,
     SwiGLU,
     attention,
@@ -25,11 +27,14 @@ from .layers import (
     permute_rows,
     rotate,
     token_positions,
+    yarn_mscale,
 )
+
+LATENT_NORM_EPS = 1e-6  # of the norms of the two latents; in the published code it is no setting
 
 
 @dataclass
-class DeepSeekV3ModelArgs(BaseModelArgs):
+class DeepSeekV3ModelArgs(RopeArgs, BaseModelArgs):
     dim: int = 768  # D, width of the residual stream
     n_layers: int = 12
     n_dense_layers: int = 1  # the first layers have a dense feed-forward
@@ -74,6 +79,7 @@ class DeepSeekV3ModelArgs(BaseModelArgs):
             raise ModelError("a group is judged by its two best experts: use at least 2 experts a group")
         if a.qk_rope_head_dim % 2:
             raise ModelError(f"qk_rope_head_dim={a.qk_rope_head_dim} must be even, rotary positions turn pairs")
+        a.check_rope()
 
 
 class LatentAttention(nn.Module):
@@ -91,14 +97,16 @@ class LatentAttention(nn.Module):
         self.layer = layer
         qk_head_dim = a.qk_nope_head_dim + a.qk_rope_head_dim
         self.scale = qk_head_dim**-0.5
+        if a.rope_type == "yarn" and a.rope_mscale_all_dim:
+            self.scale *= yarn_mscale(a.rope_factor, a.rope_mscale_all_dim) ** 2
         if a.q_lora_rank:
             self.q_a_proj = nn.Linear(a.dim, a.q_lora_rank, bias=False)  # W^DQ
-            self.q_a_norm = RMSNorm(a.q_lora_rank, a.norm_eps)
+            self.q_a_norm = RMSNorm(a.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(a.q_lora_rank, a.n_heads * qk_head_dim, bias=False)  # W^UQ, W^QR
         else:
             self.q_proj = nn.Linear(a.dim, a.n_heads * qk_head_dim, bias=False)
         self.kv_a_proj = nn.Linear(a.dim, a.kv_lora_rank + a.qk_rope_head_dim, bias=False)  # W^DKV, W^KR
-        self.kv_a_norm = RMSNorm(a.kv_lora_rank, a.norm_eps)
+        self.kv_a_norm = RMSNorm(a.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(a.kv_lora_rank, a.n_heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
         self.o_proj = nn.Linear(a.n_heads * a.v_head_dim, a.dim, bias=False)
 
@@ -240,8 +248,62 @@ class MTPModule(nn.Module):
         return self.norm(x), load, balance
 
 
+def hf_names(args):
+    """Patterns of our names and what stands there in the published ones; the MTP modules are further layers there."""
+    names = {"^tok_embed": "model.embed_tokens", "^norm": "model.norm", "^layers": "model.layers"}
+    for k, layer in enumerate(range(args.n_layers, args.n_layers + args.n_mtp_layers)):
+        for ours, theirs in ("embed_norm", "enorm"), ("hidden_norm", "hnorm"), ("proj", "eh_proj"):
+            names[f"^mtp.{k}.{ours}"] = f"model.layers.{layer}.{theirs}"
+        names[f"^mtp.{k}.norm"] = f"model.layers.{layer}.shared_head.norm"
+        names[f"^mtp.{k}.block"] = f"model.layers.{layer}"
+    return names | {
+        ".attn_norm.": ".input_layernorm.", ".attn.": ".self_attn.", ".ffn_norm.": ".post_attention_layernorm.",
+        ".q_a_norm.": ".q_a_layernorm.", ".kv_a_norm.": ".kv_a_layernorm.", ".kv_a_proj.": ".kv_a_proj_with_mqa.",
+        ".ffn.router": ".mlp.gate.weight", ".ffn.routing_bias": ".mlp.gate.e_score_correction_bias",
+        ".ffn.shared.": ".mlp.shared_experts.", ".ffn.(gate|up|down)_proj$": r".mlp.experts.*.\1_proj.weight",
+        ".ffn.": ".mlp.",
+    }
+
+
+def hf_copies(args):
+    """Each published MTP module repeats the embeddings and the output head."""
+    head = "model.embed_tokens.weight" if args.tie_embeddings else "lm_head.weight"
+    layers = [f"model.layers.{i}" for i in range(args.n_layers, args.n_layers + args.n_mtp_layers)]
+    return {f"{layer}.embed_tokens.weight": "model.embed_tokens.weight" for layer in layers} | {
+        f"{layer}.shared_head.head.weight": head for layer in layers
+    }
+
+
+def hf_rows(args):
+    """The published rotary pairs are neighbours."""
+    q = interleaved_rows(args.n_heads, args.qk_nope_head_dim, args.qk_rope_head_dim)
+    kv = interleaved_rows(1, args.kv_lora_rank, args.qk_rope_head_dim)
+    return {".q_proj.weight": q, ".q_b_proj.weight": q, ".kv_a_proj.weight": kv}
+
+
 class DeepSeekV3Model(BaseModel):
     model_name = "mini_deepseekv3"
+    hf_layout = Layout(
+        args=DeepSeekV3ModelArgs,
+        architecture="DeepseekV3ForCausalLM",
+        model_type="deepseek_v3",
+        fields=dict(
+            vocab_size="vocab_size", max_seq_len="max_position_embeddings", dim="hidden_size",
+            n_layers="num_hidden_layers", n_dense_layers="first_k_dense_replace", n_heads="num_attention_heads",
+            q_lora_rank="q_lora_rank", kv_lora_rank="kv_lora_rank", qk_nope_head_dim="qk_nope_head_dim",
+            qk_rope_head_dim="qk_rope_head_dim", v_head_dim="v_head_dim", inter_dim="intermediate_size",
+            moe_inter_dim="moe_intermediate_size", n_routed_experts="n_routed_experts",
+            n_shared_experts="n_shared_experts", n_activated_experts="num_experts_per_tok", n_expert_groups="n_group",
+            n_limited_groups="topk_group", norm_topk="norm_topk_prob", route_scale="routed_scaling_factor",
+            n_mtp_layers="num_nextn_predict_layers", norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings",
+        ),
+        only_ours=("bias_update_speed", "seq_aux_alpha", "mtp_loss_weight"),
+        fixed=dict(hidden_act="silu", attention_bias=False, scoring_func="sigmoid", topk_method="noaux_tc",
+                   moe_layer_freq=1, rope_interleave=True),
+        absent=dict(q_lora_rank=0, n_shared_experts=0, n_group=1, topk_group=1, num_nextn_predict_layers=0,
+                    tie_word_embeddings=False),
+        names=hf_names, copies=hf_copies, rows=hf_rows,
+    )
 
     def __init__(self, args):
         super().__init__(args)
@@ -254,7 +316,7 @@ class DeepSeekV3Model(BaseModel):
         if args.tie_embeddings:
             self.lm_head.weight = self.tok_embed.weight
         self.mtp = nn.ModuleList(MTPModule(args) for _ in range(args.n_mtp_layers))
-        self.rotary = Rotary(args.qk_rope_head_dim, args.max_seq_len, args.rope_theta)
+        self.rotary = Rotary(args.qk_rope_head_dim, args.max_seq_len, args.rope_theta, args)
         self.init_weights()
 
     def forward(self, input_ids, targets=None, state=None, doc_ids=None):
@@ -353,3 +415,14 @@ class DeepSeekV3Model(BaseModel):
         a = self.args
         mtp = sum(sum(p.numel() for p in m.parameters()) - self._unchosen(m.block) for m in self.mtp)
         return super().flops_per_token(seq_len) + 6 * (mtp + a.n_mtp_layers * a.vocab_size * a.dim)
+
+    def to_hf(self):
+        config, tensors = super().to_hf()
+        a = self.args
+        return config | {"num_key_value_heads": a.n_heads, "q_lora_rank": a.q_lora_rank or None}, tensors
+
+    @classmethod
+    def from_hf(cls, config, tensors):
+        if not any(name.startswith(f"model.layers.{config.get('num_hidden_layers')}.") for name in tensors):
+            config = {**config, "num_nextn_predict_layers": 0}  # promised, but transformers saves none
+        return super().from_hf(config, tensors)

@@ -8,11 +8,23 @@ from dataclasses import dataclass
 from torch import nn
 
 from .basemodel import BaseModel, BaseModelArgs, ModelError
-from .layers import RMSNorm, Rotary, SwiGLU, attention, attention_mask, cache_append, lm_loss, rotate, token_positions
+from .hf import Layout
+from .layers import (
+    RMSNorm,
+    RopeArgs,
+    Rotary,
+    SwiGLU,
+    attention,
+    attention_mask,
+    cache_append,
+    lm_loss,
+    rotate,
+    token_positions,
+)
 
 
 @dataclass
-class Llama3ModelArgs(BaseModelArgs):
+class Llama3ModelArgs(RopeArgs, BaseModelArgs):
     dim: int = 768  # D, width of the residual stream
     n_layers: int = 12
     n_heads: int = 12  # H, query heads
@@ -28,6 +40,7 @@ class Llama3ModelArgs(BaseModelArgs):
             raise ModelError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}: change one")
         if self.head_dim % 2:
             raise ModelError(f"head_dim={self.head_dim} must be even, rotary positions turn pairs: change it")
+        self.check_rope()
 
 
 class Attention(nn.Module):
@@ -67,6 +80,28 @@ class Block(nn.Module):
 
 class Llama3Model(BaseModel):
     model_name = "mini_llama3"
+    hf_layout = Layout(
+        args=Llama3ModelArgs,
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        fields=dict(
+            vocab_size="vocab_size", max_seq_len="max_position_embeddings", dim="hidden_size",
+            n_layers="num_hidden_layers", n_heads="num_attention_heads", n_kv_heads="num_key_value_heads",
+            head_dim="head_dim", inter_dim="intermediate_size", norm_eps="rms_norm_eps",
+            tie_embeddings="tie_word_embeddings",
+        ),
+        fixed=dict(hidden_act="silu", attention_bias=False, mlp_bias=False),
+        absent=dict(
+            num_key_value_heads=lambda config: config["num_attention_heads"],
+            head_dim=lambda config: config["hidden_size"] // config["num_attention_heads"],
+            tie_word_embeddings=False,
+        ),
+        names=lambda args: {
+            "^tok_embed": "model.embed_tokens", "^norm": "model.norm", "^layers": "model.layers",
+            ".attn_norm.": ".input_layernorm.", ".attn.": ".self_attn.",
+            ".ffn_norm.": ".post_attention_layernorm.", ".ffn.": ".mlp.",
+        },
+    )
 
     def __init__(self, args):
         super().__init__(args)
@@ -76,7 +111,7 @@ class Llama3Model(BaseModel):
         self.lm_head = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.lm_head.weight = self.tok_embed.weight
-        self.rotary = Rotary(args.head_dim, args.max_seq_len, args.rope_theta)
+        self.rotary = Rotary(args.head_dim, args.max_seq_len, args.rope_theta, args)
         self.init_weights()
 
     def forward(self, input_ids, targets=None, state=None, doc_ids=None):
@@ -96,3 +131,9 @@ class Llama3Model(BaseModel):
         if state is not None and state.last_only:
             x = x[:, -1:]
         return self.lm_head(x), None, {}
+
+    def to_hf(self):
+        a = self.args
+        if a.dim % a.n_heads:
+            raise ModelError(f"transformers wants dim={a.dim} to be a multiple of n_heads={a.n_heads}: change one")
+        return super().to_hf()

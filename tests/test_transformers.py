@@ -1,0 +1,189 @@
+"""Our models are the published ones: logits, loss, gradients and greedy text, against transformers."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from engine.generate import generate
+from model.deepseekv3 import LatentAttention
+
+transformers = pytest.importorskip("transformers")
+from transformers_helpers import (  # noqa: E402  (it needs transformers)
+    DEEPSEEK,
+    LLAMA,
+    SEEDS,
+    build,
+    load,
+    our_gradients,
+    random_args,
+    reference_gradients,
+    reference_loss,
+    write,
+)
+
+transformers.logging.set_verbosity_error()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", [LLAMA, DEEPSEEK])
+def test_logits_loss_and_gradients(name, seed, tmp_path):
+    args = random_args(name, seed)
+    model = build(args, seed)
+    write(model, tmp_path)
+    reference, mtp = load(tmp_path)
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(args.vocab_size, (2, 31), generator=generator)
+    with torch.no_grad():
+        logits, want = model(ids)[0], reference(ids).logits
+    assert (logits - want).abs().max() < 1e-5
+    assert want.std() > 0.3  # weights at which an error would show
+
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.2, -100)
+    targets = torch.cat((labels[:, 1:], labels.new_full((2, 1), -100)), dim=1)
+    loss = model(ids, targets=targets)[1]
+    want = reference_loss(reference, mtp, ids, labels, getattr(args, "mtp_loss_weight", 0.0))
+    assert abs(loss.item() - want.item()) < 1e-6 * max(1.0, want.item())
+
+    loss.backward()
+    want.backward()
+    ours, theirs = our_gradients(model), reference_gradients(reference, mtp)
+    assert ours.keys() == theirs.keys()
+    for key, grad in theirs.items():
+        # the floor: the router of a single normalised expert has no gradient, only its rounding
+        error = (ours[key] - grad).norm() / grad.norm().clamp(min=1e-3)
+        assert error < 1e-4, f"{key}: relative error {error:.2g}"
+
+
+def test_the_configurations_cover_every_switch():
+    seen = [vars(random_args(DEEPSEEK, seed)) for seed in SEEDS]
+    both = seen + [vars(random_args(LLAMA, seed)) for seed in SEEDS]
+    for side in (seen, both[len(seen):]):
+        assert {a["tie_embeddings"] for a in side} == {True, False}
+        assert {a["rope_type"] for a in side} == {"default", "llama3", "yarn"}
+    assert {a["n_mtp_layers"] for a in seen} == {0, 1, 2}
+    assert {a["n_shared_experts"] for a in seen} == {0, 1, 2}
+    assert {a["norm_topk"] for a in seen} == {True, False}
+    assert any(a["q_lora_rank"] == 0 for a in seen) and any(a["q_lora_rank"] for a in seen)
+    assert {(a["n_expert_groups"] > 1, a["n_limited_groups"] < a["n_expert_groups"]) for a in seen} == {
+        (False, False), (True, False), (True, True)}
+    assert any(a["route_scale"] != 1 for a in seen)
+    assert {min(a["n_dense_layers"], 1) + (a["n_dense_layers"] == a["n_layers"]) for a in seen} == {0, 1, 2}
+    assert any(a["rope_mscale_all_dim"] for a in seen)
+
+
+def greedy(model, prompt, new):
+    return generate(model, None, [prompt], new, stop_ids=(), temperature=0)[0]
+
+
+def reference_greedy(reference, prompt, new, **settings):
+    out = reference.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None,
+                             pad_token_id=0, **settings)
+    return out[0, len(prompt):].tolist()
+
+
+PROMPT = [1, 5, 9, 2, 11, 30, 17]
+
+
+@pytest.mark.parametrize("seed", [0, 2, 7])
+@pytest.mark.parametrize("name", [LLAMA, DEEPSEEK])
+def test_256_greedy_tokens(name, seed, tmp_path, monkeypatch):
+    args = random_args(name, seed, max_seq_len=300)
+    model = build(args, seed)
+    write(model, tmp_path)
+    absorbed = []
+    inner = LatentAttention._absorbed
+    monkeypatch.setattr(LatentAttention, "_absorbed", lambda *inputs: absorbed.append(1) or inner(*inputs))
+    ours = greedy(model, PROMPT, 256)
+    assert ours == reference_greedy(load(tmp_path)[0], PROMPT, 256) and len(ours) == 256
+    assert len(set(ours)) > 5  # no stuck repetition that any model would reproduce
+    assert len(absorbed) == (255 * args.n_layers if name == DEEPSEEK else 0)
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_256_greedy_tokens_with_mtp_drafts(modules, tmp_path):
+    args = random_args(DEEPSEEK, 4, max_seq_len=300, n_dense_layers=1, n_mtp_layers=modules)
+    model = build(args)
+    write(model, tmp_path)
+    reference, _ = load(tmp_path)
+    assert greedy(model, PROMPT, 256) == reference_greedy(reference, PROMPT, 256, use_mtp=True)
+
+
+def test_mtp_drafts_are_the_ones_we_would_make(tmp_path):
+    """A draft that is always rejected would leave the greedy text right: so the drafts themselves are compared."""
+    args = random_args(DEEPSEEK, 4, n_dense_layers=1, n_mtp_layers=2)
+    model = build(args)
+    write(model, tmp_path)
+    reference, mtp = load(tmp_path)
+    ids = torch.tensor([[*PROMPT, 3, 4]])
+    with torch.no_grad():
+        theirs = reference(ids, output_hidden_states=True).hidden_states[-1]
+        hidden = []
+        handle = model.norm.register_forward_hook(lambda module, inputs, out: hidden.append(out))
+        model(ids)
+        handle.remove()
+        ours, embedded = hidden[0], model.tok_embed(ids)
+        for k in (1, 2):
+            n = ids.shape[1] - k
+            positions = torch.arange(n)[None]
+            ours = model.mtp[k - 1](ours[:, :n], embedded[:, k:], model.rotary(positions), None)[0]
+            theirs = mtp.forward_layer(k - 1, theirs[:, :n], positions + k, None, input_ids=ids[:, k:])
+            assert (ours - theirs).abs().max() < 2e-5
+
+
+@pytest.mark.slow
+def test_mtp_drafts_in_the_published_depth(tmp_path):
+    """61 layers are where transformers looks for the module by itself."""
+    args = random_args(DEEPSEEK, 4, max_seq_len=80, n_layers=61, n_dense_layers=3, n_mtp_layers=1, dim=24, n_heads=2)
+    model = build(args)
+    with torch.no_grad():  # 61 layers of unit gain would drown the embedding
+        for name, param in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+                param.mul_(0.2)
+    write(model, tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert greedy(model, PROMPT, 64) == reference_greedy(reference, PROMPT, 64, use_mtp=True)
+
+
+def test_rope_scaling_reaches_beyond_the_training():
+    """The tables themselves, at long positions and at the published sizes, against transformers' frequencies."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from model.layers import rope_amplitude, rope_frequencies
+
+    published = [
+        (LLAMA, 128, 5e5, dict(rope_type="llama3", rope_factor=8.0, rope_original_max_seq_len=8192)),  # Llama 3.1
+        (LLAMA, 64, 5e5, dict(rope_type="llama3", rope_factor=32.0, rope_original_max_seq_len=8192)),  # Llama 3.2
+        (DEEPSEEK, 64, 1e4, dict(rope_type="yarn", rope_factor=40.0, rope_original_max_seq_len=4096, rope_mscale=1.0,
+                                 rope_mscale_all_dim=1.0)),  # DeepSeek-V3
+        (DEEPSEEK, 64, 1e4, dict(rope_type="yarn", rope_factor=40.0, rope_original_max_seq_len=4096, rope_mscale=0.707,
+                                 rope_mscale_all_dim=0.707)),
+        (LLAMA, 128, 1e6, dict(rope_type="yarn", rope_factor=4.0, rope_original_max_seq_len=32768)),
+    ]
+    for name, head_dim, theta, fields in published:
+        size = {"head_dim": head_dim} if name == LLAMA else {"qk_rope_head_dim": head_dim}
+        args = random_args(name, 0, rope_theta=theta, max_seq_len=131072, **size, **fields)
+        with torch.device("meta"):
+            model_class = type(build(random_args(name, 0)))
+        config = transformers.AutoConfig.for_model(**model_class.hf_layout.config(args))
+        want, amplitude = ROPE_INIT_FUNCTIONS[fields["rope_type"]](config)
+        got = rope_frequencies(head_dim, theta, args)
+        assert ((got.float() - want) / want).abs().max() < 1e-5
+        assert rope_amplitude(args) == pytest.approx(amplitude, rel=1e-6)
+
+
+@pytest.mark.parametrize("fields,said", [
+    ({"rope_type": "linear"}, "choose default, llama3 or yarn"),
+    ({"rope_factor": 2.0}, "needs a way to stretch"),
+    ({"rope_type": "yarn", "rope_factor": 4.0}, "needs rope_original_max_seq_len"),
+    ({"rope_type": "yarn", "rope_factor": 0.5, "rope_original_max_seq_len": 9}, "at least 1"),
+    ({"rope_type": "llama3", "rope_factor": 2.0, "rope_original_max_seq_len": 9, "rope_low_freq_factor": 5.0},
+     "must lie between 0 and rope_high_freq_factor"),
+])
+@pytest.mark.parametrize("name", [LLAMA, DEEPSEEK])
+def test_rope_settings_that_cannot_be(name, fields, said):
+    args = random_args(name, 0)
+    with pytest.raises(ValueError, match=said) as error:
+        dataclasses.replace(args, **fields)
+    assert "\n" not in str(error.value) and error.value.user_error
