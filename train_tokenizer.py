@@ -5,7 +5,6 @@ python train_tokenizer.py --sources=my.jsonl --vocab_size=8192
 """
 
 import itertools
-import json
 import os
 import signal
 from collections import deque
@@ -18,12 +17,11 @@ from tokenizers import Tokenizer as Backend
 
 from preprocess_data.corpora import CORPORA_PATH, Source, find_sources, project_path
 from preprocess_data.readers import Broken
-from utils.chat_template import CHAT_TEMPLATE
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
 from utils.log import log
 from utils.text import clean_text, is_held_out
-from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, Tokenizer, load_tokenizer, side_files
 
 # After DeepSeek-V3's: runs of Chinese characters and kana stand apart from punctuation and from Latin letters, so no
 # token joins a comma to the word behind it. Digits stand singly: small models count better so.
@@ -79,22 +77,7 @@ def train(texts: Iterator[str], vocab_size: int, min_frequency: int = 2, split_h
 
 def save(backend: Backend, folder: Path) -> Tokenizer:
     """Write the folder: each file beside its name, then renamed; tokenizer.json last, as it makes the folder valid."""
-    unk, bos, eos, pad, *_ = SPECIAL_TOKENS
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": unk,
-        "bos_token": bos,
-        "eos_token": eos,
-        "pad_token": pad,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 1_000_000_000,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    files = {
-        "chat_template.jinja": CHAT_TEMPLATE,
-        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
-        "tokenizer.json": backend.to_str(pretty=True),
-    }
+    files = {**side_files(), "tokenizer.json": backend.to_str(pretty=True)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / f".{name}.partial").write_text(text, encoding="utf-8")

@@ -2,11 +2,13 @@
 
 import codecs
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
+from utils.chat_template import CHAT_TEMPLATE
 from utils.errors import UserError
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
@@ -66,6 +68,25 @@ class Tokenizer:
                 shutil.copyfile(source, folder / name)
 
 
+def side_files() -> dict[str, str]:
+    """{name: text} of what transformers reads beside tokenizer.json."""
+    unk, bos, eos, pad, *_ = SPECIAL_TOKENS
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": unk,
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000_000,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    return {
+        "chat_template.jinja": CHAT_TEMPLATE,
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+    }
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load a tokenizer folder; UserError when there is none or it cannot be read."""
     folder = Path(folder)
@@ -85,7 +106,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()
 
 
 class StreamDecoder:
@@ -102,7 +123,7 @@ class StreamDecoder:
     def push(self, token_id: int) -> str:
         """The text that this token completes: often one character, sometimes none, sometimes several."""
         token = None if token_id in self._special else self._backend.id_to_token(token_id)
-        return "" if token is None else self._decoder.decode(bytes(map(_BYTE_OF.__getitem__, token)))
+        return "" if token is None else self._decoder.decode(bytes(map(BYTE_OF.__getitem__, token)))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD when the bytes stop inside a character."""

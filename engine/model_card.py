@@ -1,0 +1,51 @@
+"""README.md of an exported model: what it is, its figures, and how to load it."""
+
+import dataclasses
+
+FIGURES = {"steps": "training steps", "tokens": "training tokens", "train_loss": "training loss, nats a token",
+           "val_loss": "held-out loss, nats a token", "val_bpc": "held-out bits a character"}
+
+
+def model_card(name: str, stage: str, model, config: dict, summary: dict) -> str:
+    """The text of the card. summary: the run's summary.json, or {} when it has none."""
+    counts = model.num_params()
+    rows = {"parameters": f"{counts['total']:,}", "parameters a token uses": f"{counts['active']:,}"}
+    for key, label in FIGURES.items():
+        if summary.get(key) is not None:
+            value = summary[key]
+            rows[label] = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
+    fields = "\n".join(f"| {key} | {value} |" for key, value in dataclasses.asdict(model.args).items())
+    chat = "pretrain" not in stage
+    prompt = ('ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], '
+              'add_generation_prompt=True, return_tensors="pt", return_dict=False)') if chat else \
+        'ids = tokenizer("<s>Hello", return_tensors="pt", add_special_tokens=False).input_ids'
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A small {config["architectures"][0]}, {"fine-tuned for conversation" if chat else "pretrained: it goes on from a text"},
+trained with Mini-LLM. Weights in fp32.
+
+| | |
+| --- | --- |
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+{prompt}
+print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))
+```
+
+Back to a run folder: `python export.py --from hf {name} --out output/imported_{name}`.
+
+| architecture | |
+| --- | --- |
+{fields}
+"""

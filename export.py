@@ -1,0 +1,57 @@
+"""Take a trained model to transformers, or start from a published one.
+
+    python export.py --run output/sft_MODEL --to hf DIR             a folder that AutoModelForCausalLM loads
+    python export.py --from hf DIR --out output/imported_NAME       a run folder: python sft.py --init_from=...
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.config import opt, parse
+from utils.errors import UserError, run_script
+
+FORMATS = ("hf",)
+
+
+@dataclass
+class ExportConfig:
+    __doc__ = __doc__
+    run: str = opt("", "run folder to export")
+    to_hf: str = opt("", "folder to write; also spelled --to hf DIR")
+    from_hf: str = opt("", "folder of a checkpoint, config.json and safetensors; also spelled --from hf DIR")
+    out: str = opt("", "run folder to make of it")
+    max_seq_len: int = opt(0, "with --from: tokens that the model is built for; 0: what the checkpoint says")
+
+
+def main(argv=None):
+    config = parse(ExportConfig, spelled(sys.argv[1:] if argv is None else argv))
+    if bool(config.to_hf) == bool(config.from_hf):
+        raise UserError("say one of --to hf DIR (with --run RUN) and --from hf DIR (with --out RUN)")
+    if config.to_hf and not config.run:
+        raise UserError("which run? add --run output/...")
+    if config.from_hf and not config.out:
+        raise UserError("where to? add --out output/imported_NAME")
+    from engine.interchange import export_hf, import_hf  # torch comes with it
+
+    if config.to_hf:
+        export_hf(Path(config.run), Path(config.to_hf))
+    else:
+        import_hf(Path(config.from_hf), Path(config.out), config.max_seq_len)
+
+
+def spelled(argv: list[str]) -> list[str]:
+    """`--to hf DIR` and `--from hf DIR` as the settings --to_hf=DIR and --from_hf=DIR."""
+    words, out = list(argv), []
+    while words:
+        word = words.pop(0)
+        if word in ("--to", "--from"):
+            if len(words) < 2 or words[0] not in FORMATS:
+                raise UserError(f"{word} takes a format ({', '.join(FORMATS)}) and a folder, as in {word} hf DIR")
+            word = f"{word}_{words.pop(0)}={words.pop(0)}"
+        out.append(word)
+    return out
+
+
+if __name__ == "__main__":
+    run_script(main)
