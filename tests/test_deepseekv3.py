@@ -175,8 +175,8 @@ def test_cache_holds_the_latent_and_the_rotary_key_only():
     state = model.init_state(2, 10)
     model(torch.randint(args.vocab_size, (2, 4)), state=state)
     for layer in state.layers:
-        numbers = sum(tensor.numel() for tensor in layer.values())
-        assert numbers == 2 * 10 * (args.kv_lora_rank + args.qk_rope_head_dim)
+        size = sum(tensor.nbytes for tensor in layer.values())  # 2 rows of 10 tokens in fp32
+        assert size == 2 * 10 * (args.kv_lora_rank + args.qk_rope_head_dim) * 4
 
 
 def test_default_sizes_are_the_documented_ones():
