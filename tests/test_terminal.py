@@ -211,19 +211,20 @@ def test_a_chat_on_a_terminal(terminal, tmp_path):
     assert chat.process.wait(20) == 0
 
 
-@pytest.mark.skip(reason="the second Ctrl-C, at the prompt, is not seen reliably: to be mended")
 def test_ctrl_c_stops_the_answer_only(terminal):
     chat = terminal("--run", base_run(), "--temperature=0", "--max_new_tokens=2000")
     chat.say("春眠")
     chat.until("春眠不觉晓，处处")
     os.write(chat.master, b"\x03")
     assert "stopped" in chat.until("› ")
+    time.sleep(1)  # readline waits for the next key when a signal comes between its prompt and its select
     os.write(chat.master, b"\x03")
     chat.until("/quit leaves")
     chat.say("夜来风雨声，花落知多少。\\n春眠")                   # typed as \\n, since Enter sends the line
     chat.until("花落知多少。\n春眠")
     chat.until("不觉晓，处处")
     os.write(chat.master, b"\x03")
-    chat.until("stopped")
+    assert "stopped" in chat.until("› ")
+    time.sleep(1)
     os.write(chat.master, b"\x04")                          # Ctrl-D at the empty prompt
     assert chat.process.wait(20) == 0
