@@ -36,11 +36,12 @@ def main(argv=None) -> dict:
     model = build_model(config, tokenizer)
     seq_len, packs = model.args.max_seq_len, model.accepts("doc_ids")
 
-    train_file = TokenFile(config.pretrain_data_path, tokenizer, MAKE_DATA)
+    train_file = TokenFile(config.pretrain_data_path, tokenizer, MAKE_DATA, "pretrain")
     windows = packs and config.rows == "windows"
     train_rows = WindowRows(train_file, seq_len) if windows else DocumentRows(train_file, seq_len, packs)
     held_out = val_path(config.pretrain_val_path, config.pretrain_data_path)
-    val_rows = DocumentRows(TokenFile(held_out, tokenizer, MAKE_DATA), seq_len, packs) if held_out else None
+    val_file = TokenFile(held_out, tokenizer, MAKE_DATA, "pretrain") if held_out else None
+    val_rows = DocumentRows(val_file, seq_len, packs) if val_file else None
 
     return train(config, "pretrain", model, tokenizer, train_rows, val_rows,
                  next_command="python sft.py --init_from={run}")

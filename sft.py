@@ -35,7 +35,8 @@ def main(argv=None) -> dict:
     model, tokenizer, seq_len, weights = pretrained_model(config)
 
     def conversations(path):
-        return DocumentRows(TokenFile(path, tokenizer, MAKE_DATA), seq_len, model.accepts("doc_ids"), drop_long=True)
+        file = TokenFile(path, tokenizer, MAKE_DATA, "sft")
+        return DocumentRows(file, seq_len, model.accepts("doc_ids"), drop_long=True)
 
     train_rows = conversations(config.sft_data_path)
     if train_rows.dropped:

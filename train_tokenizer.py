@@ -129,6 +129,10 @@ def main(argv: list[str] | None = None) -> None:
     sources = find_sources(config.sources, project_path(config.corpora_path), config.text_field)
     log(f"training a tokenizer of {config.vocab_size} tokens on {', '.join(source.name for source in sources)}")
     texts = limited(stream(sources, held_out=False), config.max_characters)
+    first = next(texts, None)
+    if first is None:
+        raise UserError(f"no text in {', '.join(source.name for source in sources)}: nothing to train a tokenizer on")
+    texts = itertools.chain([first], texts)
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the library would keep Ctrl-C waiting to its end
     backend = train(texts, config.vocab_size, config.min_frequency, config.split_han)
     signal.signal(signal.SIGINT, handler)

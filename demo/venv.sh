@@ -56,7 +56,7 @@ make_venv() {
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
-    echo "installing ${what[1]} into .venv (the first time this fetches PyTorch: some hundred MB)"
+    echo "installing ${what[1]} into .venv (the first time this fetches PyTorch: several GB where it is the CUDA build)"
     "$python" -m pip install --disable-pip-version-check "${what[@]}" ||
         die "the installation failed: see above; after a network failure just run the same command again"
     printf '%s\n' "$wanted" >"$stamp"

@@ -116,7 +116,7 @@ def count_steps(config: TrainConfig, rows: int, global_rows: int, seq_len: int) 
 def resolve_precision(wanted: str, device: torch.device) -> str:
     """auto -> bf16 on a cuda device that has it, else fp32; UserError for fp16 off cuda."""
     if wanted == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if wanted == "fp16" and device.type != "cuda":
         raise UserError(f"--precision=fp16 needs cuda for its loss scaling, and this is {device.type}: "
                         "use bf16 or fp32")

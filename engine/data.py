@@ -23,13 +23,16 @@ class TokenFile:
     made with another tokenizer, or holds an id beyond the vocabulary.
     """
 
-    def __init__(self, path, tokenizer, make_with: str):
+    def __init__(self, path, tokenizer, make_with: str, kind: str = ""):
         self.path, self.bos_id, self.pad_id = Path(path), tokenizer.bos_id, tokenizer.pad_id
         self.vocab_size = tokenizer.vocab_size
         if not self.path.is_file():
             raise UserError(f"no data file {self.path}: make it with `{make_with}`, or give the path of another")
         stem = self.path.with_suffix("")
         self.meta = self._read_meta(Path(f"{stem}.meta.json"), tokenizer)
+        if kind and self.meta.get("kind", kind) != kind:
+            raise UserError(f"{self.path} was made for {self.meta['kind']}, not for {kind}: make the right one with "
+                            f"`{make_with}`, or give its path")
         self.tokens = self._map(self.path, np.dtype(self.meta.get("dtype", "uint16")).newbyteorder("<"))
         if self.meta.get("tokens", len(self.tokens)) != len(self.tokens):
             raise UserError(f"{self.path} holds {len(self.tokens)} tokens and its meta file says "

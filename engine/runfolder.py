@@ -66,7 +66,13 @@ def _choose(config, stage: str, who: dict) -> Place:
         folder = Path(config.resume)
         if not (folder / "run.json").is_file():
             raise UserError(f"--resume={folder}: that is no run folder; use auto, never, must or the path of one")
-        if _identity_of(folder).get("model") != who["model"]:
+        theirs = _identity_of(folder)
+        if theirs.get("stage") != who["stage"]:
+            raise UserError(f"--resume={folder}: that run is of the stage {theirs.get('stage')}, not {who['stage']}; "
+                            "--resume goes on with a run of the same script")
+        if theirs.get("tokenizer") != who["tokenizer"]:
+            raise UserError(f"--resume={folder}: that run has another tokenizer; give the same --tokenizer_path")
+        if theirs.get("model") != who["model"]:
             raise UserError(f"--resume={folder}: that run has another architecture; give the same --model.* fields")
         checkpoint = newest_checkpoint(folder)
         if checkpoint is None:

@@ -57,16 +57,16 @@ def _models_of(module, file):
 
 def _discover():
     """Import every file once. Return ({name: (Model, ModelArgs)}, {name: why it cannot be used})."""
-    good, bad = {}, {}
+    good, bad, broken = {}, {}, {}
     for path in sorted(FOLDER.glob("*.py")):
         if path.stem in NOT_ARCHITECTURES:
             continue
         file = f"model/{path.name}"
         try:
             module = importlib.import_module(f"{__name__}.{path.stem}")
-        except Exception:
+        except (Exception, SystemExit):
             for name in _names_in_source(path) or [path.stem]:
-                bad[name] = f"{file} does not import: fix the error below\n{traceback.format_exc()}"
+                broken[name] = f"{file} does not import: fix the error below\n{traceback.format_exc()}"
             continue
         for name, Model, ModelArgs in _models_of(module, file):
             if name in good or name in bad:
@@ -77,7 +77,8 @@ def _discover():
                 bad[name] = ModelArgs
             else:
                 good[name] = (Model, ModelArgs)
-    return good, bad
+    # A file that does not import takes no other down: not even one whose name it would have had.
+    return good, {**{name: why for name, why in broken.items() if name not in good}, **bad}
 
 
 _found = None

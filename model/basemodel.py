@@ -7,7 +7,7 @@ What the framework offers on top is switched on by *accepting a parameter* in `f
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -25,6 +25,13 @@ class BaseModelArgs:
 
     vocab_size: int = 32000  # V, the tokenizer's size, special tokens included
     max_seq_len: int = 512  # the longest sequence, in tokens, that the model is built for
+
+    def check_sizes(self, *may_be_zero):
+        """Raise `ModelError` for a whole number below 1 (0 for the names given); call it first in `__post_init__`."""
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if field.name in may_be_zero or field.default == 0 else 1
+            if isinstance(field.default, int) and not isinstance(field.default, bool) and value < least:
+                raise ModelError(f"{field.name}={value} must be at least {least}: change it")
 
 
 class State:

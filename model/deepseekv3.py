@@ -63,6 +63,7 @@ class DeepSeekV3ModelArgs(RopeArgs, BaseModelArgs):
 
     def __post_init__(self):
         a = self
+        a.check_sizes("n_dense_layers", "q_lora_rank", "n_shared_experts", "n_mtp_layers")
         if a.n_routed_experts % a.n_expert_groups:
             raise ModelError(
                 f"n_routed_experts={a.n_routed_experts} must be a multiple of n_expert_groups={a.n_expert_groups}"
@@ -354,6 +355,7 @@ class DeepSeekV3Model(BaseModel):
         `targets` moved by k. A pair whose two ends lie in different documents predicts nothing.
         """
         losses, loads = [], []
+        n_targets = (targets != -100).sum().clamp(min=1)
         for k, module in enumerate(self.mtp, start=1):
             n = targets.shape[1] - k  # positions that still have a token i + k
             if n < 1:
@@ -365,7 +367,9 @@ class DeepSeekV3Model(BaseModel):
             positions = token_positions(target)
             mask = attention_mask(positions, doc_ids=docs)
             x, load, balance = module(x[:, :n], embedded[:, k:], self.rotary(positions), mask)
-            losses.append(lm_loss(x, self.lm_head.weight, target))
+            # Both equations divide by the T of the whole sequence, so a depth weighs by the targets that it has left.
+            share = (target != -100).sum() / n_targets
+            losses.append(lm_loss(x, self.lm_head.weight, target) * share)
             if load is not None:
                 loads.append(load)
                 balances.append(balance)

@@ -36,6 +36,7 @@ class Llama3ModelArgs(RopeArgs, BaseModelArgs):
     tie_embeddings: bool = True  # the output head is the embedding table, as in Llama 3.2 1B and 3B
 
     def __post_init__(self):
+        self.check_sizes()
         if self.n_heads % self.n_kv_heads:
             raise ModelError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}: change one")
         if self.head_dim % 2:

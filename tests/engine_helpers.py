@@ -56,8 +56,8 @@ def pretrain_files(folder: Path, tokenizer, count: int = 120) -> tuple[Path, Pat
     """pretrain_train.bin and pretrain_val.bin of short texts."""
     def documents(n, seed):
         return [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts(n, seed)]
-    return (write_tokens(folder / "pretrain_train", documents(count, 1), tokenizer),
-            write_tokens(folder / "pretrain_val", documents(12, 2), tokenizer))
+    return (write_tokens(folder / "pretrain_train", documents(count, 1), tokenizer, kind="pretrain"),
+            write_tokens(folder / "pretrain_val", documents(12, 2), tokenizer, kind="pretrain"))
 
 
 def sft_files(folder: Path, tokenizer, count: int = 60) -> tuple[Path, Path]:

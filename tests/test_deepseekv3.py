@@ -150,7 +150,7 @@ def test_mtp_loss_equals_the_equations(depths):
                 if target != -100:
                     losses.append(-F.log_softmax(model.lm_head(out[i]), dim=-1)[target])
         previous = outputs
-        total = total + torch.stack(losses).mean()
+        total = total + torch.stack(losses).sum() / (targets != -100).sum()  # equation 24 divides by T
     assert got.item() == pytest.approx((args.mtp_loss_weight * total / depths).item(), rel=1e-5)
 
 

@@ -105,7 +105,10 @@ def find_mtp(reference):
 
 
 def reference_loss(reference, mtp, ids, labels, weight):
-    """The mean cross-entropy of the next token, plus `weight` times the mean over the MTP modules of theirs."""
+    """The mean cross-entropy of the next token, plus `weight` times the mean over the MTP modules of theirs.
+
+    As equation 24 has it, every module's sum is divided by the targets of the whole sequence.
+    """
     out = reference(ids, labels=labels, output_hidden_states=True)
     if mtp is None:
         return out.loss
@@ -114,7 +117,8 @@ def reference_loss(reference, mtp, ids, labels, weight):
         positions = torch.arange(k + 1, ids.shape[1])[None]
         hidden = mtp.forward_layer(k, hidden[:, :-1], positions, None, input_ids=ids[:, k + 1 :])
         logits = mtp.shared_head(hidden)[:, :-1]
-        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, k + 2 :].flatten()))
+        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, k + 2 :].flatten(), reduction="sum")
+        losses.append(total / (labels[:, 1:] != -100).sum())
     return out.loss + weight * sum(losses) / len(losses)
 
 
