@@ -1,17 +1,37 @@
-"""Is an architecture right? One file a group of checks, one function a check; the tests run all over every model.
+"""Is an architecture right? One file a group of checks, one function a check; check_model.py and the tests run them.
 
 A check takes a `Subject` and returns nothing, raises `CheckFailed` with what was seen, or `NotApplicable`. It knows the
-model by its contract alone (model/basemodel.py).
+model by its contract alone (model/basemodel.py). Its docstring says what it proves, then "Measured:" and "Causes:", the
+usual ones in order, separated by semicolons; the table prints them below a failure.
 """
 
-from . import causality, contract, gradients, packing, persistence, state
+from . import (
+    causality,
+    contract,
+    counts,
+    gradients,
+    init,
+    learning,
+    loss,
+    moe,
+    packing,
+    persistence,
+    precision,
+    rows,
+    state,
+)
 from .subject import CheckFailed, NotApplicable, Subject
+
+GROUPS = (contract, loss, causality, rows, gradients, init, learning, state, packing, persistence, precision, moe, counts)
 
 CHECKS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": function
-    for module in (contract, causality, gradients, state, packing, persistence)
+    for module in GROUPS
     for name, function in vars(module).items()
     if callable(function) and getattr(function, "__module__", "") == module.__name__ and not name.startswith("_")
+    and not isinstance(function, type)
 }
+SLOW = ("learning.", "precision.compiled", "init.loss_is_uniform", "init.logits", "gradients.agree")  # seconds, not milliseconds
+FAST = [name for name in CHECKS if not name.startswith((*SLOW, "state.", "precision."))]  # what pretraining leans on
 
-__all__ = ["CHECKS", "CheckFailed", "NotApplicable", "Subject"]
+__all__ = ["CHECKS", "FAST", "SLOW", "CheckFailed", "NotApplicable", "Subject"]

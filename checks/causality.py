@@ -2,44 +2,124 @@
 
 import torch
 
-from .subject import require
+from .subject import (
+    LONG,
+    call,
+    embedded_tokens,
+    gradient_at_tokens,
+    logits_of,
+    negative_log_likelihood,
+    next_tokens,
+    positions_text,
+    require,
+    require_close,
+)
+
+# A kernel may group its sums by what the whole batch holds (experts do), an FFT mixes all positions in rounding.
+ROUNDING = 2e-5
 
 
+@torch.no_grad()
 def later_tokens_change_nothing(subject):
-    """Changing token t changes no logit before t, for every t; and it does change the logit at t."""
-    model, ids = subject.build(), subject.tokens(rows=1)
-    base = model(ids)[0][0]
-    for t in range(ids.shape[1]):
+    """Changing token t changes no logit before t, for every t, in both modes; and it does change the logit at t.
+
+    Measured: every token of a row replaced in turn, the logits against those of the original row.
+    Causes: no causal mask, or one off by one (`triu(diagonal=2)`, `>` for `>=`); a softmax, a norm or a mean over the
+    time axis; a convolution padded on both sides; experts that choose tokens, or a top-k over the row; a token shift in
+    the wrong direction; batch statistics.
+    """
+    ids = subject.tokens(rows=1)
+    for train in (False, True):
+        model = subject.build().train(train)
+        torch.manual_seed(0)
+        base = logits_of(model, ids)[0]
+        for t in range(ids.shape[1]):
+            changed = ids.clone()
+            changed[0, t] = (ids[0, t] + 1) % subject.args.vocab_size
+            torch.manual_seed(0)
+            difference = (logits_of(model, changed)[0] - base).abs().amax(dim=-1)  # (T,)
+            _nothing_before(difference, t, base, "train" if train else "eval")
+            require(train or difference[t] > ROUNDING, f"token {t} does not change the logits at its own position",
+                    ["a mask that hides the position itself, and no residual connection around it",
+                     "the logits belong to another position: the sequence is shifted inside the model"])
+
+
+def _nothing_before(difference, t, base, where):
+    seen = (difference[:t] > ROUNDING * max(1.0, base.abs().max().item())).nonzero()[:, 0]
+    require(not len(seen), f"{where} mode: token {t} changes the logits at the earlier positions {positions_text(seen)} by "
+            f"up to {difference[:t].max().item() if t else 0:.3g}")
+
+
+@torch.no_grad()
+def long_sequences(subject):
+    """The same on a sequence of 300 tokens: beyond windows, chunks and short tables.
+
+    Measured: tokens at twelve positions, around 16, 32, 64, 128 and 256, replaced in turn.
+    Causes: chunks that are processed with their neighbours' tokens; a mask buffer that is shorter than the sequence; an
+    offset that is right for the first chunk only.
+    """
+    model, ids = subject.build_long(), subject.tokens(rows=1, length=LONG)
+    base = logits_of(model, ids)[0]
+    for t in (1, 16, 33, 64, 65, 100, 128, 130, 192, 256, 258, LONG - 1):
         changed = ids.clone()
         changed[0, t] = (ids[0, t] + 1) % subject.args.vocab_size
-        difference = (model(changed)[0][0] - base).abs().amax(dim=-1)  # (T,)
-        earlier = difference[:t].max().item() if t else 0.0
-        # Not exactly zero: a kernel may group its sums by what the whole batch holds (experts do).
-        require(earlier < 1e-5, f"token {t} changes logits before it by {earlier:.3g}")
-        require(difference[t] > 1e-5, f"token {t} does not change the logits at its own position")
-
-
-def targets_do_not_leak(subject):
-    """The targets change the loss only, not what the model computes: other_vars outside loss/* stay the same."""
-    model, ids = subject.build(), subject.tokens()
-    first = model(ids, targets=ids.roll(-1, 1))[2]
-    second = model(ids, targets=ids.roll(5, 1))[2]
-    for key in first:
-        if not key.startswith("loss/"):
-            require(torch.equal(first[key], second[key]), f"other_vars[{key!r}] depends on the targets")
+        difference = (logits_of(model, changed)[0] - base).abs().amax(dim=-1)
+        _nothing_before(difference, t, base, "eval")
 
 
 def gradient_reaches_the_past_only(subject):
-    """The gradient of the logit at t with respect to the input embeddings is zero after t and not zero before."""
+    """The gradient of the logit at t with respect to the embedded tokens is zero after t, and not zero before it.
+
+    Measured: one backward pass a position, in a row of max_seq_len tokens.
+    Causes: as for `later_tokens_change_nothing`; and where the past has no gradient: a mask that leaves only the
+    position itself, a `.detach()` or `no_grad` around keys, values or the recurrent state.
+    """
     model, ids = subject.build(), subject.tokens(rows=1)
-    embeddings = []
-    table = next(m for m in model.modules() if isinstance(m, torch.nn.Embedding))
-    handle = table.register_forward_hook(lambda module, args, out: embeddings.append(out.requires_grad_()) or out)
-    logits = model(ids)[0]
-    handle.remove()
-    last = ids.shape[1] - 1
-    for t in range(0, last + 1, 5):
-        (grad,) = torch.autograd.grad(logits[0, t].square().sum(), embeddings[0], retain_graph=True)
-        size = grad[0].abs().amax(dim=-1)  # (T,)
-        require(size[t + 1 :].sum() == 0, f"the logit at {t} has a gradient to later positions")
-        require(t == 0 or size[:t].sum() > 0, f"the logit at {t} has no gradient to the past")
+    with embedded_tokens(model) as outputs:
+        logits = logits_of(model, ids)
+    for t in range(ids.shape[1]):
+        size = gradient_at_tokens(logits[0, t].square().sum(), outputs)[0]  # (T,)
+        later = (size[t + 1 :] > ROUNDING * size.max()).nonzero()[:, 0] + t + 1
+        require(not len(later), f"the logit at {t} has a gradient to the later positions {positions_text(later)}")
+        require(size[t] > 0, f"the logit at {t} has no gradient to its own token")
+        require(t == 0 or size[:t].sum() > 0, f"the logit at {t} has no gradient to any earlier token",
+                ["the mask leaves only the position itself", "keys, values or the recurrent state are detached"])
+
+
+@torch.no_grad()
+def prefixes_agree(subject):
+    """The logits of the first n tokens do not depend on how many tokens, padding included, follow them.
+
+    Measured: every prefix of a row alone against the whole row; the task loss of a row against that of the row with
+    padding after it, whose targets are -100.
+    Causes: a scale, a position or a decay counted from the end or from the length of the row; a norm over time; padding
+    that takes part in routing, in a mean or in the loss.
+    """
+    model, ids = subject.build(), subject.tokens(rows=2)
+    full, total = logits_of(model, ids), ids.shape[1]
+    for n in range(1, total):
+        require_close(logits_of(model, ids[:, :n]), full[:, :n], f"the first {n} tokens alone against all {total}")
+    n = total - 5
+    targets = next_tokens(ids)
+    targets[:, n:] = -100
+    padded = subject.task_loss(*call(model, ids, targets=targets)[1:])
+    alone = subject.task_loss(*call(model, ids[:, :n], targets=targets[:, :n])[1:])
+    require_close(padded, alone, "loss with padding after the row against the loss without", 1e-4)
+
+
+@torch.no_grad()
+def targets_do_not_leak(subject):
+    """The targets change the loss only, never what the model predicts.
+
+    Measured: the task loss for three sets of targets against the -log p of the same targets by the logits of a call
+    without targets. A model that sees its targets has a lower loss.
+    Causes: targets embedded and mixed into the input; a multi-token head that reads the token it should predict; a
+    routing or a mask made from the targets.
+    """
+    model, ids = subject.build(), subject.tokens()
+    logits = logits_of(model, ids)
+    for targets in (next_tokens(ids), subject.tokens(seed=8), ids):
+        got = subject.task_loss(*call(model, ids, targets=targets)[1:]).item()
+        want = negative_log_likelihood(logits, targets).mean().item()
+        require(abs(got - want) < 1e-3 * max(1.0, abs(want)),
+                f"the loss is {got:.5g}, but the logits without targets give {want:.5g} for the same targets")

@@ -2,39 +2,121 @@
 
 import torch
 
-from .subject import require_close
+from .subject import (
+    Subject,
+    call,
+    embedded_tokens,
+    gradient_at_tokens,
+    logits_of,
+    next_tokens,
+    positions_text,
+    require,
+    require_close,
+)
+
+
+def _documents(ids, bounds):
+    """Return doc_ids (B, T) that count up at the given starts of each row; ids begin anywhere."""
+    doc_ids = torch.full_like(ids, 3)
+    for row, starts in enumerate(bounds):
+        for start in starts:
+            doc_ids[row, start:] += 1
+    return doc_ids
+
+
+def _bounds(total):
+    """Three rows of documents of uneven lengths, one token among them, no two rows alike."""
+    return [[5, 6, 13], [1, total - 2], [total // 2]]
 
 
 @torch.no_grad()
-def packed_equals_separate(subject):
-    """Each document's logits in a packed row are those it has alone, whatever its neighbours are."""
+def packed_equals_separate(subject: Subject):
+    """Each document's logits in a packed row are those it has alone, whatever its neighbours are.
+
+    Measured: three rows with documents at different places, one of a single token, each document against itself alone;
+    in train mode too; and one document a row against no doc_ids at all.
+    Causes: doc_ids ignored, or used in some layers only; the mask of row 0 used for all rows; learned positions that do
+    not start again at each document; a convolution, a token shift or a recurrent state that runs across the border; a
+    document mask that replaces the causal one.
+    """
     subject.needs("doc_ids")
-    model, ids = subject.build(), subject.tokens(rows=2)
-    total = ids.shape[1]
-    for bounds in ([0, 5, 6, 13, total], [0, 1, total - 2, total]):
-        doc_ids = torch.zeros_like(ids)
-        for number, start in enumerate(bounds[:-1]):
-            doc_ids[:, start:] = number
-        packed = model(ids, doc_ids=doc_ids)[0]
-        for start, end in zip(bounds, bounds[1:]):
-            alone = model(ids[:, start:end])[0]
-            require_close(packed[:, start:end], alone, f"document at {start}..{end} packed against alone")
+    ids = subject.tokens(rows=3)
+    bounds, total = _bounds(ids.shape[1]), ids.shape[1]
+    for train in (False, True):
+        model = subject.build().train(train)
+        if train and not torch.equal(logits_of(model, ids), logits_of(model, ids)):
+            continue  # dropout
+        packed = logits_of(model, ids, doc_ids=_documents(ids, bounds))
+        for row, starts in enumerate(bounds):
+            for start, end in zip([0, *starts], [*starts, total]):
+                alone = logits_of(model, ids[row : row + 1, start:end])
+                require_close(packed[row : row + 1, start:end], alone,
+                              f"row {row}, document at {start}..{end - 1}, packed against alone")
+        one = logits_of(model, ids, doc_ids=torch.full_like(ids, 7))
+        require_close(one, logits_of(model, ids), "one document a row against no doc_ids")
 
 
-def packed_loss_equals_separate(subject):
-    """The task losses of packed documents are those of the documents alone, weighted by their targets."""
+def gradient_stays_in_the_document(subject: Subject):
+    """No logit has a gradient to a token of another document.
+
+    Measured: one backward pass a position, in a row of four documents.
+    Causes: as for `packed_equals_separate`.
+    """
     subject.needs("doc_ids")
     model, ids = subject.build(), subject.tokens(rows=1)
-    bounds = [0, 5, 12, ids.shape[1]]
-    doc_ids, targets = torch.zeros_like(ids), ids.roll(-1, 1)
-    for number, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        doc_ids[:, start:] = number
-        targets[:, end - 1] = -100
-    packed = model(ids, targets=targets, doc_ids=doc_ids)[2]
+    doc_ids = _documents(ids, _bounds(ids.shape[1])[:1])
+    with embedded_tokens(model) as outputs:
+        logits = logits_of(model, ids, doc_ids=doc_ids)
+    for t in range(ids.shape[1]):
+        size = gradient_at_tokens(logits[0, t].square().sum(), outputs)[0]
+        foreign = ((size > 2e-5 * size.max()) & (doc_ids[0] != doc_ids[0, t])).nonzero()[:, 0]
+        require(not len(foreign), f"the logit at {t} has a gradient to tokens of other documents, at "
+                f"{positions_text(foreign)}")
+
+
+def packed_loss_equals_separate(subject: Subject):
+    """The task loss of packed documents is that of the documents alone, weighted by their targets.
+
+    Measured: four documents in a row, without targets at the borders, against each alone.
+    Causes: as for `packed_equals_separate`, on the path that computes the loss.
+    """
+    subject.needs("doc_ids")
+    model, ids = subject.build(), subject.tokens(rows=1)
+    starts = _bounds(ids.shape[1])[0]
+    doc_ids, targets = _documents(ids, [starts]), next_tokens(ids)
+    for start in [*starts, ids.shape[1]]:
+        targets[:, start - 1] = -100
+    packed = subject.task_loss(*call(model, ids, targets=targets, doc_ids=doc_ids)[1:])
     total, count = 0.0, 0
-    for start, end in zip(bounds, bounds[1:]):
+    for start, end in zip([0, *starts], [*starts, ids.shape[1]]):
         part = targets[:, start:end]
         n = (part != -100).sum().item()
-        alone = model(ids[:, start:end], targets=part)[2]
-        total, count = total + alone["loss/ce"].double() * n, count + n
-    require_close(packed["loss/ce"].double(), total / count, "packed loss against the documents alone", 1e-5)
+        alone = subject.task_loss(*call(model, ids[:, start:end], targets=part)[1:])
+        total, count = total + alone.double() * n, count + n
+    require_close(packed.double(), total / count, "packed loss against the mean of the documents alone", 1e-4)
+
+
+def losses_stay_in_the_document(subject: Subject):
+    """The loss on one document teaches nothing about another: no term of it crosses a border.
+
+    Measured: the gradient of each `loss/*` at the tokens of the first document, with targets in the second only, against
+    that without any target (a balance loss does not look at targets).
+    Causes: multi-token prediction that predicts beyond the border, or reads an embedding from beyond it; an auxiliary
+    head that gets no doc_ids.
+    """
+    subject.needs("doc_ids")
+    model, ids = subject.build(), subject.tokens(rows=1)
+    border = ids.shape[1] // 2
+    doc_ids, targets = _documents(ids, [[border]]), next_tokens(ids)
+    targets[:, :border] = -100
+
+    def gradients(targets):
+        with embedded_tokens(model) as outputs:
+            _, loss, other_vars = call(model, ids, targets=targets, doc_ids=doc_ids)
+        terms = {k: v for k, v in other_vars.items() if k.startswith("loss/")} or {"loss": loss}
+        return {k: gradient_at_tokens(v, outputs)[0] for k, v in terms.items()}
+
+    nothing, second = gradients(torch.full_like(ids, -100)), gradients(targets)
+    for key, size in second.items():
+        crossed = ((size - nothing[key])[:border].abs() > 1e-5 * size.max() + 1e-9).nonzero()[:, 0]
+        require(not len(crossed), f"{key} of the second document has a gradient to the first, at {positions_text(crossed)}")

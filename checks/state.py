@@ -2,14 +2,14 @@
 
 import torch
 
-from .subject import require, require_close
+from .subject import LONG, NotApplicable, Subject, call, logits_of, require, require_close
 
 
 def _decode(model, ids, state, sizes):
     """Return the logits of `ids` (B, T) fed to `state` in chunks of the given sizes."""
     parts, start = [], 0
     for size in sizes:
-        parts.append(model(ids[:, start : start + size], state=state)[0])
+        parts.append(logits_of(model, ids[:, start : start + size], state=state))
         state.advance(size)
         start += size
     return torch.cat(parts, dim=1)
@@ -24,64 +24,174 @@ def _chunks(total, sizes):
 
 
 @torch.no_grad()
-def chunks_equal_full_forward(subject):
-    """Token by token, in uneven chunks, and a prompt followed by steps: up to exactly max_seq_len, the same logits."""
+def chunks_equal_full_forward(subject: Subject):
+    """Token by token, in uneven chunks, and a prompt followed by steps: up to exactly max_seq_len, the same logits.
+
+    Measured: the logits of every chunk against those of one forward pass over the whole row, in eval and train mode.
+    Causes: rotary positions counted from 0 in every chunk; keys rotated again when they are read; a causal mask of the
+    chunk that forgets the offset; the last token of a chunk not stored; a convolution or token shift that starts each
+    chunk from zeros; a state updated before it is read on one path and after it on the other; a cache in low precision.
+    """
     subject.needs("state")
     model, ids = subject.build(), subject.tokens()
-    full, total = model(ids)[0], ids.shape[1]
-    for sizes in ([1], [3, 1, 5, 2], [total // 2, 1], [total]):
+    full, total = logits_of(model, ids), ids.shape[1]
+    for sizes in ([1], [3, 1, 5, 2], [total // 2, 1], [total], [total - 1, 1], [1, total - 1]):
         got = _decode(model, ids, model.init_state(len(ids)), _chunks(total, sizes))
         require_close(got, full, f"decoding in chunks of {sizes} against the full forward")
+    short = total // 2
+    got = _decode(model, ids[:, :short], model.init_state(len(ids), short), [1] * short)
+    require_close(got, full[:, :short], f"a state with room for {short} tokens against the full forward")
 
 
 @torch.no_grad()
-def rows_at_their_own_positions(subject):
-    """Rows that stand at different positions decode as if alone, after `put` and `rows` moved them about."""
+def long_sequences(subject: Subject):
+    """The same over 300 tokens: beyond windows, chunks and short tables.
+
+    Measured: a prompt of 150 tokens, ten steps, a chunk of 71, and steps to the end of 240 tokens.
+    Causes: a window that is cut one token too early or late when it slides; a chunk's state carried over wrongly; a
+    numerical drift of the recurrent state.
+    """
+    subject.needs("state")
+    model, ids = subject.build_long(), subject.tokens(rows=2, length=240)
+    sizes = [150, *[1] * 10, 71, *[1] * 9]
+    got = _decode(model, ids, model.init_state(2, LONG), sizes)
+    require_close(got, logits_of(model, ids), "240 tokens in chunks of 150, 1 .., 71, 1 .. against the full forward", 1e-3)
+
+
+@torch.no_grad()
+def rows_at_their_own_positions(subject: Subject):
+    """Rows that stand at different positions decode as if alone, after `put` and `rows` moved them about.
+
+    Measured: prompts of different lengths put into a used batch, decoded together by steps and by a chunk of two.
+    Causes: `pos[0]`, `pos.max()` or `upto` taken for all rows; the mask not per row; leftovers of another text read as
+    keys; something in the state whose dim 0 is not the batch.
+    """
     subject.needs("state")
     model, ids = subject.build(), subject.tokens(rows=4)
-    full, total = model(ids)[0], ids.shape[1]
+    full, total = logits_of(model, ids), ids.shape[1]
     lengths = [5, 1, 9, 3]
     batch = model.init_state(len(ids))
+    _decode(model, ids.flip(1)[:, :8], batch, [8])  # another text was here before
     for row, length in enumerate(lengths):
         alone = model.init_state(1)
         _decode(model, ids[row : row + 1, :length], alone, [length])
         batch.put([row], alone)
-    for step in range(total - max(lengths)):
-        at = torch.tensor(lengths) + step
-        got = model(ids.gather(1, at[:, None]), state=batch)[0][:, 0]
-        batch.advance(1)
-        require_close(got, full[torch.arange(len(ids)), at], f"rows at positions {at.tolist()}")
+    at, rows = torch.tensor(lengths), torch.arange(len(ids))[:, None]
+    for size in [1, 2, *[1] * (total - max(lengths) - 3)]:
+        wanted = at[:, None] + torch.arange(size)
+        got = logits_of(model, ids.gather(1, wanted), state=batch)
+        batch.advance(size)
+        require_close(got, full[rows, wanted], f"rows at positions {at.tolist()}")
+        at = at + size
+        if batch.upto + 2 > batch.max_len:
+            break
     picked = batch.rows([2, 0])
-    at = batch.pos[[2, 0]]
-    if at.max() < total:
-        got = model(ids[[2, 0]].gather(1, at[:, None]), state=picked)[0][:, 0]
-        require_close(got, full[[2, 0], at], "two rows picked out of the batch")
+    if picked.upto < batch.max_len:
+        got = logits_of(model, ids[[2, 0]].gather(1, at[[2, 0], None]), state=picked)[:, 0]
+        require_close(got, full[[2, 0], at[[2, 0]]], "two rows picked out of the batch")
 
 
 @torch.no_grad()
-def clone_is_independent(subject):
-    """A trial continuation on a clone, and another state in between, leave the first state as it was."""
+def clone_is_independent(subject: Subject):
+    """A trial continuation on a clone, and another state in between, leave the first state as it was.
+
+    Measured: half a row, then other tokens on a clone and on a second state in turn, then the other half.
+    Causes: a cache that lives on the module; two states that share a tensor; state kept in a list or an attribute that
+    `state.layers` does not hold, so that `clone`, `rows` and `put` cannot see it.
+    """
     subject.needs("state")
     model, ids = subject.build(), subject.tokens()
-    full, half = model(ids)[0], ids.shape[1] // 2
+    full, half = logits_of(model, ids), ids.shape[1] // 2
     state, other = model.init_state(len(ids)), model.init_state(len(ids))
-    _decode(model, ids[:, :half], state, [half])
+    got = []
+    for t in range(half):  # two texts in turn
+        got.append(_decode(model, ids[:, t : t + 1], state, [1]))
+        _decode(model, ids.flip(0)[:, t : t + 1], other, [1])
+    require_close(torch.cat(got, dim=1), full[:, :half], "one of two states fed in turn")
     trial = state.clone()
     _decode(model, ids[:, :half].flip(1), trial, [half])
-    _decode(model, ids.flip(0)[:, :half], other, [half])
     got = _decode(model, ids[:, half:], state, [1] * (ids.shape[1] - half))
     require_close(got, full[:, half:], "going on after a trial on a clone")
+    got = _decode(model, ids.flip(0)[:, half:], other, [ids.shape[1] - half])
+    require_close(got, full.flip(0)[:, half:], "the second state")
 
 
 @torch.no_grad()
-def forward_leaves_pos_alone(subject):
-    """`forward` reads `pos` and does not move it; `last_only` gives the last token's logits."""
+def rows_can_be_reordered(subject: Subject):
+    """Beam copies and freed slots: picked rows go on as the rows they are, and an empty row starts from nothing.
+
+    Measured: `rows` with a row twice and in another order; a fresh state put into a row that was in use.
+    Causes: something in the state whose dim 0 is not the batch; a recurrent state that is not zeroed for a new text.
+    """
+    subject.needs("state")
+    model, ids = subject.build(), subject.tokens()
+    full, half, order = logits_of(model, ids), ids.shape[1] // 2, [2, 0, 2, 1]
+    state = model.init_state(len(ids))
+    _decode(model, ids[:, :half], state, [half])
+    for layer, tensors in enumerate(state.layers):
+        for name, tensor in tensors.items():
+            require(isinstance(tensor, torch.Tensor), f"state.layers[{layer}][{name!r}] is {type(tensor).__name__}, "
+                    "expected a tensor")
+            require(tensor.ndim and tensor.shape[0] == len(ids), f"state.layers[{layer}][{name!r}] has shape "
+                    f"{tuple(tensor.shape)}: dim 0 must be the batch, {len(ids)}")
+    got = _decode(model, ids[order, half:], state.rows(order), [1] * (ids.shape[1] - half))
+    require_close(got, full[order, half:], f"rows {order} of a state")
+    state.put([1], model.init_state(1))
+    n = ids.shape[1] - half - 1
+    mixed = torch.stack((ids[0, half : half + n], ids[1, :n], ids[2, half : half + n]))
+    got = _decode(model, mixed, state, [1] * n)
+    require_close(got[1], full[1, :n], "a new text in a row that was in use")
+    require_close(got[[0, 2]], full[[0, 2], half : half + n], "the rows beside a new text")
+
+
+@torch.no_grad()
+def forward_leaves_pos_alone(subject: Subject):
+    """`forward` reads `pos` and does not move it; `last_only` gives the last token's logits.
+
+    Measured: `pos`, `upto` and `max_len` before and after; the logits with `last_only`.
+    Causes: `state.pos += T` or `state.advance` inside forward, which the caller does; `last_only` that takes the first
+    token, or leaves out the norm or the scale of the output.
+    """
     subject.needs("state")
     model, ids = subject.build(), subject.tokens()
     state = model.init_state(len(ids))
-    full = model(ids, state=state)[0]
+    full = logits_of(model, ids[:, :5], state=state)
     require((state.pos == 0).all() and state.upto == 0, "forward moved state.pos: the caller advances it")
+    require(len(state.layers) == len(model.init_state(1).layers), "forward appends to state.layers: fill the dicts")
     state = model.init_state(len(ids))
     state.last_only = True
-    last = model(ids, state=state)[0]
-    require_close(last[:, -1], full[:, -1], "logits with last_only")
+    for start in (0, 5):
+        last = call(model, ids[:, start : start + 5], state=state)[0]
+        require(last.shape[1] in (1, 5), f"last_only: logits of {last.shape[1]} tokens, expected 1 (or all)")
+        want = full[:, -1] if start == 0 else logits_of(model, ids)[:, 9]
+        require_close(last[:, -1], want, f"logits with last_only of tokens {start}..{start + 4}")
+        state.advance(5)
+
+
+@torch.no_grad()
+def memory_is_bounded(subject: Subject):
+    """The state holds no more after many small steps than after one large one, and grows with max_len at most.
+
+    Measured: bytes of all tensors in the state after max_seq_len tokens, fed in one chunk and one by one; in a state of
+    half the length; for one row and for two.
+    Causes: chunks appended twice; the whole history kept for a window; memory taken for max_seq_len instead of the
+    state's max_len.
+    """
+    subject.needs("state")
+    model, ids = subject.build(), subject.tokens(rows=2)
+    total = ids.shape[1]
+
+    def used(rows, length, sizes, max_len):
+        state = model.init_state(rows, max_len)
+        _decode(model, ids[:rows, :length], state, sizes)
+        tensors = [t for layer in state.layers for t in layer.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    whole, steps = used(2, total, [total], total), used(2, total, [1] * total, total)
+    require(steps <= 1.02 * whole + 64, f"{total} single steps leave {steps} bytes, one chunk leaves {whole}")
+    half = used(2, total // 2, [total // 2], total // 2)
+    require(half <= whole, f"a state of half the length takes {half} bytes, the whole one {whole}")
+    one = used(1, total, [total], total)
+    require(abs(2 * one - whole) <= 0.02 * whole + 64, f"one row takes {one} bytes, two rows take {whole}")
+    if not whole:
+        raise NotApplicable("the state holds nothing")

@@ -1,0 +1,215 @@
+"""Mixtures of experts, where `moe/load` (L, E) is reported: are the loads counted right, does routing learn, is it evened out?"""
+
+import torch
+from torch import nn
+
+from .subject import NotApplicable, Subject, call, logits_of, next_tokens, require, require_close
+
+KEY = "moe/load"
+ACTIVE = ("n_activated_experts", "n_active_experts", "num_experts_per_tok", "n_experts_per_tok", "top_k")
+
+
+def _load(model, ids):
+    other_vars = call(model, ids, targets=next_tokens(ids))[2]
+    if KEY not in other_vars:
+        raise NotApplicable(f"other_vars has no {KEY!r}")
+    load = other_vars[KEY].detach().float()
+    require(load.ndim == 2, f"{KEY} has shape {tuple(load.shape)}, expected (layers, experts)")
+    return load
+
+
+def loads_are_counted(subject: Subject):
+    """The loads of a layer sum to tokens times active experts, each row adds its own, and none is negative.
+
+    Measured: the loads of a batch and of each of its rows; the sum against `n_activated_experts`, or, where the
+    arguments have no such name, a whole number of experts a token.
+    Causes: loads that are shares instead of counts; tokens counted once for all their experts; loads of one layer
+    reported for all; counts summed over calls; experts with a capacity that drop tokens.
+    """
+    model, ids = subject.build().train(), subject.tokens()
+    with torch.no_grad():
+        load = _load(model, ids)
+        rows = sum(_load(model, row[None]) for row in ids)
+    active = next((getattr(subject.args, n) for n in ACTIVE if hasattr(subject.args, n)), None)
+    sums, tokens = load.sum(dim=1), ids.numel()
+    if active is None:
+        active = max(1, round(sums[0].item() / tokens))
+    require(((sums - tokens * active).abs() < 1e-3).all(), f"the loads of the layers sum to "
+            f"{', '.join(f'{s:.5g}' for s in sums.tolist())}; {tokens} tokens with {active} experts each make {tokens * active}")
+    require((load >= 0).all() and torch.equal(load, load.round()), "loads are counts: whole numbers, none negative")
+    require_close(rows, load, "loads of the rows added up against the loads of the batch", 1e-4)
+
+
+def loads_are_true(subject: Subject):
+    """An expert with load has a gradient, an expert without load has none.
+
+    Measured: rows of one, two and three tokens, so that some experts stay idle; the gradient of each expert's weights
+    (stacked along dim 0, or a ModuleList of experts) against its load.
+    Causes: loads counted before the choice is final (without the bias, before the groups are limited); loads in another
+    order than the experts; all experts computed and multiplied by zero.
+    """
+    model = subject.build().train()
+    experts = _expert_weights(model, _load(model, subject.tokens()))
+    for length in (1, 2, 3):
+        ids = subject.tokens(rows=1, length=length, seed=40 + length)
+        model.zero_grad()
+        _, loss, other_vars = call(model, ids, targets=next_tokens(ids))
+        subject.task_loss(loss, other_vars).backward()
+        for layer, (name, slices) in enumerate(experts):
+            reached = [any(g is not None and bool((g != 0).any()) for g in weights()) for weights in slices]
+            busy = (other_vars[KEY][layer] > 0).tolist()
+            for expert, (has, says) in enumerate(zip(reached, busy)):
+                require(has == says, f"{KEY}[{layer}, {expert}] is {other_vars[KEY][layer][expert]:.0f} for {length} tokens, "
+                        f"and {name} has {'a' if has else 'no'} gradient for this expert")
+
+
+def _expert_weights(model, load):
+    """Return, for the first L mixtures in order, (name, for each expert a function that gives its gradients)."""
+    n_layers, n_experts = load.shape
+    found = []
+    for name, module in model.named_modules():
+        stacked = [p for p in module.parameters(recurse=False) if p.ndim >= 3 and p.shape[0] == n_experts]
+        lists = [c for c in module.children() if isinstance(c, nn.ModuleList) and len(c) == n_experts
+                 and c is not getattr(model, "layers", None)]
+        if stacked:
+            found.append((name, [lambda e=e, ps=stacked: [None if p.grad is None else p.grad[e] for p in ps]
+                                 for e in range(n_experts)]))
+        elif lists:
+            found.append((name, [lambda m=m: [p.grad for p in m.parameters()] for m in lists[0]]))
+    if len(found) < n_layers:
+        raise NotApplicable("the experts' weights are neither stacked along dim 0 nor a ModuleList")
+    return found[:n_layers]
+
+
+def routers_have_a_task_gradient(subject: Subject):
+    """The task loss, not only a balance loss, teaches the router.
+
+    Measured: the gradient of the task loss at each weight matrix with one row, or column, an expert: its root mean
+    square against the median over all matrices; at least a ten-thousandth.
+    Causes: weights that are detached, or taken after argmax or topk of something detached; one active expert whose
+    weight is divided by itself and always 1; experts mixed without their weights.
+    """
+    model, ids = subject.build().train(), subject.tokens(rows=8)
+    n_experts = _load(model, ids).shape[1]
+    _, loss, other_vars = call(model, ids, targets=next_tokens(ids))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim >= 2]
+    grads = torch.autograd.grad(subject.task_loss(loss, other_vars), [p for _, p in named], allow_unused=True)
+    rms = {n: 0.0 if g is None else g.square().mean().sqrt().item() for (n, _), g in zip(named, grads)}
+    typical = sorted(rms.values())[len(rms) // 2]
+    routers = [n for n, p in named if p.ndim == 2 and n_experts in p.shape]
+    routers = [n for n in routers if any(w in n for w in ("rout", "gat", "expert", "centroid", "switch"))] or routers
+    if not routers:
+        raise NotApplicable("no weight matrix with one row an expert")
+    weak = [n for n in routers if not _training_only(model, n) and rms[n] < 1e-4 * typical]
+    require(not weak, f"the task loss has no gradient to {', '.join(weak)} (root mean square "
+            f"{', '.join(f'{rms[n]:.2g}' for n in weak)}, typical {typical:.2g})")
+
+
+def _training_only(model, name):
+    """Modules outside `layers` may serve another loss than the task's."""
+    return hasattr(model, "layers") and not name.startswith("layers.")
+
+
+@torch.no_grad()
+def bias_update_evens_the_load(subject: Subject):
+    """Steps of `after_step` bring the experts' loads nearer to each other.
+
+    Measured: the same batch with fixed weights, `after_step` with its loads again and again; the mean spread (standard
+    deviation over experts, by the mean load) of the last ten rounds against the first.
+    Causes: the wrong sign; the bias added to the weights instead of the choice, or to nothing; loads of another layer.
+    """
+    model, ids = _fast_bias(subject).train(), subject.tokens(rows=8)
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    spreads = []
+    for _ in range(120):
+        other_vars = call(model, ids, targets=next_tokens(ids))[2]
+        if KEY not in other_vars:
+            raise NotApplicable(f"other_vars has no {KEY!r}")
+        load = other_vars[KEY].float()
+        spreads.append((load.std(dim=1) / load.mean(dim=1)).mean().item())
+        model.after_step({k: v.detach() for k, v in other_vars.items()})
+        if len(spreads) == 1 and all(torch.equal(v, before[k]) for k, v in model.named_buffers()):
+            raise NotApplicable("after_step moves no buffer")
+    last = sum(spreads[-10:]) / 10
+    require(last < 0.9 * spreads[0] or spreads[0] < 0.05,
+            f"the relative spread of the loads was {spreads[0]:.3f} and is {last:.3f} after 120 bias updates")
+
+
+def _fast_bias(subject):
+    """Return a model whose bias moves fast enough to see it."""
+    if getattr(subject.args, "bias_update_speed", 0):
+        return subject.build(bias_update_speed=max(0.005, subject.args.bias_update_speed))
+    return subject.build()
+
+
+@torch.no_grad()
+def bias_only_chooses(subject: Subject):
+    """The routing bias decides who is chosen and does not weigh the experts' outputs.
+
+    Measured: the same number added to all entries of each buffer that `after_step` moves: the choice, and so the
+    logits, must stay.
+    Causes: weights gathered from score + bias instead of the score.
+    """
+    model, ids = subject.build(), subject.tokens()
+    want, before = logits_of(model, ids), {k: v.clone() for k, v in model.named_buffers()}
+    load = _load(model, ids)
+    model.after_step({k: v.detach() for k, v in call(model, ids, targets=next_tokens(ids))[2].items()})
+    moved = [(k, v) for k, v in model.named_buffers() if v.is_floating_point() and not torch.equal(v, before[k])
+             and v.shape[-1:] == load.shape[-1:]]
+    if not moved:
+        raise NotApplicable("after_step moves no buffer with one entry an expert")
+    for name, buffer in moved:
+        buffer.copy_(before[name] + 0.25)
+    require_close(logits_of(model, ids), want, f"logits with 0.25 more on all of {', '.join(n for n, _ in moved[:3])}")
+
+
+def balance_loss_evens_the_load(subject: Subject):
+    """Following the balance loss does not make the loads more uneven.
+
+    Measured: forty steps of AdamW on the routers with the terms named balance, aux or load alone; the spread of the
+    loads before and after.
+    Causes: the wrong sign; a product of the wrong two factors; counts used where only the probabilities carry a graph.
+    """
+    model, ids = subject.build().train(), subject.tokens(rows=8)
+    n_experts = _load(model, ids).shape[1]
+    routers = [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and n_experts in p.shape]
+
+    def look():
+        other_vars = call(model, ids, targets=next_tokens(ids))[2]
+        terms = [v for k, v in other_vars.items() if k.startswith("loss/") and any(w in k for w in ("balance", "aux", "load"))]
+        load = other_vars[KEY].float()
+        return sum(terms) if terms else None, (load.std(dim=1) / load.mean(dim=1)).mean().item()
+
+    term, before = look()
+    if term is None or not routers or not term.requires_grad:
+        raise NotApplicable("no term named balance, aux or load with a graph")
+    optimizer = torch.optim.AdamW(routers, lr=1e-2, weight_decay=0.0)
+    after = before
+    for _ in range(40):
+        term, after = look()
+        for param, grad in zip(routers, torch.autograd.grad(term, routers, allow_unused=True)):
+            param.grad = grad
+        optimizer.step()
+    require(after < 1.1 * before + 0.05, f"the relative spread of the loads was {before:.3f} and is {after:.3f} after forty "
+            "steps on the balance loss")
+
+
+def experts_differ(subject: Subject):
+    """The experts of a layer do not start as copies of each other: equal experts learn the same for ever.
+
+    Measured: the initial weights of the experts, in pairs.
+    Causes: one expert copied by `expand`, `repeat` or `[expert] * n`; the same seed for each.
+    """
+    model = subject.build(sharp=False)
+    with torch.no_grad():
+        n_experts = _load(model, subject.tokens()).shape[1]
+    for name, module in model.named_modules():
+        stacked = [p for p in module.parameters(recurse=False) if p.ndim >= 3 and p.shape[0] == n_experts]
+        lists = [c for c in module.children() if isinstance(c, nn.ModuleList) and len(c) == n_experts
+                 and c is not getattr(model, "layers", None)]
+        for param in stacked:
+            same = param.std() > 0 and torch.equal(param[0].expand_as(param), param)
+            require(not same, f"all experts in {name} start with the same weights")
+        for experts in lists:
+            first, *others = [torch.cat([p.flatten() for p in e.parameters()]) for e in experts]
+            require(not all(torch.equal(first, o) for o in others), f"all experts in {name} start with the same weights")
