@@ -266,6 +266,11 @@ def expert_matmul(x, weight, counts):
         x, weight = x.to(dtype), weight.to(dtype)
     if x.is_cuda and x.dtype == torch.bfloat16:  # one kernel, and no wait for the counts to reach the host
         return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+    return _expert_loop(x, weight, counts)
+
+
+@torch.compiler.disable  # the counts are Python numbers: compiled, every new load would be a new program
+def _expert_loop(x, weight, counts):
     return _ExpertMatmul.apply(x, weight, counts.tolist())
 
 
