@@ -43,13 +43,14 @@ def loads_are_counted(subject: Subject):
 def loads_are_true(subject: Subject):
     """An expert with load has a gradient, an expert without load has none.
 
-    Measured: rows of one, two and three tokens, so that some experts stay idle; the gradient of each expert's weights
+    Measured: rows of one, two and three tokens, so that some experts stay idle, with random routing biases; the gradient of each expert's weights
     (stacked along dim 0, or a ModuleList of experts) against its load.
     Causes: loads counted before the choice is final (without the bias, before the groups are limited); loads in another
     order than the experts; all experts computed and multiplied by zero.
     """
     model = subject.build().train()
     experts = _expert_weights(model, _load(model, subject.tokens()))
+    _shuffle_biases(model, subject.tokens())
     for length in (1, 2, 3):
         ids = subject.tokens(rows=1, length=length, seed=40 + length)
         model.zero_grad()
@@ -61,6 +62,16 @@ def loads_are_true(subject: Subject):
             for expert, (has, says) in enumerate(zip(reached, busy)):
                 require(has == says, f"{KEY}[{layer}, {expert}] is {other_vars[KEY][layer][expert]:.0f} for {length} tokens, "
                         f"and {name} has {'a' if has else 'no'} gradient for this expert")
+
+
+@torch.no_grad()
+def _shuffle_biases(model, ids):
+    """Give the buffers that `after_step` moves random values: with a bias of zero, forgetting it goes unseen."""
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    model.after_step({k: v.detach() for k, v in call(model, ids, targets=next_tokens(ids))[2].items()})
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and not torch.equal(buffer, before[name]):
+            buffer.copy_(before[name] + 0.3 * torch.randn_like(buffer))
 
 
 def _expert_weights(model, load):

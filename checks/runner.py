@@ -60,19 +60,26 @@ def run_check(subject, name):
 def open_subject(name, switches=None):
     """Return (Subject or None, Result of `contract.builds`): None when the file does not import or no tiny model runs.
 
-    Raises the `ModelError` of a name that nobody has.
+    switches: argument values taken over from a real run. Raises the `ModelError` of a name that nobody has.
     """
-    started, Model = time.perf_counter(), None
+    try:
+        classes = get_model_and_args(name)
+    except Exception as error:
+        if str(error).startswith("unknown model"):
+            raise
+        return None, Result(BUILDS, "fail", import_text(str(error)))
+    return open_subject_of(*classes, switches)
+
+
+def open_subject_of(Model, ModelArgs, switches=None):
+    """The same for the classes of an architecture that is not registered."""
+    started = time.perf_counter()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
-            Model = get_model_and_args(name)[0]
-            subject, status, detail = Subject(name, switches), "pass", ""
+            subject, status, detail = Subject.of(Model, ModelArgs, switches), "pass", ""
         except Exception as error:
-            if Model is None and str(error).startswith("unknown model"):
-                raise
-            detail = crash_text(error, Model) if Model else import_text(str(error))
-            subject, status = None, "fail"
+            subject, status, detail = None, "fail", crash_text(error, Model)
     return subject, Result(BUILDS, status, detail, [], time.perf_counter() - started)
 
 

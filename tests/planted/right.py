@@ -1,0 +1,238 @@
+"""A small transformer, right in every way, in pieces that a plant can replace one by one; and the register of plants."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.basemodel import BaseModel, BaseModelArgs
+from model.layers import RMSNorm, rotate, token_positions
+
+WRONG = {}  # {class name: (Model, ModelArgs, the check that must catch it)}
+UNUSUAL = {}  # {class name: (Model, ModelArgs)}
+
+
+@dataclass
+class RightModelArgs(BaseModelArgs):
+    vocab_size: int = 97
+    max_seq_len: int = 24
+    dim: int = 32
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 8
+    inter_dim: int = 48
+
+
+@dataclass
+class MixtureModelArgs(RightModelArgs):
+    moe_inter_dim: int = 20
+    n_routed_experts: int = 6
+    n_activated_experts: int = 2
+    bias_update_speed: float = 0.01
+    balance_weight: float = 0.01
+
+
+def plant(caught_by, ModelArgs=None):
+    """Register a model with one bug, and the check that must catch it."""
+
+    def register(Model):
+        WRONG[Model.__name__] = (Model, ModelArgs or Model.Args, caught_by)
+        return Model
+
+    return register
+
+
+def unusual(Model):
+    """Register a model that is right and must pass every check."""
+    UNUSUAL[Model.__name__] = (Model, Model.Args)
+    return Model
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, by hand."""
+
+    def __init__(self, args, layer):
+        super().__init__()
+        self.args, self.layer = args, layer
+        self.q_proj = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.k_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.v_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.o_proj = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x, positions, state, doc_ids):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.args.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.turn(q, positions), self.turn(k, positions)
+        if state is not None:
+            k, v = self.remember(state, k, v, positions)
+        return self.o_proj(self.mix(q, k, v, self.visible(positions, k.shape[1], state, doc_ids)).flatten(-2))
+
+    def turn(self, x, positions):
+        half = self.args.head_dim // 2
+        angles = positions[..., None].float() * 100.0 ** (-torch.arange(half, device=x.device) / half)
+        return rotate(x, angles.cos()[:, :, None], angles.sin()[:, :, None])
+
+    def remember(self, state, k, v, positions):
+        return self.append(state, "k", k, positions), self.append(state, "v", v, positions)
+
+    def append(self, state, name, new, positions):
+        cache = state.layers[self.layer]
+        if name not in cache:
+            cache[name] = new.new_zeros(new.shape[0], state.max_len, *new.shape[2:])
+        cache[name][torch.arange(len(new))[:, None], positions] = new
+        return cache[name][:, : state.upto + new.shape[1]]
+
+    def visible(self, positions, n_keys, state, doc_ids):
+        seen = torch.arange(n_keys, device=positions.device) <= positions[..., None]  # (1|B, T, S)
+        if doc_ids is not None:
+            seen = seen & (doc_ids[:, :, None] == doc_ids[:, None, :])
+        return seen
+
+    def mix(self, q, k, v, visible):
+        k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+        scores = torch.einsum("bthk,bshk->bhts", q, k).float() * self.args.head_dim**-0.5
+        weights = self.weights(scores.masked_fill(~visible[:, None], -1e9))
+        return torch.einsum("bhts,bshk->bthk", weights.to(v.dtype), v)
+
+    def weights(self, scores):
+        return scores.softmax(dim=-1)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.up_proj = nn.Linear(args.dim, args.inter_dim, bias=False)
+        self.down_proj = nn.Linear(args.inter_dim, args.dim, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.up_proj(x)))
+
+
+class Mixture(nn.Module):
+    """Sigmoid-routed experts in a plain loop, with a routing bias and a balance loss."""
+
+    def __init__(self, args):
+        super().__init__()
+        a = self.args = args
+        self.router = nn.Linear(a.dim, a.n_routed_experts, bias=False)
+        self.up_proj = nn.Parameter(torch.empty(a.n_routed_experts, a.moe_inter_dim, a.dim))
+        self.down_proj = nn.Parameter(torch.empty(a.n_routed_experts, a.dim, a.moe_inter_dim))
+        self.make_bias()
+
+    def make_bias(self):
+        self.register_buffer("routing_bias", torch.zeros(self.args.n_routed_experts))
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)  # (N, D)
+        scores = self.score(tokens)  # (N, E)
+        chosen = self.choose(scores.detach())  # (N, A)
+        weights = self.weigh(scores, chosen)
+        out = torch.zeros_like(tokens)
+        for expert in range(self.args.n_routed_experts):
+            token, slot = (chosen == expert).nonzero(as_tuple=True)
+            h = F.silu(tokens[token] @ self.up_proj[expert].T) @ self.down_proj[expert].T
+            out = out.index_add(0, token, (h * weights[token, slot, None]).to(out.dtype))
+        return out.view_as(x), self.count(chosen, scores), self.balance(scores, chosen)
+
+    def score(self, tokens):
+        return self.router(tokens).float().sigmoid()
+
+    def choose(self, scores):
+        return (scores + self.routing_bias).topk(self.args.n_activated_experts, dim=-1).indices
+
+    def weigh(self, scores, chosen):
+        weights = scores.gather(1, chosen)
+        return weights / weights.sum(dim=-1, keepdim=True)
+
+    def count(self, chosen, scores):
+        return torch.bincount(chosen.flatten(), minlength=self.args.n_routed_experts).float()
+
+    def balance(self, scores, chosen):
+        share = F.one_hot(chosen, self.args.n_routed_experts).float().sum(dim=1).mean(dim=0)
+        return self.args.balance_weight * (share * (scores / scores.sum(-1, keepdim=True)).mean(dim=0)).sum()
+
+    @torch.no_grad()
+    def update_bias(self, load):
+        self.routing_bias += self.args.bias_update_speed * (load.mean() - load).sign()
+
+
+class Block(nn.Module):
+    """Returns the stream and, from a mixture, its load and balance loss."""
+
+    def __init__(self, model, args, layer):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(args.dim), model.Attention(args, layer)
+        self.ffn_norm, self.ffn = RMSNorm(args.dim), model.FFN(args)
+
+    def forward(self, x, positions, state, doc_ids):
+        x = x + self.attn(self.attn_norm(x), positions, state, doc_ids)
+        out = self.ffn(self.ffn_norm(x))
+        out, *reports = out if isinstance(out, tuple) else (out,)
+        return (x + out, *reports)
+
+
+class RightModel(BaseModel):
+    Args, Attention, FFN, Block = RightModelArgs, Attention, FeedForward, Block
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.tok_embed = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = self.make_layers()
+        self.norm = RMSNorm(args.dim)
+        self.lm_head = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.make_more()
+        self.init_weights()
+
+    def make_layers(self):
+        return nn.ModuleList(self.Block(self, self.args, layer) for layer in range(self.args.n_layers))
+
+    def make_more(self):
+        pass
+
+    def forward(self, input_ids, targets=None, state=None, doc_ids=None):
+        self.check_length(input_ids)
+        positions = token_positions(input_ids, state)
+        x, loads, balances = self.embed(input_ids, positions, targets, doc_ids), [], []
+        for layer in self.layers:
+            x, *reports = layer(x, positions, state, doc_ids)
+            if reports:
+                loads.append(reports[0])
+                balances.append(reports[1])
+        logits = self.head(x, state)
+        other_vars = {"moe/load": torch.stack(loads).detach()} if loads else {}
+        if targets is None:
+            return logits, None, other_vars
+        return logits, *self.losses(logits, targets, balances, other_vars)
+
+    def embed(self, input_ids, positions, targets, doc_ids):
+        return self.tok_embed(input_ids)
+
+    def head(self, x, state):
+        if state is not None and state.last_only:
+            x = x[:, -1:]
+        return self.lm_head(self.norm(x))
+
+    def losses(self, logits, targets, balances, other_vars):
+        other_vars = {**other_vars, "loss/ce": self.cross_entropy(logits, targets)}
+        if balances:
+            other_vars["loss/balance"] = torch.stack(balances).sum()
+        return sum(v for k, v in other_vars.items() if k.startswith("loss/")), other_vars
+
+    def cross_entropy(self, logits, targets):
+        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        return total / (targets != -100).sum().clamp(min=1)
+
+
+class MixtureModel(RightModel):
+    Args, FFN = MixtureModelArgs, Mixture
+
+    def after_step(self, other_vars):
+        for layer, load in zip(self.layers, other_vars["moe/load"]):
+            layer.ffn.update_bias(load)
+
+    def num_params(self):
+        counts, a = super().num_params(), self.args
+        idle = (a.n_routed_experts - a.n_activated_experts) * 2 * a.dim * a.moe_inter_dim
+        counts["active"] -= a.n_layers * idle
+        return counts

@@ -1,0 +1,174 @@
+"""What forward may not do: return the wrong form, remember, write to its inputs, roll dice in eval mode."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .right import Attention, FeedForward, Mixture, MixtureModel, RightModel, RightModelArgs, plant
+
+
+class Overridden(RightModel):
+    """A base for plants that work around the whole forward."""
+
+    def forward(self, input_ids, targets=None, state=None, doc_ids=None):
+        return self.after(*super().forward(self.before(input_ids, targets), targets, state, doc_ids))
+
+    def before(self, input_ids, targets):
+        return input_ids
+
+    def after(self, *out):
+        return out
+
+
+@plant("contract.shapes")
+class ReturnsTwoValues(Overridden):
+    def after(self, logits, loss, other_vars):
+        return logits, loss
+
+
+@plant("contract.shapes")
+class DropsASingleRow(Overridden):
+    def after(self, logits, loss, other_vars):
+        return logits.squeeze(0), loss, other_vars
+
+
+@plant("contract.shapes")
+class CrashesOnOneToken(Overridden):
+    def before(self, input_ids, targets):
+        return input_ids[:, : input_ids.shape[1] + len(input_ids[0, 1:].max(dim=0, keepdim=True).values) - 1]
+
+
+@plant("contract.shapes")
+class HeadIsPadded(RightModel):
+    def make_more(self):
+        self.lm_head = nn.Linear(self.args.dim, 128, bias=False)
+
+
+@plant("contract.eval_is_deterministic")
+class DropoutInEval(RightModel):
+    class FFN(FeedForward):
+        def forward(self, x):
+            return F.dropout(super().forward(x), 0.1)
+
+
+@plant("contract.eval_is_deterministic")
+class NoisyRouter(MixtureModel):
+    class FFN(Mixture):
+        def choose(self, scores):
+            return super().choose(scores + 0.1 * torch.randn_like(scores))
+
+
+@plant("contract.nothing_is_modified")
+class WritesToTheInput(Overridden):
+    def before(self, input_ids, targets):
+        input_ids[:, 0] = 0
+        return input_ids
+
+
+@plant("contract.nothing_is_modified")
+class WritesToTheTargets(Overridden):
+    def before(self, input_ids, targets):
+        if targets is not None:
+            targets[:, 0] = -100
+        return input_ids
+
+
+@plant("contract.nothing_is_modified")
+class CountsTokensInForward(MixtureModel):
+    class FFN(Mixture):
+        def count(self, chosen, scores):
+            self.routing_bias += 1e-3 * torch.bincount(chosen.flatten(), minlength=6)
+            return super().count(chosen, scores)
+
+
+@plant("contract.nothing_is_modified")
+class BatchStatisticsInEval(RightModel):
+    class FFN(FeedForward):
+        def __init__(self, args):
+            super().__init__(args)
+            self.register_buffer("scale", torch.ones(args.dim))
+
+        def forward(self, x):
+            if self.training:
+                self.scale.lerp_(x.detach().square().mean(dim=(0, 1)), 0.01)
+            return super().forward(x / self.scale)
+
+
+@plant("contract.nothing_is_stored")
+class KeepsItsMask(RightModel):
+    class Attention(Attention):
+        mask = None
+
+        def visible(self, positions, n_keys, state, doc_ids):
+            if self.mask is None or self.mask.shape[-1] != n_keys or state is not None or doc_ids is not None:
+                self.mask = super().visible(positions, n_keys, state, doc_ids)
+            return self.mask
+
+
+@plant("contract.nothing_is_stored")
+class LeavesItsLossOnTheModule(MixtureModel):
+    class FFN(Mixture):
+        def balance(self, scores, chosen):
+            self.last_balance = super().balance(scores, chosen)
+            return self.last_balance
+
+
+@plant("contract.nothing_is_stored")
+class CountsItsCalls(RightModel):
+    calls = 0
+
+    def head(self, x, state):
+        self.calls += 1
+        return super().head(x, state)
+
+
+@plant("contract.nothing_is_stored")
+class GrowsAList(RightModel):
+    def make_more(self):
+        self.norms = []
+
+    def head(self, x, state):
+        self.norms.append(x.norm().item())
+        return super().head(x, state)
+
+
+@plant("contract.longer_than_max_seq_len")
+class ClampsPositions(RightModel):
+    def make_more(self):
+        self.pos_embed = nn.Embedding(self.args.max_seq_len, self.args.dim)
+
+    def check_length(self, input_ids):
+        pass
+
+    def embed(self, input_ids, positions, targets, doc_ids):
+        return self.tok_embed(input_ids) + self.pos_embed(positions.clamp(max=self.args.max_seq_len - 1))
+
+
+@plant("contract.longer_than_max_seq_len")
+class CutsTheInput(Overridden):
+    def before(self, input_ids, targets):
+        return input_ids[:, -self.args.max_seq_len :]
+
+
+@plant("contract.train_equals_eval")
+class DropsTokensInTraining(MixtureModel):
+    class FFN(Mixture):
+        def weigh(self, scores, chosen):
+            weights = super().weigh(scores, chosen)
+            return weights * (torch.arange(len(weights)) % 3 > 0)[:, None] if self.training else weights
+
+
+class UnbuildableModelArgs(RightModelArgs):
+    def __post_init__(self):
+        raise ZeroDivisionError("division by zero")
+
+
+@plant("contract.builds", UnbuildableModelArgs)
+class CannotBeBuilt(RightModel):
+    Args = UnbuildableModelArgs
+
+
+@plant("contract.builds")
+class CrashesInForward(Overridden):
+    def before(self, input_ids, targets):
+        return input_ids + self.no_such_attribute

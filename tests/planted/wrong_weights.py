@@ -1,0 +1,204 @@
+"""What is not saved, what bf16 and the compiler break, and mixtures whose routing is wrong."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .right import Attention, FeedForward, Mixture, MixtureModel, MixtureModelArgs, RightModel, plant
+
+SAVED, TIED = "persistence.saved_weights_restore_the_model", "persistence.tied_weights_stay_tied"
+
+
+@plant(SAVED)
+class RoutingBiasIsNotSaved(MixtureModel):
+    class FFN(Mixture):
+        def make_bias(self):
+            self.register_buffer("routing_bias", torch.zeros(self.args.n_routed_experts), persistent=False)
+
+
+@plant(SAVED)
+class LayersInAPythonList(RightModel):
+    def make_layers(self):
+        self.hidden = [*super().make_layers()]
+        return self.hidden
+
+
+@plant(SAVED)
+class ProjectionIsDrawnAtConstruction(RightModel):
+    def make_more(self):
+        self.features = torch.randn(self.args.dim, self.args.dim) / self.args.dim**0.5
+
+    def head(self, x, state):
+        return super().head(x @ self.features, state)
+
+
+@plant(SAVED)
+class ScheduleIsAPythonNumber(RightModel):
+    temperature = 2.0
+
+    def before_step(self, step, total_steps):
+        self.temperature = 2.0 - step / total_steps
+
+    def head(self, x, state):
+        return super().head(x, state) / self.temperature
+
+
+@plant("persistence.buffers_keep_their_precision")
+class RoutingBiasInBf16(MixtureModel):
+    class FFN(Mixture):
+        def make_bias(self):
+            self.register_buffer("routing_bias", torch.zeros(self.args.n_routed_experts, dtype=torch.bfloat16))
+
+
+@plant(TIED)
+class TiesByData(RightModel):
+    def make_more(self):
+        self.lm_head.weight.data = self.tok_embed.weight.data
+
+
+@plant(TIED)
+class TiesByCopying(RightModel):
+    def init_weights(self):
+        super().init_weights()
+        with torch.no_grad():
+            self.lm_head.weight.copy_(self.tok_embed.weight)
+
+
+@plant(TIED)
+class UntiesOnLoading(RightModel):
+    def make_more(self):
+        self.lm_head.weight = self.tok_embed.weight
+
+    def load_state_dict(self, state, *args, **kwargs):
+        self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach().clone())
+        return super().load_state_dict(state, *args, **kwargs)
+
+
+@plant("precision.bf16_stays_near_fp32")
+class PositionsInTheTypeOfQueries(RightModel):
+    class Attention(Attention):
+        def turn(self, x, positions):
+            half = self.args.head_dim // 2
+            angles = positions[..., None].to(x.dtype) * 100.0 ** (-torch.arange(half) / half).to(x.dtype)
+            cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+            a, b = x.chunk(2, dim=-1)
+            return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+@plant("precision.bf16_stays_near_fp32")
+class SumsInBf16(RightModel):
+    """A running sum of 300 tokens in the type of the projection."""
+
+    def forward(self, input_ids, targets=None):
+        return super().forward(input_ids, targets)
+
+    class FFN(FeedForward):
+        def forward(self, x):
+            h = self.up_proj(x)
+            total = torch.zeros_like(h[:, 0])
+            sums = []
+            for t in range(h.shape[1]):
+                total = total + h[:, t]
+                sums.append(total)
+            return self.down_proj((torch.stack(sums, dim=1) * 0.2).sin())
+
+
+@plant("precision.bf16_stays_near_fp32")
+class OverflowsInHalf(RightModel):
+    def head(self, x, state):
+        return super().head(x, state).half().mul(3e4).float() / 3e4
+
+
+@plant("precision.compiled_equals_eager")
+class DependsOnTheStep(RightModel):
+    step = 0
+
+    def before_step(self, step, total_steps):
+        self.step = step
+
+    def losses(self, logits, targets, balances, other_vars):
+        loss, other_vars = super().losses(logits, targets, balances, other_vars)
+        warm = loss * 0.01 / (1 + self.step)
+        return loss + warm, {**other_vars, "loss/warm": warm}
+
+
+@plant("moe.loads_are_counted")
+class LoadsAreShares(MixtureModel):
+    class FFN(Mixture):
+        def count(self, chosen, scores):
+            return super().count(chosen, scores) / chosen.numel()
+
+
+@plant("moe.loads_are_counted")
+class LoadsCountTheBestOnly(MixtureModel):
+    class FFN(Mixture):
+        def count(self, chosen, scores):
+            return super().count(chosen[:, :1], scores)
+
+
+@plant("moe.loads_are_true")
+class LoadsCountedWithoutTheBias(MixtureModel):
+    class FFN(Mixture):
+        def count(self, chosen, scores):
+            return super().count(scores.topk(self.args.n_activated_experts, dim=-1).indices, scores)
+
+
+@plant("moe.loads_are_true")
+class LoadsInAnotherOrder(MixtureModel):
+    class FFN(Mixture):
+        def count(self, chosen, scores):
+            return super().count(chosen, scores).flip(0)
+
+
+@plant("moe.routers_have_a_task_gradient")
+class DetachesTheWeights(MixtureModel):
+    class FFN(Mixture):
+        def weigh(self, scores, chosen):
+            return super().weigh(scores.detach(), chosen)
+
+
+@dataclass
+class OneExpertModelArgs(MixtureModelArgs):
+    n_activated_experts: int = 1
+
+
+@plant("moe.routers_have_a_task_gradient", OneExpertModelArgs)
+class OneWeightDividedByItself(MixtureModel):
+    pass
+
+
+@plant("moe.bias_update_evens_the_load")
+class BiasMovesTheWrongWay(MixtureModel):
+    class FFN(Mixture):
+        def update_bias(self, load):
+            super().update_bias(-load)
+
+
+@plant("moe.bias_update_evens_the_load")
+class BiasOfTheNextLayer(MixtureModel):
+    def after_step(self, other_vars):
+        super().after_step({**other_vars, "moe/load": other_vars["moe/load"].flip(0, 1)})
+
+
+@plant("moe.bias_only_chooses")
+class BiasInTheWeights(MixtureModel):
+    class FFN(Mixture):
+        def weigh(self, scores, chosen):
+            return super().weigh(scores + self.routing_bias, chosen)
+
+
+@plant("moe.balance_loss_evens_the_load")
+class BalanceLossHasTheWrongSign(MixtureModel):
+    class FFN(Mixture):
+        def balance(self, scores, chosen):
+            return -super().balance(scores, chosen)
+
+
+@plant("moe.experts_differ")
+class ExpertsAreCopies(MixtureModel):
+    def init_weights(self):
+        super().init_weights()
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.ffn.up_proj.copy_(layer.ffn.up_proj[:1].expand_as(layer.ffn.up_proj))

@@ -1,0 +1,42 @@
+"""The checks themselves: each planted bug is caught by the check that should catch it, and nothing right is blamed."""
+
+import pytest
+from planted import unusual, wrong_attention, wrong_contract, wrong_learning, wrong_loss, wrong_packing, wrong_state
+from planted import wrong_weights as _
+from planted.right import UNUSUAL, WRONG
+
+from checks import CHECKS, SLOW, Subject
+from checks.runner import BUILDS, open_subject_of, run_check
+
+assert all((unusual, wrong_attention, wrong_contract, wrong_learning, wrong_loss, wrong_packing, wrong_state, _))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_planted_bug_is_caught_by_name(name):
+    Model, ModelArgs, check = WRONG[name]
+    subject, result = open_subject_of(Model, ModelArgs)
+    if subject is not None:
+        assert check != BUILDS, "it was to fail when built"
+        result = run_check(subject, check)
+    assert (result.check, result.status) == (check, "fail"), result
+    assert "checks/" not in result.detail and len(result.detail) > 20, result
+
+
+@pytest.fixture(scope="module")
+def subjects():
+    return {name: Subject.of(*pair) for name, pair in UNUSUAL.items()}
+
+
+def slow(check):
+    return pytest.param(check, marks=pytest.mark.slow) if check.startswith(SLOW) else check
+
+
+@pytest.mark.parametrize("check", map(slow, CHECKS))
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_is_right_is_not_blamed(subjects, name, check):
+    result = run_check(subjects[name], check)
+    assert result.status != "fail", result
+
+
+def test_there_are_enough_of_both():
+    assert len(WRONG) >= 30 and len(UNUSUAL) >= 8
