@@ -139,6 +139,19 @@ def norms_a_layer(subject: Subject):
     weights that are too large or too small; residual projections that are not scaled with depth.
     """
     model, ids = _deep(subject).train(), subject.tokens(rows=4)
+    sizes = _sizes_a_layer(model, ids)
+    if not any(sizes["gradients"]):  # an output head that starts at zero lets nothing through in the first step
+        train_steps(model, [(ids, next_tokens(ids))] * 3, lr=1e-3)
+        sizes = _sizes_a_layer(model, ids)
+    for what, rms in sizes.items():
+        ratio = rms[-1] / rms[0] if rms[0] else float("inf")
+        a_layer = ratio ** (1 / (len(rms) - 1)) if ratio > 0 else 0.0
+        seen = f"{what} a layer have root mean squares " + " ".join(f"{r:.2g}" for r in rms)
+        require(1 / 1.6 < a_layer < 1.6 and 0.01 < ratio < 100, f"{seen}: a factor of {ratio:.3g} in all")
+
+
+def _sizes_a_layer(model, ids):
+    """Return the root mean squares of activations and gradients at the outputs of `self.layers`, in order."""
     outputs = []
 
     def keep(module, args, out):
@@ -154,13 +167,8 @@ def norms_a_layer(subject: Subject):
     if len(outputs) < 3:
         raise NotApplicable("fewer than three outputs of self.layers to compare")
     loss.backward()
-    sizes = {"activations": [x.detach() for x in outputs], "gradients": [x.grad for x in outputs]}
-    for what, tensors in sizes.items():
-        rms = [0.0 if t is None else t.square().mean().sqrt().item() for t in tensors]
-        ratio = rms[-1] / rms[0] if rms[0] else float("inf")
-        a_layer = ratio ** (1 / (len(rms) - 1)) if ratio > 0 else 0.0
-        seen = f"{what} a layer have root mean squares " + " ".join(f"{r:.2g}" for r in rms)
-        require(1 / 1.6 < a_layer < 1.6 and 0.01 < ratio < 100, f"{seen}: a factor of {ratio:.3g} in all")
+    tensors = {"activations": [x.detach() for x in outputs], "gradients": [x.grad for x in outputs]}
+    return {what: [0.0 if x is None else x.square().mean().sqrt().item() for x in xs] for what, xs in tensors.items()}
 
 
 def _flat(out):

@@ -9,8 +9,9 @@ from .subject import LONG, NotApplicable, Subject, call, logits_of, next_tokens,
 def bf16_stays_near_fp32(subject: Subject):
     """Under bf16 autocast the logits and the loss stay near those of fp32, at the beginning and the end of a long row.
 
-    Measured: over 300 tokens, the relative error of each token's logits; its median may be 5%, and in no quarter of the
-    row more than three times that of the first. The loss may differ by 2%.
+    Measured: over 300 tokens, the relative error of each token's logits. Its lower quartile (a token may take another
+    expert for a rounding) may be 5%, and in no sixth of the row more than three times that of the first. The loss may
+    differ by 2%.
     Causes: positions or their angles in the type of the activations (bf16 has no odd number above 256); a cumulative
     sum, a decay or a softmax over many tokens in bf16; logits or the loss in bf16; a constant such as -1e9 in a type
     that cannot hold it.
@@ -28,10 +29,10 @@ def bf16_stays_near_fp32(subject: Subject):
     require(got.isfinite().all(), "logits under bf16 autocast are not all finite")
     centred = want - want.mean(dim=-1, keepdim=True)
     error = ((got - want).norm(dim=-1) / centred.norm(dim=-1).clamp(min=1e-6)).mean(dim=0)  # (T,)
-    quarters = [q.median().item() for q in error.tensor_split(4)]
-    seen = "the median relative error of the logits is " + ", ".join(f"{q:.2%}" for q in quarters) + " by quarter of the row"
-    require(max(quarters) < 0.05, seen)
-    require(max(quarters) < 3 * quarters[0] + 0.005, f"{seen}: it grows with the position")
+    parts = [part.quantile(0.25).item() for part in error.tensor_split(6)]
+    seen = "relative errors of the logits, by sixth of the row: " + ", ".join(f"{part:.2%}" for part in parts)
+    require(max(parts) < 0.05, seen)
+    require(max(parts) < 3 * parts[0] + 0.003, f"{seen}: they grow with the position")
     require(loss.isfinite(), f"the loss under bf16 autocast is {loss.item()}")
     require(abs(loss.item() - want_loss) < 0.02 * abs(want_loss) + 0.02,
             f"the loss under bf16 autocast is {loss.item():.5g}, in fp32 {want_loss:.5g}")
@@ -59,41 +60,51 @@ def bf16_gradients_are_finite(subject: Subject):
 
 
 def compiled_equals_eager(subject: Subject):
-    """torch.compile gives the same loss and gradients, and compiles nothing anew from the third step on.
+    """torch.compile gives the same loss and gradients, and does not compile anew in every step.
 
     Measured: six training steps on different data with the backend "aot_eager" (what the compiler traces and
-    differentiates, without generating code), hooks called; the graphs compiled in each step are counted.
+    differentiates, without generating code), hooks called; the graphs compiled in each step are counted. First with
+    fixed shapes, as the trainer compiles; where experts are gathered in a loop, whose sizes the data decides, shapes
+    that vary are allowed, and then not every one of the last steps may compile.
     Causes: a Python number on the module, or taken from a tensor (`.item()`, `.tolist()`), that changes every step; a
     branch on the values of a tensor; a list that grows; an in-place edit that the tracer cannot see.
     """
+    counts = _graphs_after_each_step(subject, dynamic=False, steps=6)
+    if counts[-1] == counts[1]:
+        return
+    counts = _graphs_after_each_step(subject, dynamic=None, steps=10)
+    new = [after - before for before, after in zip(counts[4:], counts[5:])]
+    require(not all(new), f"graphs compiled after each of ten steps: {', '.join(map(str, counts))}; it should stay the "
+            "same after the first few")
+
+
+def _graphs_after_each_step(subject, dynamic, steps):
     torch._dynamo.reset()
-    graphs = []
+    graphs, counts = [], []
 
     def backend(module, inputs):
         graphs.append(module)
         return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
 
     eager, model = subject.build().train(), subject.build().train()
-    compiled = torch.compile(model, backend=backend, dynamic=False)
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    counts = []
     # Beyond its limit the compiler gives up without a word and runs the rest as it is: here it must go on counting.
     with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024):
-        for step in range(6):
+        for step in range(steps):
             ids = subject.tokens(seed=30 + step)
-            model.before_step(step, 6)
+            model.before_step(step, steps)
             torch.manual_seed(step)
             _, loss, other_vars = compiled(ids, targets=next_tokens(ids))
-            if step == 0:
-                _same_as_eager(eager, ids, loss, model)
             optimizer.zero_grad()
             loss.backward()
+            if step == 0:
+                _same_as_eager(eager, ids, loss, model)
             optimizer.step()
             model.after_step({k: v.detach() for k, v in other_vars.items()})
             counts.append(len(graphs))
     torch._dynamo.reset()
-    require(counts[-1] == counts[1], f"graphs compiled after each of six steps: {', '.join(map(str, counts))}; it "
-            "should stay the same from the second on")
+    return counts
 
 
 def _same_as_eager(eager, ids, loss, model):
@@ -104,10 +115,9 @@ def _same_as_eager(eager, ids, loss, model):
     if not torch.equal(want, call(eager, ids, targets=next_tokens(ids))[1]):
         return
     require_close(loss.detach(), want.detach(), "loss compiled against eager", 1e-4)
-    names = [n for n, p in eager.named_parameters() if p.requires_grad]
-    one = torch.autograd.grad(loss, [model.get_parameter(n) for n in names], retain_graph=True, allow_unused=True)
-    two = torch.autograd.grad(want, [eager.get_parameter(n) for n in names], allow_unused=True)
-    for name, got, expected in zip(names, one, two):
-        if expected is not None:
+    want.backward()
+    for name, param in eager.named_parameters():
+        got = model.get_parameter(name).grad
+        if param.grad is not None:
             require(got is not None, f"compiled, {name} has no gradient")
-            require_close(got, expected, f"gradient of {name}, compiled against eager", 1e-3)
+            require_close(got, param.grad, f"gradient of {name}, compiled against eager", 1e-3)

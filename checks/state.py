@@ -109,6 +109,8 @@ def clone_is_independent(subject: Subject):
         _decode(model, ids.flip(0)[:, t : t + 1], other, [1])
     require_close(torch.cat(got, dim=1), full[:, :half], "one of two states fed in turn")
     trial = state.clone()
+    got = _decode(model, ids[:, half:], state.clone(), [1] * (ids.shape[1] - half))
+    require_close(got, full[:, half:], "going on on a clone")
     _decode(model, ids[:, :half].flip(1), trial, [half])
     got = _decode(model, ids[:, half:], state, [1] * (ids.shape[1] - half))
     require_close(got, full[:, half:], "going on after a trial on a clone")

@@ -126,10 +126,11 @@ class Subject:
         """Return a model in eval mode; `changes` are arguments other than the tiny ones. `sharp`: weights of unit gain
         instead of the small initial ones, whose outputs hardly depend on the input, so that a leak or a drift would
         hide in rounding."""
+        gain = self._gain if sharp else 0.0  # before the seed is set: finding it draws random numbers
         torch.manual_seed(seed)
         model = self.Model(self.changed_args(**changes)).eval()
-        if sharp and self._gain:
-            _sharpen(model, self._gain)
+        if gain:
+            _sharpen(model, gain)
         return model
 
     def changed_args(self, **changes):

@@ -77,6 +77,8 @@ class State:
         self.pos = self.pos.index_copy(0, index, other.pos)
         self.upto = max(self.upto, other.upto)
         for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for name in mine.keys() - theirs.keys():  # a state that has seen nothing yet holds nothing
+                mine[name][index] = 0
             for name, tensor in theirs.items():
                 if name not in mine:
                     mine[name] = tensor.new_zeros(self.pos.shape[0], *tensor.shape[1:])

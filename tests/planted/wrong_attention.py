@@ -136,13 +136,10 @@ class SeesOnlyItself(RightModel):
 
 
 @plant("learning.recalls_the_past")
-class SeesAlmostOnlyItself(RightModel):
-    """The past has a gradient, so small that nothing can be learnt through it."""
-
+class ThrowsItsAttentionAway(RightModel):
     class Attention(Attention):
-        def weights(self, scores):
-            weights = super().weights(scores)
-            return weights * (1e-4 + torch.eye(*weights.shape[-2:])[-weights.shape[-2] :])
+        def forward(self, *args):
+            return 0 * super().forward(*args)
 
 
 @plant("causality.prefixes_agree")

@@ -1,5 +1,7 @@
 """What forward may not do: return the wrong form, remember, write to its inputs, roll dice in eval mode."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -158,6 +160,7 @@ class DropsTokensInTraining(MixtureModel):
             return weights * (torch.arange(len(weights)) % 3 > 0)[:, None] if self.training else weights
 
 
+@dataclass
 class UnbuildableModelArgs(RightModelArgs):
     def __post_init__(self):
         raise ZeroDivisionError("division by zero")

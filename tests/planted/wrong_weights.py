@@ -104,7 +104,7 @@ class SumsInBf16(RightModel):
             return self.down_proj((torch.stack(sums, dim=1) * 0.2).sin())
 
 
-@plant("precision.bf16_stays_near_fp32")
+@plant("learning.overfits_one_batch")
 class OverflowsInHalf(RightModel):
     def head(self, x, state):
         return super().head(x, state).half().mul(3e4).float() / 3e4
