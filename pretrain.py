@@ -6,6 +6,7 @@
 
 from dataclasses import dataclass
 
+from checks.runner import refuse_unless_right
 from engine import distributed
 from engine.config import TrainConfig
 from engine.data import DocumentRows, TokenFile, WindowRows
@@ -27,6 +28,8 @@ class PretrainConfig(TrainConfig):
                                  neutral=True)
     rows: str = opt("windows", "how documents become rows: cut at every max_seq_len tokens, or kept whole and packed",
                     choices=("windows", "documents"))
+    skip_checks: bool = opt(False, "train even if the architecture fails the quick checks of check_model.py",
+                            neutral=True)
 
 
 def main(argv=None) -> dict:
@@ -43,6 +46,8 @@ def main(argv=None) -> dict:
     val_file = TokenFile(held_out, tokenizer, MAKE_DATA, "pretrain") if held_out else None
     val_rows = DocumentRows(val_file, seq_len, packs) if val_file else None
 
+    if not config.skip_checks:  # on the processor, a few seconds: less than a training run on a mask that leaks
+        refuse_unless_right(config.model_name, {k: v for k, v in config.model.items() if isinstance(v, (bool, str))})
     return train(config, "pretrain", model, tokenizer, train_rows, val_rows,
                  next_command="python sft.py --init_from={run}")
 

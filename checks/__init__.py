@@ -31,7 +31,7 @@ CHECKS = {
     if callable(function) and getattr(function, "__module__", "") == module.__name__ and not name.startswith("_")
     and not isinstance(function, type)
 }
-SLOW = ("learning.", "precision.compiled", "init.loss_is_uniform", "init.logits", "gradients.agree")  # seconds, not milliseconds
-FAST = [name for name in CHECKS if not name.startswith((*SLOW, "state.", "precision."))]  # what pretraining leans on
+SLOW = ("learning.", "precision.compiled", "init.", "gradients.agree")  # a second or more, not milliseconds
+FAST = [name for name in CHECKS if not name.startswith((*SLOW, "state.", "precision.", "moe.b"))]  # what training needs
 
 __all__ = ["CHECKS", "FAST", "SLOW", "CheckFailed", "NotApplicable", "Subject"]

@@ -57,7 +57,8 @@ def parameters_are_counted(subject: Subject):
     if mixture:
         done = _forward_flops(model, subject.tokens(rows=16, length=1)) / 16
         said = 2 * (counts["active"] - _lookups(model))
-        require(0.9 * done < said < 1.1 * done, f"num_params says {counts['active']} parameters are active: {said:.4g} FLOPs "
+        dense = 2 * (total - _lookups(model))  # every expert computed for every token: nothing to compare with
+        require(0.9 * done < said < 1.1 * done or 0.9 * done < dense < 1.1 * done, f"num_params says {counts['active']} parameters are active: {said:.4g} FLOPs "
                 f"a token without lookups; inference does {done:.4g}")
 
 
@@ -75,6 +76,7 @@ def flops_are_estimated(subject: Subject):
                      for n in ("flops_per_token", "attention_flops_per_token", "num_params"))
     with torch.no_grad():
         mixture = "moe/load" in call(model, subject.tokens(), targets=subject.tokens())[2]
+    total = sum(p.numel() for p in model.parameters())
     lengths = (8, subject.args.max_seq_len) if overridden else (8,)
     for length in lengths:
         ids = subject.tokens(rows=4, length=min(length, subject.args.max_seq_len))
@@ -86,6 +88,9 @@ def flops_are_estimated(subject: Subject):
             if not overridden and not mixture:
                 raise NotApplicable(f"the default estimate is {said / done:.2f} times the measured count: override "
                                     "flops_per_token for true figures of utilisation")
+            all_experts = said + 6 * (total - model.num_params()["active"])
+            if mixture and "flops_per_token" not in vars(subject.Model) and 0.9 * done < all_experts < 1.1 * done:
+                raise NotApplicable("every expert is computed for every token: flops_per_token counts the active ones")
             require(False, f"flops_per_token says {said:.4g} at {ids.shape[1]} tokens, a training step does {done:.4g}: "
                     f"{said / done:.2f} times")
 

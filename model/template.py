@@ -1,7 +1,8 @@
 """The smallest complete architecture, explained line by line. Copy it, rename it, change it.
 
-    cp model/template.py model/mynet.py       # rename the two classes and model_name in the copy
-    python pretrain.py --model_name=mini_mynet
+    python -m model.new my_net                       # copies it to model/my_net.py, renamed
+    python check_model.py --model_name=mini_my_net
+    python pretrain.py --model_name=mini_my_net
 
 This file itself is not registered: discovery skips it.
 """
@@ -50,6 +51,9 @@ class TemplateModel(BaseModel):
         self.norm = RMSNorm(args.dim)
         self.lm_head = nn.Linear(args.dim, args.vocab_size, bias=False)
         self.init_weights()  # last: sensible defaults for every module above
+
+    def attention_flops_per_token(self, seq_len):
+        return 0  # the default assumes attention in every layer, and there is none; delete this when you add some
 
     # Accepting `state` would add fast decoding, accepting `doc_ids` packed documents; both can come later.
     def forward(self, input_ids, targets=None):

@@ -1,15 +1,29 @@
-"""Every check over every registered model, and the template that authors start from."""
+"""The checks of check_model.py over every registered model, and over the template that authors start from."""
+
+import functools
 
 import pytest
 
-from checks import CHECKS, NotApplicable, Subject
-from model import list_models
+from checks import CHECKS, SLOW, Subject
+from checks.runner import run_check
+from model import list_models, template
+
+TEMPLATE = "the template"
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", list_models())
+@functools.cache
+def subject(name):
+    return Subject.of(template.TemplateModel, template.TemplateModelArgs) if name == TEMPLATE else Subject(name)
+
+
+def marked(check):
+    return pytest.param(check, marks=pytest.mark.slow) if check.startswith(SLOW) else check
+
+
+@pytest.mark.parametrize("check", [marked(check) for check in CHECKS])
+@pytest.mark.parametrize("name", [*list_models(), TEMPLATE])
 def test_contract(name, check):
-    try:
-        CHECKS[check](Subject(name))
-    except NotApplicable as reason:
-        pytest.skip(str(reason))
+    result = run_check(subject(name), check)
+    assert result.status != "fail", result.detail
+    if result.status == "skip":
+        pytest.skip(result.detail)

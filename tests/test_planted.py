@@ -31,7 +31,7 @@ def slow(check):
     return pytest.param(check, marks=pytest.mark.slow) if check.startswith(SLOW) else check
 
 
-@pytest.mark.parametrize("check", map(slow, CHECKS))
+@pytest.mark.parametrize("check", [slow(check) for check in CHECKS])
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_what_is_right_is_not_blamed(subjects, name, check):
     result = run_check(subjects[name], check)

@@ -18,7 +18,7 @@ from utils.errors import UserError
 
 NAME = list_models()[0]
 SMALL = ["--device=cpu", "--max_batch_size=2", "--max_steps=2", "--sample_interval=0", "--eval_interval=0",
-         "--model.dim=32", "--model.n_layers=2", "--max_seq_len=48"]
+         "--model.dim=32", "--model.n_layers=2", "--max_seq_len=48", "--skip_checks"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,173 @@
+"""check_model.py as a command, its refusal before pretraining, the shrinking of arguments, and python -m model.new."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from engine_helpers import ROOT, make_tokenizer, pretrain_files
+from planted.right import RightModel, RightModelArgs
+
+from checks import CHECKS, FAST, Subject
+from checks.runner import first_sentence, usual_causes
+from checks.shrink import tiny_args
+from model import ModelError
+from model.new import new_file
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project with four architectures more: a right one, and three ways to be wrong."""
+    folder = tmp_path_factory.mktemp("project") / "project"
+    hidden = shutil.ignore_patterns(".git", ".venv", "output", "tests", "__pycache__", ".*_cache", "*.md")
+    shutil.copytree(ROOT, folder, ignore=hidden)
+    for name in ("fine", "leaks", "crashes", "broken"):
+        new_file(name, folder / "model")
+    edit(folder / "model/leaks.py", "x = self.norm(x)\n", "x = self.norm(x) + 0.1 * x.roll(-1, 1)\n")
+    edit(folder / "model/crashes.py", "x = self.norm(x)\n", "x = self.norm(x.T)\n")
+    edit(folder / "model/broken.py", "class Block(nn.Module):", "class Block(nn.Module:")
+    return folder
+
+
+def edit(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def run(folder, *command):
+    environment = {**os.environ, "PYTHONPATH": "", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True,
+                          timeout=240, check=False)
+
+
+def test_a_right_model_passes(project):
+    done = run(project, "check_model.py", "--model_name=mini_fine", "--only=contract,rows", "--json=out.json")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    rows = json.loads((project / "out.json").read_text())
+    assert {tuple(row) for row in rows} == {("check", "status", "detail")}
+    assert {row["status"] for row in rows} == {"pass", "skip"} and rows[0]["check"] == "contract.builds"
+    assert "0 failed" in done.stdout and "rows.alone_equals_batch" in done.stdout
+
+
+def test_a_wrong_model_is_told_what_and_why(project):
+    done = run(project, "check_model.py", "--model_name", "mini_leaks", "--only", "later_tokens_change_nothing")
+    assert done.returncode == 1
+    assert "FAIL" in done.stdout and "token 1 changes the logits at the earlier positions 0" in done.stdout
+    assert "likely: 1. no causal mask" in done.stdout
+
+
+@pytest.mark.parametrize("name, says", [("crashes", "model/crashes.py:{line} in forward: "),
+                                        ("broken", "model/broken.py:{line}: SyntaxError: ")])
+def test_a_file_that_breaks_is_named_by_its_line(project, name, says):
+    marks = {"crashes": "self.norm(x.T)", "broken": "class Block(nn.Module:"}
+    lines = (project / f"model/{name}.py").read_text().splitlines()
+    line = next(i for i, text in enumerate(lines, 1) if marks[name] in text)
+    done = run(project, "check_model.py", f"--model_name=mini_{name}", "--json=out.json")
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    (row,) = json.loads((project / "out.json").read_text())
+    assert row["status"] == "fail" and row["check"] == "contract.builds" and says.format(line=line) in row["detail"]
+
+
+def test_user_errors_and_the_list(project):
+    done = run(project, "check_model.py", "--model_name=mini_fin")
+    assert done.returncode == 2 and "did you mean mini_fine" in done.stderr
+    done = run(project, "check_model.py", "--model_name=mini_fine", "--only=causalty")
+    assert done.returncode == 2 and "did you mean causality?" in done.stderr
+    done = run(project, "check_model.py", "--list")
+    assert done.returncode == 0 and all(name in done.stdout for name in CHECKS)
+
+
+def test_pretraining_refuses_what_is_wrong(project):
+    tokenizer = make_tokenizer(project / "output/tokenizer")
+    pretrain_files(project / "output/data", tokenizer)
+    flags = ["--device=cpu", "--max_steps=1", "--max_batch_size=2", "--max_seq_len=32", "--sample_interval=0"]
+    done = run(project, "pretrain.py", "--model_name=mini_leaks", *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "causality" in done.stderr and "check_model.py --model_name=mini_leaks" in done.stderr
+    assert run(project, "pretrain.py", "--model_name=mini_leaks", "--skip_checks", *flags).returncode == 0
+    assert run(project, "pretrain.py", "--model_name=mini_fine", *flags).returncode == 0
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_check_says_what_how_and_why(name):
+    text = CHECKS[name].__doc__
+    assert "Measured:" in text and first_sentence(CHECKS[name]) and usual_causes(CHECKS[name])
+    assert name not in FAST or not name.startswith("learning.")
+
+
+# ------------------------------------------------------------------- shrinking
+
+
+@dataclass
+class OtherNamesModelArgs(RightModelArgs):
+    vocab_size: int = 32000
+    max_seq_len: int = 512
+    dim: int = 512
+    n_heads: int = 8
+    n_kv_heads: int = 8
+    head_dim: int = 64
+    n_layers: int = 12
+    inter_dim: int = 2048
+
+
+@dataclass
+class TiedSizesModelArgs(OtherNamesModelArgs):
+    """Only heads of exactly 64, and at least one layer of each kind."""
+
+    layer_types: list = field(default_factory=lambda: ["wide"] * 8 + ["narrow"] * 4)
+
+    def __post_init__(self):
+        if self.dim != 64 * self.n_heads or len(self.layer_types) != self.n_layers or len(set(self.layer_types)) < 2:
+            raise ModelError("dim must be 64 x n_heads")
+
+
+@dataclass
+class SaysItselfModelArgs(OtherNamesModelArgs):
+    @classmethod
+    def tiny(cls):
+        return cls(vocab_size=50, max_seq_len=16, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, inter_dim=16)
+
+
+def test_common_names_are_made_small():
+    args, warning = tiny_args(RightModel, OtherNamesModelArgs)
+    assert args.dim == 32 and args.n_layers == 3 and args.vocab_size == 97 and not warning
+    assert args.n_heads * args.head_dim == args.dim
+
+
+def test_arguments_that_hang_together_are_made_as_small_as_they_go():
+    args, warning = tiny_args(RightModel, TiedSizesModelArgs)
+    assert args.n_layers == 3 and set(args.layer_types) == {"wide", "narrow"}
+    assert args.inter_dim == 48 and args.dim == 512 and "dim" in warning and "tiny()" in warning
+
+
+def test_the_author_decides():
+    assert Subject.of(RightModel, SaysItselfModelArgs).args == SaysItselfModelArgs.tiny()
+
+
+def test_checks_leave_the_random_generator_alone():
+    from checks.runner import run_check
+
+    subject = Subject.of(RightModel, RightModelArgs)
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    run_check(subject, "gradients.every_parameter_learns")
+    assert torch.equal(torch.rand(3), want)
+
+
+# ------------------------------------------------------------------- python -m model.new
+
+
+def test_new_copies_the_template_under_the_new_name(tmp_path):
+    path, model_name = new_file("my_net", tmp_path)
+    text = path.read_text(encoding="utf-8")
+    assert model_name == "mini_my_net" and 'model_name = "mini_my_net"' in text
+    assert "class MyNetModel(" in text and "class MyNetModelArgs(" in text and "emplate" not in text
+    for taken in ("my_net", "My Net", "3d", "../x"):
+        with pytest.raises(ModelError):
+            new_file(taken, tmp_path)
