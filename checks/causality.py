@@ -107,6 +107,34 @@ def prefixes_agree(subject):
     require_close(padded, alone, "loss with padding after the row against the loss without", 1e-4)
 
 
+def losses_see_the_past_only(subject):
+    """No term of the loss sees the token that it predicts, nor what follows it: multi-token heads included.
+
+    Measured: with one valid target in the row, the gradient of each `loss/*` at the embedded tokens after that position,
+    against the same without any target (a balance loss does not look at targets).
+    Causes: a multi-token head at depth k that reads the embedding of token i + k + 1, its own answer, instead of i + k;
+    a second head on a stream that has no causal mask.
+    """
+    model, ids = subject.build(), subject.tokens(rows=1)
+
+    def gradients(targets):
+        with embedded_tokens(model) as outputs:
+            _, loss, other_vars = call(model, ids, targets=targets)
+        terms = {k: v for k, v in other_vars.items() if k.startswith("loss/")} or {"loss": loss}
+        return {k: gradient_at_tokens(v, outputs)[0] for k, v in terms.items()}
+
+    nothing = torch.full_like(ids, -100)
+    without = gradients(nothing)
+    for t in range(0, ids.shape[1] - 1, 3):
+        targets = nothing.clone()
+        targets[0, t] = ids[0, t + 1]
+        for key, size in gradients(targets).items():
+            change = (size - without[key]).abs()
+            later = (change[t + 1 :] > ROUNDING * change.max() + 1e-9).nonzero()[:, 0] + t + 1
+            require(not len(later), f"{key} of the target at {t}, which is token {t + 1}, has a gradient to the tokens at "
+                    f"{positions_text(later)}")
+
+
 @torch.no_grad()
 def targets_do_not_leak(subject):
     """The targets change the loss only, never what the model predicts.

@@ -175,8 +175,16 @@ def nothing_is_stored(subject):
     model, ids = subject.build(), subject.tokens()
     before = snapshot(model)
     call(model.train(), ids, targets=next_tokens(ids))[1].backward()
+    require(all(module.training for module in model.modules()), "forward switches a module to eval mode")
+    model.eval()
+    drawn = []
     with torch.no_grad():
-        call(model.eval(), ids[:, :3])
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            call(model, ids[:, :3])
+            drawn.append(torch.rand(4))
+        require(not torch.equal(*drawn), "forward sets the seed of the global random generator: every step would draw "
+                "the same dropout")
         if subject.Model.accepts("state"):
             call(model, ids[:, :3], state=model.init_state(len(ids)))
     changed = differences(before, snapshot(model))
