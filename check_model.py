@@ -22,7 +22,7 @@ MARKS = {"pass": "pass", "fail": "FAIL", "skip": "not applicable"}
 
 @dataclass
 class CheckConfig:
-    """Proves that an architecture is right, or shows where it is wrong. Ends with 0 when no check fails, else with 1."""
+    """Proves an architecture right, or shows where it is wrong. Ends with 0 when no check fails, else with 1."""
 
     model_name: str = opt("", "architecture: the name of a file's model in model/")
     only: str = opt("", "checks or groups to run, separated by commas")
@@ -77,7 +77,8 @@ def describe(subject) -> str:
     default = get_model_and_args(subject.name)[1]()
     changed = [f"{k}={v}" for k, v in vars(subject.args).items() if v != getattr(default, k, None)]
     total = subject.build().num_params()["total"]
-    lines = textwrap.wrap(f"{total:,} parameters: {' '.join(changed)}", 108, initial_indent="  ", subsequent_indent="  ")
+    text = f"{total:,} parameters: {' '.join(changed)}"
+    lines = textwrap.wrap(text, 108, initial_indent="  ", subsequent_indent="  ")
     return "\n".join([*lines, *([f"  note: {subject.warning}"] if subject.warning else [])])
 
 

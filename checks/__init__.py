@@ -22,7 +22,9 @@ from . import (
 )
 from .subject import CheckFailed, NotApplicable, Subject
 
-GROUPS = (contract, loss, causality, rows, gradients, init, learning, state, packing, persistence, precision, moe, counts)
+GROUPS = (
+    contract, loss, causality, rows, gradients, init, learning, state, packing, persistence, precision, moe, counts,
+)  # fmt: skip
 
 CHECKS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": function

@@ -46,8 +46,8 @@ def later_tokens_change_nothing(subject):
 
 def _nothing_before(difference, t, base, where):
     seen = (difference[:t] > ROUNDING * max(1.0, base.abs().max().item())).nonzero()[:, 0]
-    require(not len(seen), f"{where} mode: token {t} changes the logits at the earlier positions {positions_text(seen)} by "
-            f"up to {difference[:t].max().item() if t else 0:.3g}")
+    require(not len(seen), f"{where} mode: token {t} changes the logits at the earlier positions "
+            f"{positions_text(seen)} by up to {difference[:t].max().item() if t else 0:.3g}")
 
 
 @torch.no_grad()
@@ -110,8 +110,8 @@ def prefixes_agree(subject):
 def losses_see_the_past_only(subject):
     """No term of the loss sees the token that it predicts, nor what follows it: multi-token heads included.
 
-    Measured: with one valid target in the row, the gradient of each `loss/*` at the embedded tokens after that position,
-    against the same without any target (a balance loss does not look at targets).
+    Measured: with one valid target in the row, the gradient of each `loss/*` at the embedded tokens after that
+    position, against the same without any target (a balance loss does not look at targets).
     Causes: a multi-token head at depth k that reads the embedding of token i + k + 1, its own answer, instead of i + k;
     a second head on a stream that has no causal mask.
     """
@@ -131,8 +131,8 @@ def losses_see_the_past_only(subject):
         for key, size in gradients(targets).items():
             change = (size - without[key]).abs()
             later = (change[t + 1 :] > ROUNDING * change.max() + 1e-9).nonzero()[:, 0] + t + 1
-            require(not len(later), f"{key} of the target at {t}, which is token {t + 1}, has a gradient to the tokens at "
-                    f"{positions_text(later)}")
+            require(not len(later), f"{key} of the target at {t}, which is token {t + 1}, has a gradient to the tokens "
+                    f"at {positions_text(later)}")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Does `forward` keep its side of the contract: shapes, `other_vars`, the same result twice, and no memory of a call?"""
+"""Does `forward` keep its side of the contract: shapes, other_vars, the same result twice, no memory of a call?"""
 
 import torch
 
@@ -39,7 +39,7 @@ def loss_exactly_with_targets(subject):
 
 
 def loss_is_sum_of_terms(subject):
-    """The loss is the sum of `loss/*`, which carry their graph; all else in other_vars is detached, a flat dict of tensors.
+    """The loss is the sum of `loss/*`, which carry their graph; all else in other_vars is detached. It is a flat dict.
 
     Measured: the terms added up against the loss, `requires_grad` of each entry.
     Causes: an auxiliary loss that is reported but not added, or added but not reported; a term reported before its
@@ -73,8 +73,8 @@ def _gradients_add_up(model, loss, terms):
     whole, parts = gradient(loss), {key: gradient(value) for key, value in terms.items()}
     error, size = (whole - sum(parts.values())).norm(), whole.norm()
     for key, part in parts.items():
-        require(error < 0.1 * part.norm() + 1e-6 * size, f"the gradient of the loss differs from that of the sum of loss/* "
-                f"by {error:.3g}; {key} alone has {part.norm():.3g}: the term is added without its graph")
+        require(error < 0.1 * part.norm() + 1e-6 * size, f"the gradient of the loss differs from that of the sum of "
+                f"loss/* by {error:.3g}; {key} alone has {part.norm():.3g}: the term is added without its graph")
 
 
 def train_equals_eval(subject):
@@ -92,7 +92,8 @@ def train_equals_eval(subject):
         torch.manual_seed(seed)
         return call(model.train(train), ids, targets=next_tokens(ids))[1]
 
-    one, other, expected = loss(subject.build(), True, 1), loss(subject.build(), True, 2), loss(subject.build(), False, 1)
+    one, other = (loss(subject.build(), True, seed) for seed in (1, 2))
+    expected = loss(subject.build(), False, 1)
     if (one - other).abs() > 1e-6 * one.abs():
         model = subject.build()
         mean = torch.stack([loss(model, True, seed) for seed in range(16)]).mean()

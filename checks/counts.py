@@ -40,8 +40,8 @@ def parameters_are_counted(subject: Subject):
 
     Measured: the total; the tables of nn.Embedding; active is at most the total, and in a mixture of experts agrees
     within 10% with the multiplications that inference does for one token.
-    Causes: a tied table counted twice; buffers counted; a mixture that does not override `num_params`, or forgets shared
-    experts, the dense layers or one of the three matrices of an expert.
+    Causes: a tied table counted twice; buffers counted; a mixture that does not override `num_params`, or forgets
+    shared experts, the dense layers or one of the three matrices of an expert.
     """
     model, ids = subject.build(), subject.tokens()
     counts, total = model.num_params(), sum(p.numel() for p in model.parameters())
@@ -58,8 +58,8 @@ def parameters_are_counted(subject: Subject):
         done = _forward_flops(model, subject.tokens(rows=16, length=1)) / 16
         said = 2 * (counts["active"] - _lookups(model))
         dense = 2 * (total - _lookups(model))  # every expert computed for every token: nothing to compare with
-        require(0.9 * done < said < 1.1 * done or 0.9 * done < dense < 1.1 * done, f"num_params says {counts['active']} parameters are active: {said:.4g} FLOPs "
-                f"a token without lookups; inference does {done:.4g}")
+        require(_near(said, done) or _near(dense, done), f"num_params says {counts['active']} parameters are active: "
+                f"{said:.4g} FLOPs a token without lookups; inference does {done:.4g}")
 
 
 def flops_are_estimated(subject: Subject):
@@ -84,15 +84,19 @@ def flops_are_estimated(subject: Subject):
             call(model, ids, targets=next_tokens(ids))[1].backward()
         done, said = counter.get_total_flops() / ids.numel(), model.flops_per_token(ids.shape[1])
         require(said > 0, f"flops_per_token says {said}")
-        if not 0.9 * done < said < 1.1 * done:
+        if not _near(said, done):
             if not overridden and not mixture:
                 raise NotApplicable(f"the default estimate is {said / done:.2f} times the measured count: override "
                                     "flops_per_token for true figures of utilisation")
             all_experts = said + 6 * (total - model.num_params()["active"])
-            if mixture and "flops_per_token" not in vars(subject.Model) and 0.9 * done < all_experts < 1.1 * done:
+            if mixture and "flops_per_token" not in vars(subject.Model) and _near(all_experts, done):
                 raise NotApplicable("every expert is computed for every token: flops_per_token counts the active ones")
-            require(False, f"flops_per_token says {said:.4g} at {ids.shape[1]} tokens, a training step does {done:.4g}: "
-                    f"{said / done:.2f} times")
+            require(False, f"flops_per_token says {said:.4g} at {ids.shape[1]} tokens, a training step does "
+                    f"{done:.4g}: {said / done:.2f} times")
+
+
+def _near(said, done):
+    return 0.9 * done < said < 1.1 * done
 
 
 def _forward_flops(model, ids):
@@ -104,4 +108,5 @@ def _forward_flops(model, ids):
 def _lookups(model):
     """Return how many parameters are only looked up: tables of embeddings that are not the output head as well."""
     head = {id(p) for p in getattr(model, "lm_head", torch.nn.Module()).parameters()}
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding) and id(m.weight) not in head)
+    tables = [m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    return sum(table.numel() for table in tables if id(table) not in head)

@@ -79,7 +79,8 @@ def one_step_moves_every_group(subject: Subject):
     for name, params in groups.items():
         moved = [not torch.equal(p, old) for p, old in zip(params, before[name])]
         require(not params or any(moved), f"no parameter of the group {name!r} moves")
-        require(all(p.isfinite().all() for p in params), f"a parameter of the group {name!r} is not finite after a step")
+        finite = all(p.isfinite().all() for p in params)
+        require(finite, f"a parameter of the group {name!r} is not finite after a step")
     own = {id(p) for p in model.parameters()}
     foreign = [name for name, params in groups.items() if any(id(p) not in own for p in params)]
     require(not foreign, f"the groups {', '.join(foreign)} list tensors that are not parameters of the model")

@@ -31,8 +31,9 @@ def mean_over_valid_targets(subject):
         if not torch.isclose(got, want, rtol=1e-4, atol=1e-4):
             why = _explain(got.item(), logits, targets)
             mode = "train" if train else "eval"
-            require(False, f"{mode} mode: the loss is {got:.5g}, the mean over the {int((targets != -100).sum())} valid "
-                    f"targets {want:.5g}{': it is ' + why if why else ''}", [why] if why else [])
+            valid = int((targets != -100).sum())
+            require(False, f"{mode} mode: the loss is {got:.5g}, the mean over the {valid} valid targets {want:.5g}"
+                    f"{': it is ' + why if why else ''}", [why] if why else [])
 
 
 @torch.no_grad()
@@ -108,7 +109,7 @@ def _no_gradient(model, task):
 def ignored_targets_have_no_gradient(subject):
     """The gradient of the task loss is that of the valid targets alone.
 
-    Measured: the loss of a batch with half of its rows ignored, and its gradient, against those of the other rows alone.
+    Measured: the loss of a batch with half of its rows ignored, and its gradient, against those of the others alone.
     Causes: a mask applied to the loss but not to the auxiliary path; ignored targets clamped to class 0; a custom
     backward that forgets the mask or the division by the number of valid targets.
     """

@@ -1,12 +1,12 @@
-"""Mixtures of experts, where `moe/load` (L, E) is reported: are the loads counted right, does routing learn, is it evened out?"""
+"""Where `moe/load` (L, E) is reported: are loads counted right, does routing learn, does it even out?"""
 
 import torch
 from torch import nn
 
+from .shrink import ACTIVE_EXPERTS
 from .subject import NotApplicable, Subject, call, logits_of, next_tokens, require, require_close
 
 KEY = "moe/load"
-ACTIVE = ("n_activated_experts", "n_active_experts", "num_experts_per_tok", "n_experts_per_tok", "top_k")
 
 
 def _load(model, ids):
@@ -30,12 +30,13 @@ def loads_are_counted(subject: Subject):
     with torch.no_grad():
         load = _load(model, ids)
         rows = sum(_load(model, row[None]) for row in ids)
-    active = next((getattr(subject.args, n) for n in ACTIVE if hasattr(subject.args, n)), None)
+    active = next((getattr(subject.args, n) for n in ACTIVE_EXPERTS if hasattr(subject.args, n)), None)
     sums, tokens = load.sum(dim=1), ids.numel()
     if active is None:
         active = max(1, round(sums[0].item() / tokens))
-    require(((sums - tokens * active).abs() < 1e-3).all(), f"the loads of the layers sum to "
-            f"{', '.join(f'{s:.5g}' for s in sums.tolist())}; {tokens} tokens with {active} experts each make {tokens * active}")
+    seen = ", ".join(f"{s:.5g}" for s in sums.tolist())
+    require(((sums - tokens * active).abs() < 1e-3).all(),
+            f"the loads of the layers sum to {seen}; {tokens} tokens with {active} experts each make {tokens * active}")
     require((load >= 0).all() and torch.equal(load, load.round()), "loads are counts: whole numbers, none negative")
     require_close(rows, load, "loads of the rows added up against the loads of the batch", 1e-4)
 
@@ -43,8 +44,8 @@ def loads_are_counted(subject: Subject):
 def loads_are_true(subject: Subject):
     """An expert with load has a gradient, an expert without load has none.
 
-    Measured: rows of one, two and three tokens, so that some experts stay idle, with random routing biases; the gradient of each expert's weights
-    (stacked along dim 0, or a ModuleList of experts) against its load.
+    Measured: rows of one, two and three tokens, so that some experts stay idle, with random routing biases; the
+    gradient of each expert's weights (stacked along dim 0, or a ModuleList of experts) against its load.
     Causes: loads counted before the choice is final (without the bias, before the groups are limited); loads in another
     order than the experts; all experts computed and multiplied by zero.
     """
@@ -60,8 +61,8 @@ def loads_are_true(subject: Subject):
             reached = [any(g is not None and bool((g != 0).any()) for g in weights()) for weights in slices]
             busy = (other_vars[KEY][layer] > 0).tolist()
             for expert, (has, says) in enumerate(zip(reached, busy)):
-                require(has == says, f"{KEY}[{layer}, {expert}] is {other_vars[KEY][layer][expert]:.0f} for {length} tokens, "
-                        f"and {name} has {'a' if has else 'no'} gradient for this expert")
+                require(has == says, f"{KEY}[{layer}, {expert}] is {other_vars[KEY][layer][expert]:.0f} for {length} "
+                        f"tokens, and {name} has {'a' if has else 'no'} gradient for this expert")
 
 
 @torch.no_grad()
@@ -187,7 +188,8 @@ def balance_loss_evens_the_load(subject: Subject):
 
     def look():
         other_vars = call(model, ids, targets=next_tokens(ids))[2]
-        terms = [v for k, v in other_vars.items() if k.startswith("loss/") and any(w in k for w in ("balance", "aux", "load"))]
+        names = [k for k in other_vars if k.startswith("loss/") and any(w in k for w in ("balance", "aux", "load"))]
+        terms = [other_vars[k] for k in names]
         load = other_vars[KEY].float()
         return sum(terms) if terms else None, (load.std(dim=1) / load.mean(dim=1)).mean().item()
 
@@ -201,8 +203,8 @@ def balance_loss_evens_the_load(subject: Subject):
         for param, grad in zip(routers, torch.autograd.grad(term, routers, allow_unused=True)):
             param.grad = grad
         optimizer.step()
-    require(after < 1.1 * before + 0.05, f"the relative spread of the loads was {before:.3f} and is {after:.3f} after forty "
-            "steps on the balance loss")
+    require(after < 1.1 * before + 0.05, f"the relative spread of the loads was {before:.3f} and is {after:.3f} after "
+            "forty steps on the balance loss")
 
 
 def experts_differ(subject: Subject):
@@ -223,4 +225,5 @@ def experts_differ(subject: Subject):
             require(not same, f"all experts in {name} start with the same weights")
         for experts in lists:
             first, *others = [torch.cat([p.flatten() for p in e.parameters()]) for e in experts]
-            require(not all(torch.equal(first, o) for o in others), f"all experts in {name} start with the same weights")
+            same = all(torch.equal(first, o) for o in others)
+            require(not same, f"all experts in {name} start with the same weights")

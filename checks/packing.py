@@ -99,8 +99,8 @@ def packed_loss_equals_separate(subject: Subject):
 def losses_stay_in_the_document(subject: Subject):
     """The loss on one document teaches nothing about another: no term of it crosses a border.
 
-    Measured: the gradient of each `loss/*` at the tokens of the first document, with targets in the second only, against
-    that without any target (a balance loss does not look at targets).
+    Measured: the gradient of each `loss/*` at the tokens of the first document, with targets in the second only,
+    against that without any target (a balance loss does not look at targets).
     Causes: multi-token prediction that predicts beyond the border, or reads an embedding from beyond it; an auxiliary
     head that gets no doc_ids.
     """
@@ -119,4 +119,5 @@ def losses_stay_in_the_document(subject: Subject):
     nothing, second = gradients(torch.full_like(ids, -100)), gradients(targets)
     for key, size in second.items():
         crossed = ((size - nothing[key])[:border].abs() > 1e-5 * size.max() + 1e-9).nonzero()[:, 0]
-        require(not len(crossed), f"{key} of the second document has a gradient to the first, at {positions_text(crossed)}")
+        require(not len(crossed), f"{key} of the second document has a gradient to the first, at "
+                f"{positions_text(crossed)}")

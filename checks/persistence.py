@@ -24,8 +24,8 @@ def _trained(subject):
 def saved_weights_restore_the_model(subject: Subject):
     """A fresh model with the saved weights of a trained one gives the same logits.
 
-    Measured: two optimizer steps and fifty calls of the hooks; the state_dict through safetensors; into a model that was
-    initialised from another seed.
+    Measured: two optimizer steps and fifty calls of the hooks; the state_dict through safetensors; into a model that
+    was initialised from another seed.
     Causes: a buffer that matters registered with `persistent=False`; a tensor that is a plain attribute; layers in a
     Python list instead of a ModuleList; random projections drawn at construction; a schedule of `before_step` or a bias
     of `after_step` kept as a Python number that the logits depend on.
@@ -41,7 +41,7 @@ def saved_weights_restore_the_model(subject: Subject):
 
 
 def tied_weights_stay_tied(subject: Subject):
-    """Parameters that are one tensor before saving are one after loading and moving; no two share memory unknown to torch.
+    """Parameters that are one tensor before saving are one after loading and moving; no two only share their memory.
 
     Measured: the names under which each parameter appears, in the model and in a fresh one that loaded its weights and
     changed its type and back; the memory of each parameter; tables that start equal but are not one.

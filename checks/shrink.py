@@ -7,9 +7,10 @@ import dataclasses
 
 import torch
 
-# Uneven where a mix-up of two sizes should show. A value is only ever lowered: what the author switched off (0, None) or
-# set to one stays as it is.
+# Uneven where a mix-up of two sizes should show. A value is only ever lowered: what the author switched off (0, None)
+# or set to one stays as it is.
 LAYERS = dict.fromkeys(("n_layers", "n_layer", "num_layers", "num_hidden_layers", "depth", "n_blocks"), 3)
+ACTIVE_EXPERTS = ("n_activated_experts", "n_active_experts", "num_experts_per_tok", "n_experts_per_tok", "top_k")
 SMALL = {
     "vocab_size": 97, "max_seq_len": 24, **LAYERS,
     **dict.fromkeys(("dim", "d_model", "n_embd", "hidden_size", "embed_dim", "model_dim", "width"), 32),
@@ -20,14 +21,14 @@ SMALL = {
     "n_dense_layers": 1, "moe_inter_dim": 20, "moe_intermediate_size": 20, "expert_dim": 20,
     "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6,
     **dict.fromkeys(("n_routed_experts", "n_experts", "num_experts", "num_local_experts"), 6),
-    **dict.fromkeys(("n_activated_experts", "n_active_experts", "num_experts_per_tok", "n_experts_per_tok", "top_k"), 2),
+    **dict.fromkeys(ACTIVE_EXPERTS, 2),
     "n_shared_experts": 1, "n_expert_groups": 3, "n_limited_groups": 2,
     **dict.fromkeys(("window_size", "sliding_window", "window", "chunk_size"), 8),
     **dict.fromkeys(("conv_size", "d_conv", "conv_kernel", "kernel_size"), 3), "linear_n_k_heads": 2,
     "linear_n_v_heads": 4, "linear_head_dim": 8, "linear_k_head_dim": 8, "linear_v_head_dim": 8, "state_dim": 8,
     "d_state": 8, "state_size": 8, "block_size": 24, "n_ctx": 24, "context_length": 24, "max_position_embeddings": 24,
 }  # fmt: skip
-RAISED = ("n_expert_groups", "n_limited_groups")  # one group, the usual default, would leave the choice of groups untried
+RAISED = ("n_expert_groups", "n_limited_groups")  # one group, the usual default, would leave their choice untried
 
 
 def tiny_args(Model, ModelArgs, switches=None):

@@ -55,7 +55,8 @@ def long_sequences(subject: Subject):
     model, ids = subject.build_long(), subject.tokens(rows=2, length=240)
     sizes = [150, *[1] * 10, 71, *[1] * 9]
     got = _decode(model, ids, model.init_state(2, LONG), sizes)
-    require_close(got, logits_of(model, ids), "240 tokens in chunks of 150, 1 .., 71, 1 .. against the full forward", 1e-3)
+    what = "240 tokens in chunks of 150, 1 .., 71, 1 .. against the full forward"
+    require_close(got, logits_of(model, ids), what, 1e-3)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a check works on: an architecture at a size that runs in milliseconds, with weights that make mistakes visible."""
+"""What a check works on: an architecture so small that it runs in milliseconds, with weights that show mistakes."""
 
 import copy
 import dataclasses

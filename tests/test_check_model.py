@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import torch
 from engine_helpers import ROOT, make_tokenizer, pretrain_files
 from planted.right import RightModel, RightModelArgs
 
+import check_model
 from checks import CHECKS, FAST, Subject
 from checks.runner import first_sentence, usual_causes
 from checks.shrink import tiny_args
-from model import ModelError
+from model import ModelError, list_models
 from model.new import new_file
 
 
@@ -73,22 +75,32 @@ def test_a_file_that_breaks_is_named_by_its_line(project, name, says):
     assert row["status"] == "fail" and row["check"] == "contract.builds" and says.format(line=line) in row["detail"]
 
 
-def test_user_errors_and_the_list(project):
-    done = run(project, "check_model.py", "--model_name=mini_fin")
-    assert done.returncode == 2 and "did you mean mini_fine" in done.stderr
-    done = run(project, "check_model.py", "--model_name=mini_fine", "--only=causalty")
-    assert done.returncode == 2 and "did you mean causality?" in done.stderr
-    done = run(project, "check_model.py", "--list")
-    assert done.returncode == 0 and all(name in done.stdout for name in CHECKS)
+def test_user_errors_and_the_list(capsys):
+    for flags, says in ((["--model_name=mini_no_such_net"], "unknown model 'mini_no_such_net'"), ([], "which model?"),
+                        ([f"--model_name={list_models()[0]}", "--only=causalty"], "did you mean causality?")):
+        with pytest.raises(ValueError, match=re.escape(says)) as caught:
+            check_model.main(flags)
+        assert caught.value.user_error and "\n" not in str(caught.value)
+    check_model.main(["--list"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in CHECKS)
+
+
+def tokens_and_flags(project):
+    if not (project / "output").exists():
+        pretrain_files(project / "output/data", make_tokenizer(project / "output/tokenizer"))
+    return ["--device=cpu", "--max_steps=1", "--max_batch_size=2", "--max_seq_len=32", "--sample_interval=0"]
 
 
 def test_pretraining_refuses_what_is_wrong(project):
-    tokenizer = make_tokenizer(project / "output/tokenizer")
-    pretrain_files(project / "output/data", tokenizer)
-    flags = ["--device=cpu", "--max_steps=1", "--max_batch_size=2", "--max_seq_len=32", "--sample_interval=0"]
+    flags = tokens_and_flags(project)
     done = run(project, "pretrain.py", "--model_name=mini_leaks", *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "causality" in done.stderr and "check_model.py --model_name=mini_leaks" in done.stderr
+
+@pytest.mark.slow
+def test_pretraining_can_be_told_to_skip_the_checks(project):
+    flags = tokens_and_flags(project)
     assert run(project, "pretrain.py", "--model_name=mini_leaks", "--skip_checks", *flags).returncode == 0
     assert run(project, "pretrain.py", "--model_name=mini_fine", *flags).returncode == 0
 

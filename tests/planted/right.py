@@ -1,4 +1,4 @@
-"""A small transformer, right in every way, in pieces that a plant can replace one by one; and the register of plants."""
+"""A small transformer, right in every way, in pieces that a plant can replace; and the register of plants."""
 
 from dataclasses import dataclass
 

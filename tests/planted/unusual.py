@@ -48,7 +48,8 @@ class LearnedPositions(RightModel):
     class Attention(Attention):
         def __init__(self, args, layer):
             super().__init__(args, layer)
-            self.q_bias, self.k_bias = nn.Parameter(torch.zeros(args.head_dim)), nn.Parameter(torch.zeros(args.head_dim))
+            self.q_bias = nn.Parameter(torch.zeros(args.head_dim))
+            self.k_bias = nn.Parameter(torch.zeros(args.head_dim))
 
         def mix(self, q, k, v, visible):
             return super().mix(q + self.q_bias, k + self.k_bias, v, visible)

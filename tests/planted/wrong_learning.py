@@ -1,4 +1,4 @@
-"""Gradients that are missing or false, weights that start badly, parameters that are not listed, counted or priced right."""
+"""Gradients that are missing or false, weights that start badly, parameters not listed or counted right."""
 
 import torch
 from torch import nn

@@ -108,7 +108,7 @@ class LosesTheDocumentsInTraining(RightModel):
 
 @plant(PACKED)
 class DocumentsCountFromTheFirstId(RightModel):
-    """Takes doc_ids for a table's indices, though they may begin anywhere: the mask of a row number that is too large."""
+    """Takes doc_ids for small numbers, though they may begin anywhere."""
 
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
