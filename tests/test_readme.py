@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 # Files that a command of the same page makes, or stand-ins for the reader's own.
-MADE_BY_THE_READER = {"model/mynet.py", ".venv/bin/activate", "configs/x.yaml"}
+MADE_BY_THE_READER = {"model/my_net.py", ".venv/bin/activate", "configs/x.yaml"}
 
 
 def read(page: str) -> str:
