@@ -5,6 +5,7 @@ import re
 import time
 import traceback
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,9 +43,7 @@ def run_checks(subject, names=None, tell=lambda result: None):
 def run_check(subject, name):
     """Run one check from a fixed seed, and return its `Result`."""
     started, check = time.perf_counter(), CHECKS[name]
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
+    with _undisturbed():
         try:
             check(subject)
             status, detail, causes = "pass", "", []
@@ -55,6 +54,20 @@ def run_check(subject, name):
         except Exception as error:
             status, detail, causes = "fail", crash_text(error, subject.Model), usual_causes(check)
     return Result(name, status, detail, causes, time.perf_counter() - started)
+
+
+@contextmanager
+def _undisturbed():
+    """One thread (tiny matrices gain nothing by a second, and wait for it), a fixed seed, no warnings; all put back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def open_subject(name, switches=None):
@@ -74,8 +87,7 @@ def open_subject(name, switches=None):
 def open_subject_of(Model, ModelArgs, switches=None):
     """The same for the classes of an architecture that is not registered."""
     started = time.perf_counter()
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
+    with _undisturbed():
         try:
             subject, status, detail = Subject.of(Model, ModelArgs, switches), "pass", ""
         except Exception as error:
@@ -97,8 +109,6 @@ def usual_causes(check):
 def crash_text(error, Model):
     """Say where in the author's file an error arose: "model/mynet.py:41 in forward: RuntimeError: ..."."""
     message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if error.__cause__ is not None and not isinstance(error, (RuntimeError, ValueError)):
-        error = error.__cause__
     own = Path(inspect.getfile(Model))
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((f for f in reversed(frames) if Path(f.filename) == own), None)
