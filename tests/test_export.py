@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from engine_helpers import make_tokenizer, pretrain_files
+from engine_helpers import make_tokenizer, pretrain_files, sft_files
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -38,7 +38,9 @@ CHAT = [{"role": "system", "content": "短答"}, {"role": "user", "content": " W
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    pretrain_files(folder / "data", make_tokenizer(folder / "tokenizer"))
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    pretrain_files(folder / "data", tokenizer)
+    sft_files(folder / "data", tokenizer)
     return folder
 
 
@@ -121,7 +123,7 @@ def test_an_imported_run_goes_on(run, work, tmp_path):
     list(reply)
     assert reply.tokens == 5 or reply.finish == "stop"
     summary = sft.main([f"--init_from={tmp_path / 'imported'}", f"--output_path={tmp_path}", "--device=cpu",
-                        f"--sft_data_path={work / 'data/pretrain_train.bin'}", "--max_steps=2", "--max_batch_size=2",
+                        f"--sft_data_path={work / 'data/sft_train.bin'}", "--max_steps=2", "--max_batch_size=2",
                         "--eval_interval=0", "--sample_interval=0"])
     assert summary["status"] == "finished"
 
