@@ -77,7 +77,7 @@ def train(config, bias_update_speed: float | None):
                 f"--config={config.preset}", f"--max_steps={config.steps}", "--lr_schedule=constant",
                 f"--pretrain_data_path={config.data_path}", f"--tokenizer_path={config.tokenizer_path}",
                 f"--device={config.device}", f"--output_path={folder}", "--eval_interval=0", "--sample_interval=0",
-                "--save_interval=0", "--eval_final_batches=1",
+                "--save_interval=0", "--eval_final_batches=1", "--skip_checks",
                 *([] if bias_update_speed is None else [f"--model.bias_update_speed={bias_update_speed}"])])
     finally:
         Model.after_step = hook
