@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.errors import UserError, run_script
 from utils.terminal import harmless
 
 
@@ -69,5 +70,16 @@ def report(result: dict) -> str:
     return "\n".join([table(result), conversation(result), next_commands(result["settings"]["run"])])
 
 
+def main():
+    if len(sys.argv) != 2:
+        raise UserError("whose report? python demo/report.py RUN, the folder of a fine-tuning by run_demo.sh")
+    path = Path(sys.argv[1]) / "demo.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give the folder of a fine-tuning by run_demo.sh") from None
+    print(report(result))
+
+
 if __name__ == "__main__":
-    print(report(json.loads((Path(sys.argv[1]) / "demo.json").read_text(encoding="utf-8"))))
+    run_script(main)

@@ -188,7 +188,10 @@ class MoE(nn.Module):
         return out, load.float(), self._balance_loss(affinity.view(*x.shape[:2], -1))
 
     def _choose(self, affinity):
-        """Return the chosen experts (N, A): the best by affinity + bias, from the best groups (equation 16, 2.1.2)."""
+        """Return the chosen experts (N, A): the best by affinity + bias, from the best groups (equation 16, 2.1.2).
+
+        A group is as good as its two best experts together: so does the code released with the weights.
+        """
         a = self.args
         score = affinity + self.routing_bias
         if a.n_limited_groups < a.n_expert_groups:

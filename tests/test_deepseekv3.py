@@ -169,6 +169,25 @@ def test_absorbed_attention_equals_expanded(q_lora_rank):
     torch.testing.assert_close(absorbed(*calls["inputs"]), expanded(*calls["inputs"]), atol=1e-5, rtol=1e-4)
 
 
+def test_mtp_loss_of_packed_documents_is_that_of_each_alone():
+    """Equations 24-25 divide by the targets of the sequence: packed, each document weighs by its own."""
+    model = sharp_model(small_args(n_mtp_layers=2, seq_aux_alpha=0.0))
+    ids = torch.randint(model.args.vocab_size, (1, 16))
+    bounds = [0, 5, 6, 8, 16]  # a document of one token and one of two among them
+    doc_ids, targets = torch.zeros_like(ids), ids.roll(-1, 1)
+    for start, end in itertools.pairwise(bounds):
+        doc_ids[:, start:end] = start
+        targets[:, end - 1] = -100
+    terms = model(ids, targets, doc_ids=doc_ids)[2]
+    total = {"loss/ce": 0.0, "loss/mtp": 0.0}
+    for start, end in itertools.pairwise(bounds):
+        alone = model(ids[:, start:end], targets[:, start:end])[2]
+        for key in total:
+            total[key] += alone.get(key, torch.zeros(())).item() * (end - start - 1)
+    for key, value in total.items():
+        assert terms[key].item() == pytest.approx(value / (16 - 4), rel=1e-5), key
+
+
 def test_cache_holds_the_latent_and_the_rotary_key_only():
     args = small_args()
     model = sharp_model(args)

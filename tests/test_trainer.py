@@ -13,8 +13,9 @@ from engine_helpers import ROOT, TinyModel, TinyModelArgs, make_tokenizer, pretr
 
 from engine import trainer
 from engine.checkpoint import find_runs, newest_checkpoint
-from engine.config import TrainConfig
+from engine.config import BatchPlan, TrainConfig
 from engine.data import DocumentRows, TokenFile, WindowRows
+from engine.loader import StepLoader
 from engine.metrics import read_metrics
 from engine.runfolder import lock_folder
 from utils.errors import UserError
@@ -124,6 +125,35 @@ def test_resuming_is_exact(world, monkeypatch, optimizer):
            [{k: v for k, v in r.items() if k not in TIMES} for r in theirs]
     assert {k: v for k, v in rest.items() if k not in ("seconds", "run", "next_command")} == \
            {k: v for k, v in whole.items() if k not in ("seconds", "run", "next_command")}
+
+
+def test_after_step_sees_the_mean_over_micro_batches(world):
+    class Watching(TinyModel):
+        seen = []
+
+        def forward(self, input_ids, targets=None, doc_ids=None):
+            logits, loss, other_vars = super().forward(input_ids, targets, doc_ids)
+            return logits, loss, {**other_vars, "mean_id": input_ids.float().mean()}
+
+        def after_step(self, other_vars):
+            self.seen.append(other_vars["mean_id"].item())
+
+    steps, size = 3, 8
+    world.run(model_class=Watching, max_batch_size=2, global_batch_size=size, max_steps=steps)
+    loader = StepLoader(world.rows, BatchPlan(size, size, 1), seed=1337, start=0, total_steps=steps)
+    whole = [loader.make(step).batches[0]["input_ids"].float().mean().item() for step in range(steps)]
+    assert Watching.seen == pytest.approx(whole)
+
+
+def test_held_out_loss_counts_the_cross_entropy_alone(world):
+    summary = world.run(max_steps=2)
+    row_loss = targets = 0
+    for i in range(len(world.val)):
+        row = {key: torch.from_numpy(value)[None] for key, value in world.val.row(i).items()}
+        logits, _, _ = world.model.eval()(row["input_ids"], doc_ids=row["doc_ids"])
+        row_loss += torch.nn.functional.cross_entropy(logits[0].double(), row["targets"][0], reduction="sum").item()
+        targets += (row["targets"] != -100).sum().item()
+    assert summary["val_loss"] == pytest.approx(row_loss / targets, rel=1e-5)
 
 
 def test_a_crash_costs_only_the_steps_since_the_save(world, monkeypatch):
