@@ -9,6 +9,7 @@ from checks.runner import run_check
 from model import list_models, template
 
 TEMPLATE = "the template"
+MODELS = [*list_models(), TEMPLATE]
 
 
 @functools.cache
@@ -21,7 +22,7 @@ def marked(check):
 
 
 @pytest.mark.parametrize("check", [marked(check) for check in CHECKS])
-@pytest.mark.parametrize("name", [*list_models(), TEMPLATE])
+@pytest.mark.parametrize("name", MODELS)
 def test_contract(name, check):
     result = run_check(subject(name), check)
     assert result.status != "fail", result.detail
@@ -32,5 +33,5 @@ def test_contract(name, check):
 def test_no_check_is_skipped_by_every_model():
     """A check that never runs proves nothing; skipping is decided from the signature and a look, so that is quick."""
     names = [check for check in CHECKS if not check.startswith(SLOW)]
-    idle = [check for check in names if all(run_check(subject(name), check).status == "skip" for name in list_models())]
+    idle = [check for check in names if all(run_check(subject(name), check).status == "skip" for name in MODELS)]
     assert not idle, f"skipped by every model: {idle}"
