@@ -1,6 +1,6 @@
 """The settings that every training stage shares; a stage adds its data paths by extending the class."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,9 @@ class TrainConfig:
     accumulation_steps: int = opt(1, "forward passes an optimizer step", neutral=True)
     global_batch_size: int = opt(0, "rows an optimizer step over all processes; 0: the product of max_batch_size, "
                                  "accumulation_steps and the number of processes")
+    global_batch_tokens: int = opt(0, "the same in tokens, padding included, rounded down to rows that many numbers of "
+                                   "processes can share; 0: not set")
+    batch_ramp_ratio: float = opt(0.0, "share of the steps with a smaller batch: a quarter of it, then half; 0: none")
     # how long
     epochs: float = opt(1.0, "passes over the training data")
     max_steps: int = opt(0, "optimizer steps, instead of epochs; 0: not set")
@@ -45,6 +48,9 @@ class TrainConfig:
     weight_decay: float = opt(0.1, "decay of matrices, a step: lr x weight_decay")
     betas: tuple[float, float] = opt((0.9, 0.95), "AdamW's moment coefficients")
     grad_clip: float = opt(1.0, "largest gradient norm; 0: no clipping")
+    ema: float = opt(0.0, "decay a step of a moving average of the weights, which is then evaluated and exported; "
+                     "0: none")
+    z_loss: float = opt(0.0, "weight of the squared log-normaliser of the logits, e.g. 1e-4; 0: none")
     seed: int = opt(1337, "decides initial weights, order of the data, and everything random")
     # what is looked at
     log_interval: int = opt(10, "steps between log lines", neutral=True)
@@ -65,16 +71,20 @@ class TrainConfig:
         for name in ("max_batch_size", "accumulation_steps", "log_interval", "eval_batches", "keep_last"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
-        for name in ("max_seq_len", "global_batch_size", "max_steps", "max_tokens", "max_lr", "min_lr", "warmup_iters",
-                     "lr_decay_iters", "weight_decay", "grad_clip", "eval_interval", "eval_final_batches",
-                     "sample_interval", "save_interval", "seed"):
+        for name in ("max_seq_len", "global_batch_size", "global_batch_tokens", "max_steps", "max_tokens", "max_lr",
+                     "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay", "grad_clip", "z_loss", "eval_interval",
+                     "eval_final_batches", "sample_interval", "save_interval", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
-        for name in ("warmup_ratio", "lr_decay_ratio", "wsd_decay_ratio"):
+        for name in ("warmup_ratio", "lr_decay_ratio", "wsd_decay_ratio", "batch_ramp_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name}={getattr(self, name)}: a share of the run lies between 0 and 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas={self.betas}: each must be at least 0 and below 1")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"--ema={self.ema}: must be at least 0 and below 1, e.g. 0.999")
+        if self.global_batch_size and self.global_batch_tokens:
+            raise UserError("--global_batch_size and --global_batch_tokens both say how large a step is: drop one")
         if self.epochs <= 0:
             raise UserError(f"--epochs={self.epochs}: must be above 0")
         if self.min_lr > self.max_lr:
@@ -83,34 +93,65 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the rows of one optimizer step are dealt out: global_rows = micro_rows x accumulation x processes."""
+    """How the rows of one optimizer step are dealt out: global_rows = micro_rows x accumulation x processes.
+
+    Over the first `ramp_steps` steps the batch is smaller: a quarter of global_rows, and from half of them on, half.
+    """
 
     global_rows: int
     micro_rows: int
     accumulation: int
+    ramp_steps: int = 0
+
+    def rows_at(self, step: int) -> int:
+        """Rows of step `step` (0-based) over all processes."""
+        return self.global_rows // (1 if step >= self.ramp_steps else 2 if 2 * step >= self.ramp_steps else 4)
+
+    def rows_before(self, step: int) -> int:
+        """Rows of all steps before `step`, which is where its own begin in the data: nothing has to be remembered."""
+        half = -(-self.ramp_steps // 2)
+        smaller = min(step, self.ramp_steps)
+        return ((step - smaller) * self.global_rows + max(0, smaller - half) * (self.global_rows // 2)
+                + min(smaller, half) * (self.global_rows // 4))
+
+    def micro_at(self, step: int) -> int:
+        """Rows of a micro-batch of step `step`."""
+        return _even_part(self.rows_at(step) // (self.global_rows // (self.micro_rows * self.accumulation)),
+                          self.micro_rows)
 
 
-def plan_batch(config: TrainConfig) -> BatchPlan:
+def plan_batch(config: TrainConfig, seq_len: int) -> BatchPlan:
     """The global batch decides the loss curve; processes and micro-batches only decide how it is computed."""
     processes = distributed.world_size()
-    if not config.global_batch_size:
-        rows = config.max_batch_size * config.accumulation_steps * processes
-        return BatchPlan(rows, config.max_batch_size, config.accumulation_steps)
-    if config.global_batch_size % processes:
-        raise UserError(f"--global_batch_size={config.global_batch_size} cannot be dealt out evenly to {processes} "
-                        "processes: choose a multiple")
-    share = config.global_batch_size // processes
-    micro = next(rows for rows in range(min(share, config.max_batch_size), 0, -1) if share % rows == 0)
-    return BatchPlan(config.global_batch_size, micro, share // micro)
+    rows = config.global_batch_size
+    if config.global_batch_tokens:
+        rows = max(1, config.global_batch_tokens // seq_len)
+        rows -= rows % 2 ** max(0, rows.bit_length() - 4)  # four leading bits: 976 rows are 960, 15 times 64
+    rows = rows or config.max_batch_size * config.accumulation_steps * processes
+    parts = processes * (4 if config.batch_ramp_ratio else 1)  # a quarter, too, goes to all of them evenly
+    if rows % parts:
+        raise UserError(f"a step of {rows} rows cannot be dealt out evenly to {processes} processes"
+                        f"{', in quarters for --batch_ramp_ratio' if config.batch_ramp_ratio else ''}: "
+                        f"choose a --global_batch_size that is a multiple of {parts}")
+    share = rows // processes
+    micro = _even_part(share, config.max_batch_size)
+    return BatchPlan(rows, micro, share // micro)
 
 
-def count_steps(config: TrainConfig, rows: int, global_rows: int, seq_len: int) -> int:
-    """Optimizer steps of the run: max_steps, else max_tokens, else epochs (at least one)."""
-    if config.max_steps:
-        return config.max_steps
-    if config.max_tokens:
-        return max(1, config.max_tokens // (global_rows * seq_len))
-    return max(1, int(config.epochs * rows) // global_rows)
+def _even_part(rows: int, at_most: int) -> int:
+    """The largest divisor of `rows` that is no larger than `at_most`."""
+    return next(part for part in range(min(rows, at_most), 0, -1) if rows % part == 0)
+
+
+def plan_steps(config: TrainConfig, plan: BatchPlan, rows: int, seq_len: int) -> tuple[int, BatchPlan]:
+    """Return (optimizer steps by max_steps, else max_tokens, else epochs, at least one; the plan with its ramp).
+
+    rows: of the training data.
+    """
+    wanted = config.max_tokens // seq_len if config.max_tokens else int(config.epochs * rows)
+    # half of the ramp's steps are a quarter of a step and half of them a half: 3/8 on average
+    steps = config.max_steps or max(1, int(wanted / (plan.global_rows * (1 - 0.625 * config.batch_ramp_ratio))))
+    return steps, replace(plan, ramp_steps=round(config.batch_ramp_ratio * steps))
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:

@@ -59,7 +59,7 @@ class StepLoader:
 
     def step_rows(self, step: int) -> tuple[np.ndarray, int]:
         """Row numbers (G,) of a step and the epoch it begins in; a step may reach into the next epoch."""
-        places = np.arange(step * self.plan.global_rows, (step + 1) * self.plan.global_rows, dtype=np.int64)
+        places = np.arange(self.plan.rows_before(step), self.plan.rows_before(step + 1), dtype=np.int64)
         n = len(self.rows)
         epochs = places // n
         chosen = [shuffled(places[epochs == e] % n, n, self.seed, int(e)) for e in np.unique(epochs)]
@@ -67,7 +67,7 @@ class StepLoader:
 
     def make(self, step: int) -> StepBatches:
         numbers, epoch = self.step_rows(step)
-        size, batches, targets, tokens = self.plan.micro_rows, [], [], 0
+        size, batches, targets, tokens = self.plan.micro_at(step), [], [], 0
         for start in range(self.rank * size, len(numbers), self.world_size * size):
             rows = [self.rows.row(int(n)) for n in numbers[start : start + size]]
             batches.append(collate(rows, self.rows.with_doc_ids, self.rows.file.pad_id, self.pin, self.trim))

@@ -1,5 +1,7 @@
 """Optimizers: Muon for the matrices inside the network, AdamW for everything else, behind one interface."""
 
+from contextlib import contextmanager
+
 import torch
 
 # Coefficients of odd quintics x -> a x + b x^3 + c x^5, one a step, that together bring every singular value near 1:
@@ -88,11 +90,45 @@ class Muon(torch.optim.Optimizer):
             param.add_(update.reshape(param.shape), alpha=-group["lr"] * scale)
 
 
-class CombinedOptimizer:
-    """Several optimizers that step as one. Each parameter group has an `lr_scale`: its share of the learning rate."""
+class Average(torch.optim.Optimizer):
+    """No optimizer, but it steps and is saved as one: an exponential moving average of the parameters.
 
-    def __init__(self, *optimizers):
-        self.optimizers = optimizers
+    The decay of update n (from 1) is min(decay, n / (n + 9)), so that the average soon forgets the initial weights.
+    """
+
+    def __init__(self, params, decay):
+        super().__init__(params, {"decay": decay})
+
+    @torch.no_grad()
+    def step(self):
+        """Move the average of every parameter towards its present value."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state[param]
+                if not state:
+                    state["step"], state["average"] = torch.zeros(()), param.clone()
+                state["step"] += 1
+                decay = min(group["decay"], state["step"].item() / (state["step"].item() + 9))
+                state["average"].lerp_(param, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchange the parameters and their averages; a second call puts them back, to the bit."""
+        for param, state in self.state.items():
+            value = param.clone()
+            param.copy_(state["average"])
+            state["average"].copy_(value)
+
+
+class CombinedOptimizer:
+    """Several optimizers that step as one. Each parameter group has an `lr_scale`: its share of the learning rate.
+
+    average: an `Average` of the same parameters, which steps after them; or None.
+    """
+
+    def __init__(self, *optimizers, average=None):
+        self.optimizers, self.average = optimizers, average
+        self.all = [*optimizers, average] if average else list(optimizers)
 
     @property
     def param_groups(self):
@@ -103,8 +139,19 @@ class CombinedOptimizer:
         for group in self.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
+    @contextmanager
+    def averaged(self):
+        """A context in which the parameters are their moving averages, when there are any."""
+        if self.average is not None:
+            self.average.swap()
+        try:
+            yield
+        finally:
+            if self.average is not None:
+                self.average.swap()
+
     def step(self):
-        for optimizer in self.optimizers:
+        for optimizer in self.all:
             optimizer.step()
 
     def zero_grad(self):
@@ -112,10 +159,10 @@ class CombinedOptimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self):
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.all]}
 
     def load_state_dict(self, state):
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+        for optimizer, saved in zip(self.all, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
 
@@ -123,7 +170,7 @@ def build_optimizer(model, config):
     """Return the `CombinedOptimizer` for `model.param_groups()`.
 
     config: optimizer ("muon" or "adamw"), max_lr, betas, weight_decay (on matrices only), embed_lr_scale and
-    scalar_lr_scale (learning rates of embeddings and of vectors, as multiples of max_lr).
+    scalar_lr_scale (learning rates of embeddings and of vectors, as multiples of max_lr), ema (decay, 0: none).
     """
     groups = model.param_groups()
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
@@ -143,4 +190,5 @@ def build_optimizer(model, config):
     ]
     if config.optimizer == "muon" and matrix["params"]:
         optimizers.append(Muon([matrix], lr=config.max_lr))
-    return CombinedOptimizer(*optimizers)
+    average = Average([p for params in groups.values() for p in params], config.ema) if config.ema else None
+    return CombinedOptimizer(*optimizers, average=average)

@@ -12,7 +12,7 @@ import torch
 
 from engine import distributed
 from engine.checkpoint import load_training_state, prune_checkpoints, save_checkpoint
-from engine.config import count_steps, plan_batch, resolve_precision
+from engine.config import plan_batch, plan_steps, resolve_precision
 from engine.heldout import held_out_loss
 from engine.loader import StepLoader, to_device
 from engine.metrics import RunLog, log_text
@@ -21,6 +21,7 @@ from engine.runfolder import choose_place, identity, lock_folder, source_fingerp
 from engine.samples import write_samples
 from engine.schedule import learning_rate
 from engine.stopping import StopSignal
+from engine.zloss import with_z_loss
 from utils.errors import UserError
 from utils.log import Progress, format_count, format_seconds, log, warn
 
@@ -39,8 +40,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     # ---------------------------------------------------------------- 1. the plan: what this run is, and where it goes
     device = distributed.init(config.device)
     precision = resolve_precision(config.precision, device)
-    plan = plan_batch(config)
-    total_steps = count_steps(config, len(train_rows), plan.global_rows, train_rows.seq_len)
+    plan = plan_batch(config, train_rows.seq_len)
+    total_steps, plan = plan_steps(config, plan, len(train_rows), train_rows.seq_len)
     model_source = Path(inspect.getfile(type(model)))
     who = identity(config, {
         "stage": stage, "model": dataclasses.asdict(model.args), "model_file": source_fingerprint(model_source),
@@ -67,6 +68,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         scaler.load_state_dict(state.pop("scaler", {})) if scaler.is_enabled() else None
     compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
     forward = torch.compile(model, dynamic=False) if compiled else model
+    train_forward = with_z_loss(forward, config.z_loss) if config.z_loss else forward
 
     def autocast():
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -92,14 +94,18 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
 
     def evaluate(batches: int) -> None:
         limit = batches * plan.global_rows
-        val.update(held_out_loss(model, forward, val_rows, plan.micro_rows, limit, device, autocast, trim=not compiled))
+        with optimizer.averaged():
+            val.update(held_out_loss(model, forward, val_rows, plan.micro_rows, limit, device, autocast,
+                                     trim=not compiled))
         bits = f", {val['val_bpc']:.4f} bits a character" if val["val_bpc"] is not None else ""
         progress.write(f"step {state['step']}: held-out loss {val['val_loss']:.4f}{bits}")
         run_log.evaluation({"step": state["step"], "tokens": state["tokens"], **val})
 
     def sample() -> None:
         if prompts:
-            text = write_samples(folder / "samples.md", state["step"], model, tokenizer, prompts, autocast, config.seed)
+            with optimizer.averaged():
+                text = write_samples(folder / "samples.md", state["step"], model, tokenizer, prompts, autocast,
+                                     config.seed)
             run_log.text("samples", text, state["step"])
 
     def save(target: Path, final: bool = False) -> None:
@@ -135,12 +141,12 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             # 4b. forward and backward. Each micro-batch weighs as much as it has valid targets in the step of all
             # processes: a mean over tokens, not a mean of means
             targets, tokens, stopping = distributed.sum_numbers([sum(work.targets), work.tokens, stop.wanted])
-            micro_batches = plan.accumulation * distributed.world_size()
+            micro_batches = len(work.batches) * distributed.world_size()
             values: dict[str, torch.Tensor] = {}
             for batch, count in zip(work.batches, work.targets):
                 weight = count / max(1, targets)
                 with autocast():
-                    _, loss, other_vars = forward(**to_device(batch, device))
+                    _, loss, other_vars = train_forward(**to_device(batch, device))
                 scaler.scale(loss * weight).backward()
                 for name, value in {"loss": loss, **other_vars}.items():
                     share = weight if name.split("/")[0] == "loss" else 1 / micro_batches
@@ -202,7 +208,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         if val_rows is not None:
             evaluate(config.eval_final_batches)
         sample()
-        save(folder / "final", final=True)
+        with optimizer.averaged():
+            save(folder / "final", final=True)
     summary = {"stage": stage, "model_name": config.model_name, "run": str(folder),
                "status": f"stopped by {stopped_by}: the same command goes on" if stopped_by else "finished",
                "steps": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1),

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, S keys, D dim, H heads, G kv heads, K head dim, F ffn
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -278,39 +279,72 @@ def _expert_loop(x, weight, counts):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies, with the gradient computed in the forward pass, one chunk of tokens at a time."""
+    """Sums of the cross-entropies and, if wanted, of log(Z)^2, Z the normaliser of the softmax.
+
+    Their gradients are computed in the forward pass, one chunk of tokens at a time.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk):
-        total = hidden.new_zeros((), dtype=torch.float32)
+    def forward(ctx, hidden, weight, targets, chunk, with_squares):
+        entropy, squares = hidden.new_zeros(2, dtype=torch.float32)
         need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden) if need_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
+        grads = [(torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32))
+                 for _ in range((1 + with_squares) if need_grad else 0)]
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            valid = targets[rows] != -100
-            index = targets[rows].clamp(min=0)[:, None]
+            valid = targets[rows, None] != -100
+            index = targets[rows, None].clamp(min=0)
             logits = (hidden[rows] @ weight.T).float()  # (chunk, V)
             top = logits.max(dim=-1, keepdim=True).values
             chosen = logits.gather(1, index) - top
             normaliser = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)  # logits now holds exp(logit - top)
-            total += ((normaliser.log() - chosen)[:, 0] * valid).sum()
-            if need_grad:  # d loss / d logits = softmax - onehot(target)
-                grad = logits.mul_(valid[:, None] / normaliser)
-                grad.scatter_add_(1, index, -valid[:, None].to(grad.dtype))
-                grad = grad.to(hidden.dtype)
-                torch.mm(grad, weight, out=grad_hidden[rows])
-                if grad_weight.dtype == grad.dtype:
-                    grad_weight.addmm_(grad.T, hidden[rows])
-                else:
-                    grad_weight += grad.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+            log_z = normaliser.log()
+            entropy += ((log_z - chosen) * valid).sum()
+            if need_grad:  # d log Z / d logits = softmax
+                softmax = logits.mul_(valid / normaliser)
+            if with_squares:
+                log_z += top
+                squares += (log_z.square() * valid).sum()
+                if need_grad:
+                    _head_gradients(softmax * (2 * log_z), hidden, weight, rows, *grads[1])
+            if need_grad:
+                _head_gradients(softmax.scatter_add_(1, index, -valid.float()), hidden, weight, rows, *grads[0])
+        ctx.save_for_backward(*(tensor for pair in grads for tensor in pair))
+        return entropy, squares
 
     @staticmethod
-    def backward(ctx, grad):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad, None, None
+    def backward(ctx, *incoming):
+        saved = ctx.saved_tensors
+        grad_hidden, grad_weight = saved[0] * incoming[0].to(saved[0].dtype), saved[1] * incoming[0]
+        if len(saved) > 2:
+            grad_hidden += saved[2] * incoming[1].to(saved[2].dtype)
+            grad_weight += saved[3] * incoming[1]
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _head_gradients(grad, hidden, weight, rows, grad_hidden, grad_weight):
+    """From the gradient of a chunk's logits (chunk, V): write that of its hidden states, add to that of the weight."""
+    grad = grad.to(hidden.dtype)
+    torch.mm(grad, weight, out=grad_hidden[rows])
+    if grad_weight.dtype == grad.dtype:
+        grad_weight.addmm_(grad.T, hidden[rows])
+    else:
+        grad_weight += grad.T @ hidden[rows]
+
+
+_squares = None  # a list while `log_normalisers` is entered
+
+
+@contextmanager
+def log_normalisers():
+    """A context that yields a list; each `lm_loss` in it appends its mean of log(Z)^2 over the valid targets, 0-d with
+    a graph: what a z-loss needs, from where the logits are."""
+    global _squares
+    before, _squares = _squares, []
+    try:
+        yield _squares
+    finally:
+        _squares = before
 
 
 def lm_loss(hidden, weight, targets, chunk_bytes=16 << 20):
@@ -325,7 +359,10 @@ def lm_loss(hidden, weight, targets, chunk_bytes=16 << 20):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     targets = targets.reshape(-1)
     chunk = max(1, chunk_bytes // (4 * weight.shape[0]))
-    total = _ChunkedCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), targets, chunk
+    entropy, squares = _ChunkedCrossEntropy.apply(
+        hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), targets, chunk, _squares is not None
     )
-    return total / (targets != -100).sum().clamp(min=1)
+    count = (targets != -100).sum().clamp(min=1)
+    if _squares is not None:
+        _squares.append(squares / count)
+    return entropy / count

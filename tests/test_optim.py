@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from checks import Subject
-from engine.optim import Muon, build_optimizer, orthogonalize
+from engine.optim import Average, CombinedOptimizer, Muon, build_optimizer, orthogonalize
 from model import list_models
 
 
@@ -50,9 +50,8 @@ def test_muon_step_equals_the_formula():
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
     model = Subject(name).build().train()
-    config = SimpleNamespace(
-        optimizer=optimizer, max_lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, embed_lr_scale=0.5, scalar_lr_scale=1.0
-    )
+    config = SimpleNamespace(optimizer=optimizer, max_lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, embed_lr_scale=0.5,
+                             scalar_lr_scale=1.0, ema=0.0)
     combined = build_optimizer(model, config)
     combined.set_lr(2e-2)
     groups = {id(p): g for g in combined.param_groups for p in g["params"]}
@@ -65,6 +64,57 @@ def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
     model(ids, targets=ids.roll(-1, 1))[1].backward()
     combined.step()
     assert all((p != b).any() for p, b in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_adamw_equals_the_formula(name):
+    """Three steps of a model's parameters against Loshchilov and Hutter's algorithm 2 in float64."""
+    model = Subject(name).build().train()
+    config = SimpleNamespace(optimizer="adamw", max_lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1, embed_lr_scale=3.0,
+                             scalar_lr_scale=0.5, ema=0.0)
+    optimizer = build_optimizer(model, config)
+    groups = model.param_groups()
+    scales = {"matrix": 1.0, "embed": 3.0, "scalar": 0.5}
+    want = {id(p): p.detach().double().clone() for p in model.parameters()}
+    first = {key: torch.zeros_like(value) for key, value in want.items()}
+    second = {key: torch.zeros_like(value) for key, value in want.items()}
+    for step, lr in enumerate((0.01, 0.02, 0.005), start=1):
+        ids = Subject(name).tokens(rows=2, seed=step)
+        model(ids, targets=ids.roll(-1, 1))[1].backward()
+        for kind, params in groups.items():
+            for p in params:
+                g, key = p.grad.double(), id(p)
+                first[key] = 0.8 * first[key] + 0.2 * g
+                second[key] = 0.9 * second[key] + 0.1 * g**2
+                update = first[key] / (1 - 0.8**step) / ((second[key] / (1 - 0.9**step)).sqrt() + 1e-8)
+                decay = 0.1 if kind == "matrix" else 0.0
+                want[key] -= lr * scales[kind] * (update + decay * want[key])
+        optimizer.set_lr(lr)
+        optimizer.step()
+        optimizer.zero_grad()
+    for p in model.parameters():
+        torch.testing.assert_close(p.detach().double(), want[id(p)], atol=1e-5, rtol=1e-4)
+
+
+def test_average_equals_the_sum_and_comes_back():
+    """After 40 updates: the weighted sum over all past values, by hand; swapped in and out without a trace."""
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(5, 3))
+    average = Average([param], decay=0.7)
+    values, weights = [], []
+    for n in range(1, 41):
+        param.data.normal_()
+        values.append(param.detach().double().clone())
+        average.step()
+        decay = min(0.7, n / (n + 9))
+        weights = [w * decay for w in weights] + [1 - decay if n > 1 else 1.0]  # the first value starts the average
+    want = sum(w * value for w, value in zip(weights, values))
+    assert sum(weights) == pytest.approx(1)
+    now = param.detach().clone()
+    optimizer = CombinedOptimizer(average=average)
+    with optimizer.averaged():
+        torch.testing.assert_close(param.detach().double(), want, atol=1e-6, rtol=1e-5)
+    assert torch.equal(param, now)
 
 
 def test_unknown_group_member_is_refused():

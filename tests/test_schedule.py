@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.config import TrainConfig, count_steps, plan_batch
+from engine.config import TrainConfig, plan_batch, plan_steps
 from engine.schedule import learning_rate
 from utils.errors import UserError
 
@@ -36,17 +36,40 @@ def test_iters_go_before_ratios():
 
 
 def test_steps_and_batches():
-    assert count_steps(TrainConfig(epochs=2), rows=100, global_rows=8, seq_len=16) == 25
-    assert count_steps(TrainConfig(max_tokens=1280), rows=100, global_rows=8, seq_len=16) == 10
-    assert count_steps(TrainConfig(max_steps=3, max_tokens=1280), rows=100, global_rows=8, seq_len=16) == 3
-    plan = plan_batch(TrainConfig(max_batch_size=6, global_batch_size=16))
-    assert (plan.global_rows, plan.micro_rows, plan.accumulation) == (16, 4, 4)
-    plan = plan_batch(TrainConfig(max_batch_size=6, accumulation_steps=3))
-    assert (plan.global_rows, plan.micro_rows, plan.accumulation) == (18, 6, 3)
+    for fields, steps in (({"epochs": 2}, 25), ({"max_tokens": 1280}, 10), ({"max_steps": 3, "max_tokens": 1280}, 3)):
+        config = TrainConfig(max_batch_size=8, **fields)
+        assert plan_steps(config, plan_batch(config, 16), rows=100, seq_len=16)[0] == steps
+    for fields, wanted in (({"global_batch_size": 16}, (16, 4, 4)), ({"accumulation_steps": 3}, (18, 6, 3)),
+                           ({"global_batch_tokens": 16 * 16 + 5}, (16, 4, 4)),
+                           ({"global_batch_tokens": 16 * 976, "max_batch_size": 16}, (960, 16, 60)),
+                           ({"global_batch_tokens": 3}, (1, 1, 1))):
+        plan = plan_batch(TrainConfig(**{"max_batch_size": 6, **fields}), 16)
+        assert (plan.global_rows, plan.micro_rows, plan.accumulation) == wanted
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 1.0])
+def test_a_ramp_knows_where_every_step_begins(ratio):
+    config = TrainConfig(global_batch_size=16, max_batch_size=3, max_tokens=16 * 16 * 40, batch_ramp_ratio=ratio)
+    steps, plan = plan_steps(config, plan_batch(config, 16), rows=100, seq_len=16)
+    rows = [plan.rows_at(step) for step in range(steps)]
+    assert rows == sorted(rows) and set(rows) <= {4, 8, 16}
+    assert [plan.rows_before(step) for step in range(steps + 1)] == [sum(rows[:step]) for step in range(steps + 1)]
+    assert sum(size < 16 for size in rows) == plan.ramp_steps == round(ratio * steps)
+    assert 16 * 40 - 16 < sum(rows) <= 16 * 40 + 8  # the tokens asked for, to a step, whatever the ramp
+    assert all(plan.rows_at(step) % plan.micro_at(step) == 0 and plan.micro_at(step) <= 3 for step in range(steps))
+
+
+def test_a_step_that_cannot_be_dealt_out_is_refused(monkeypatch):
+    monkeypatch.setattr("engine.distributed.world_size", lambda: 3)
+    with pytest.raises(UserError, match="a step of 16 rows cannot be dealt out evenly to 3 .* multiple of 3"):
+        plan_batch(TrainConfig(global_batch_size=16), 16)
+    with pytest.raises(UserError, match="in quarters for --batch_ramp_ratio: .* multiple of 12"):
+        plan_batch(TrainConfig(global_batch_size=18, batch_ramp_ratio=0.1), 16)
 
 
 @pytest.mark.parametrize("fields", [{"max_batch_size": 0}, {"warmup_ratio": 1.5}, {"epochs": 0},
-                                    {"min_lr": 1.0, "max_lr": 0.1}])
+                                    {"min_lr": 1.0, "max_lr": 0.1}, {"ema": 1.0}, {"batch_ramp_ratio": 2.0},
+                                    {"z_loss": -1.0}, {"global_batch_size": 8, "global_batch_tokens": 80}])
 def test_senseless_settings_are_refused(fields):
     with pytest.raises(UserError):
         TrainConfig(**fields)

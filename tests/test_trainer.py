@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import ROOT, TinyModel, TinyModelArgs, make_tokenizer, pretrain_files, sft_files
+from safetensors.torch import load_file
 
 from engine import trainer
 from engine.checkpoint import find_runs, newest_checkpoint
@@ -109,9 +110,10 @@ def test_two_runs_are_equal(world):
     assert second["run"].endswith("_2") and losses(first) == losses(second) and same(weights, world.weights())
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_resuming_is_exact(world, monkeypatch, optimizer):
-    settings = dict(optimizer=optimizer, model_fields={"dropout": 0.1}, lr_schedule="cosine")
+@pytest.mark.parametrize("recipe", [{"optimizer": "muon"}, {"optimizer": "adamw"},
+                                    {"ema": 0.9, "batch_ramp_ratio": 0.7}])
+def test_resuming_is_exact(world, monkeypatch, recipe):
+    settings = dict(**recipe, model_fields={"dropout": 0.1}, lr_schedule="cosine")
     whole = world.run(**settings, output_path=str(world.path / "whole"))
     weights = world.weights()
     half = stop_after(world, monkeypatch, 3, **settings)
@@ -183,6 +185,32 @@ def test_accumulation_does_not_change_the_curve(world):
     for run in runs[1:]:
         assert losses(run) == pytest.approx(losses(runs[0]), rel=2e-4)  # the extra term weighs by targets, not by rows
         assert losses(run, "val_loss") == pytest.approx(losses(runs[0], "val_loss"), rel=1e-4)
+
+
+def test_the_average_is_evaluated_and_exported(world):
+    raw = world.run(optimizer="adamw")
+    seen = []
+
+    class Watched(TinyModel):
+        def before_step(self, step, total_steps):
+            seen.append({name: value.detach().clone() for name, value in self.named_parameters()})
+    summary = world.run(optimizer="adamw", ema=0.5, model_class=Watched)
+    assert losses(summary) == losses(raw)  # the average is only looked at
+    values = seen[1:] + [dict(world.model.named_parameters())]
+    average = values[0]
+    for n, now in enumerate(values[1:], start=2):
+        decay = min(0.5, n / (n + 9))
+        average = {name: decay * average[name] + (1 - decay) * now[name] for name in average}
+    final = load_file(os.path.join(summary["run"], "final/model.safetensors"))
+    for name, value in average.items():
+        torch.testing.assert_close(final[name], value.detach(), atol=1e-6, rtol=1e-5)
+    assert not torch.equal(final["lm_head.weight"], values[-1]["lm_head.weight"])
+    with torch.no_grad():
+        for name, parameter in world.model.named_parameters():
+            parameter.copy_(average[name])
+    batch = {name: torch.stack([torch.from_numpy(world.val.row(i)[name]) for i in range(len(world.val))])
+             for name in ("input_ids", "targets", "doc_ids")}
+    assert summary["val_loss"] == pytest.approx(world.model.eval()(**batch)[2]["loss/ce"].item(), rel=1e-5)
 
 
 def test_resume_modes(world, capsys):

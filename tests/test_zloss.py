@@ -1,0 +1,81 @@
+"""The z-loss against the formula on plain logits, and what happens to models without lm_loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from checks import Subject
+from engine.zloss import with_z_loss
+from model import list_models
+from model.layers import lm_loss, log_normalisers
+from utils.errors import UserError
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * 50 * 3, 16 << 20])  # a token, three tokens, all of them a chunk
+def test_squares_and_entropy_equal_the_formula(chunk_bytes):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 7, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (2, 7))
+    targets[0, :3] = -100
+    with log_normalisers() as squares:
+        entropy = lm_loss(hidden, weight, targets, chunk_bytes)
+    got = torch.autograd.grad(2 * entropy + 0.3 * squares[0], (hidden, weight))
+
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logits = (h @ w.T)[targets != -100]
+    want_entropy, want_squares = F.cross_entropy(logits, targets[targets != -100]), logits.logsumexp(-1).square().mean()
+    want = torch.autograd.grad(2 * want_entropy + 0.3 * want_squares, (h, w))
+    torch.testing.assert_close(entropy.double(), want_entropy, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(squares[0].double(), want_squares, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(got, want):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_any_model_gets_the_term_and_its_gradient(name):
+    """loss == sum of loss/*, and the gradient is the loss's derivative, measured by a small step along it."""
+    subject = Subject(name)
+    model, ids = subject.build(sharp=False).train(), subject.tokens(rows=3)
+    targets = ids.roll(-1, 1)
+    plain = model(ids, targets=targets)[1]
+    forward = with_z_loss(model, 0.1)
+    _, loss, other_vars = forward(input_ids=ids, targets=targets)
+    assert other_vars["loss/z"] > 0 and torch.isclose(loss, plain + other_vars["loss/z"])
+    assert torch.isclose(loss, sum(v for k, v in other_vars.items() if k.startswith("loss/")))
+    head = model.tok_embed.weight
+    gradient, = torch.autograd.grad(other_vars["loss/z"], head)
+    step = 1e-4 / gradient.norm()
+    values = []
+    with torch.no_grad():
+        for sign in (1, -2):
+            head += sign * step * gradient
+            values.append(forward(input_ids=ids, targets=targets)[2]["loss/z"].double())
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx((gradient**2).sum().item(), rel=0.05)
+
+
+def test_a_model_with_a_loss_of_its_own_is_told():
+    def forward(input_ids, targets):
+        return None, torch.zeros(()), {}
+    with pytest.raises(UserError, match="--z_loss is computed in lm_loss .* set --z_loss=0"):
+        with_z_loss(forward, 1e-4)(input_ids=None, targets=None)
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same_and_compiles_once():
+    subject = Subject(list_models()[-1])
+    model, ids = subject.build().train(), subject.tokens(rows=3)
+    targets = ids.roll(-1, 1)
+    compiled = with_z_loss(torch.compile(model, dynamic=False), 0.1)
+    for _ in range(3):
+        model.zero_grad()
+        eager = with_z_loss(model, 0.1)(input_ids=ids, targets=targets)[1]
+        eager.backward()
+        wanted = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        loss = compiled(input_ids=ids, targets=targets)[1]
+        loss.backward()
+        torch.testing.assert_close(loss, eager, rtol=1e-5, atol=1e-5)
+        for p, want in zip(model.parameters(), wanted):
+            torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5)
+        frames = torch._dynamo.utils.counters["frames"]["total"]
+    assert torch._dynamo.utils.counters["frames"]["total"] == frames
