@@ -44,3 +44,8 @@ def test_what_is_right_is_not_blamed(subjects, name, check):
 
 def test_there_are_enough_of_both():
     assert len(WRONG) >= 30 and len(UNUSUAL) >= 8
+
+
+def test_every_check_catches_a_planted_bug():
+    caught = {check for _, _, check in WRONG.values()}
+    assert not set(CHECKS) - caught, "nothing shows that these checks can fail"

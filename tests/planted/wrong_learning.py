@@ -217,3 +217,27 @@ class ForgetsAttentionsFlops(RightModel):
         return 0
 
 
+
+
+@plant("learning.one_step_moves_every_group")
+class ListsCopiesOfItsNorms(RightModel):
+    def param_groups(self):
+        groups = super().param_groups()
+        return {**groups, "scalar": [nn.Parameter(p.detach().clone()) for p in groups["scalar"]]}
+
+
+class CarelessIdentity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.abs() if grad.dtype == torch.bfloat16 else grad
+
+
+@plant("precision.bf16_gradients_are_finite")
+class LosesTheSignInItsBf16Backward(RightModel):
+    class FFN(FeedForward):
+        def forward(self, x):
+            return CarelessIdentity.apply(super().forward(x))

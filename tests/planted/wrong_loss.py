@@ -138,3 +138,18 @@ class CapsLogitsOfTheLossOnly(RightModel):
     def forward(self, input_ids, targets=None, state=None, doc_ids=None):
         logits, loss, other_vars = super().forward(input_ids, targets, state, doc_ids)
         return logits if targets is None else 2 * (logits / 2).tanh(), loss, other_vars
+
+
+@plant("causality.losses_see_the_past_only")
+class SecondHeadReadsTheNextPosition(RightModel):
+    def losses(self, logits, targets, balances, other_vars):
+        second = self.cross_entropy(logits + logits.roll(-1, dims=1), targets)
+        return super().losses(logits, targets, balances, {**other_vars, "loss/second": 0.3 * second})
+
+
+@plant("precision.large_weights_stay_finite")
+class TakesTheLogarithmOfASoftmax(RightModel):
+    def cross_entropy(self, logits, targets):
+        valid = targets != -100
+        chosen = logits.float().softmax(dim=-1)[valid].gather(1, targets[valid][:, None])
+        return -chosen.log().sum() / valid.sum().clamp(min=1)
