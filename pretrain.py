@@ -14,6 +14,7 @@ from engine.setup import build_model, model_args, val_path
 from engine.trainer import train
 from utils.config import opt, parse
 from utils.errors import run_script
+from utils.log import log
 from utils.tokenizer import load_tokenizer
 
 MAKE_DATA = "cd preprocess_data && python preprocess_data.py pretrain"
@@ -42,6 +43,8 @@ def main(argv=None) -> dict:
     train_file = TokenFile(config.pretrain_data_path, tokenizer, MAKE_DATA, "pretrain")
     windows = packs and config.rows == "windows"
     train_rows = WindowRows(train_file, seq_len) if windows else DocumentRows(train_file, seq_len, packs)
+    if not windows:
+        log(train_rows.summary())
     held_out = val_path(config.pretrain_val_path, config.pretrain_data_path)
     val_file = TokenFile(held_out, tokenizer, MAKE_DATA, "pretrain") if held_out else None
     val_rows = DocumentRows(val_file, seq_len, packs) if val_file else None

@@ -26,6 +26,8 @@ class SFTConfig(TrainConfig):
     sft_data_path: str = opt("output/data/sft_train.bin", "training conversations", neutral=True)
     sft_val_path: str = opt("", "held-out conversations; default: beside the training ones, `_val` for `_train`",
                             neutral=True)
+    long_rows: str = opt("drop", "conversations longer than max_seq_len: left out, cut off there, or no training",
+                         choices=("drop", "cut", "error"))
     max_lr: float = opt(0.002, "peak learning rate")
 
 
@@ -36,11 +38,11 @@ def main(argv=None) -> dict:
 
     def conversations(path):
         file = TokenFile(path, tokenizer, MAKE_DATA, "sft")
-        return DocumentRows(file, seq_len, model.accepts("doc_ids"), drop_long=True)
+        rows = DocumentRows(file, seq_len, model.accepts("doc_ids"), config.long_rows)
+        log(rows.summary())
+        return rows
 
     train_rows = conversations(config.sft_data_path)
-    if train_rows.dropped:
-        log(f"{train_rows.dropped} conversations are longer than {seq_len} tokens and left out")
     held_out = val_path(config.sft_val_path, config.sft_data_path)
     val_rows = conversations(held_out) if held_out else None
 

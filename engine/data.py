@@ -6,14 +6,17 @@ so where a run stands in its data is a single integer.
 """
 
 import json
+import mmap
 from pathlib import Path
 
 import numpy as np
 
+from engine.packing import best_fit, one_a_row
 from utils.errors import UserError
 from utils.log import warn
 
 IGNORE = -100  # a target without loss
+SCAN = 1 << 24  # tokens looked at in one go
 
 
 class TokenFile:
@@ -66,7 +69,13 @@ class TokenFile:
         size = path.stat().st_size
         if size % dtype.itemsize:
             raise UserError(f"{path} is cut off in the middle of a token: make it again")
-        return np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype)
+        if not size:
+            return np.empty(0, dtype)
+        with open(path, "rb") as file:
+            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):  # rows come in a shuffled order: reading ahead would fetch 128 KB for each
+            view.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(view, dtype)
 
     @property
     def fingerprint(self) -> str:
@@ -78,16 +87,24 @@ class TokenFile:
         if self._docs_path is not None:
             starts = np.load(self._docs_path, allow_pickle=False).astype(np.int64)
         else:
-            starts = np.flatnonzero(np.asarray(self.tokens) == self.bos_id)
+            starts = self._find_starts()
         if not len(starts) or starts[0] != 0:
             starts = np.concatenate([[0], starts])
         if (np.diff(starts) < 0).any() or starts[-1] > len(self.tokens):
             raise UserError(f"{self._docs_path} does not fit {self.path}: preprocess the data again")
         return np.concatenate([starts, [len(self.tokens)]])
 
-    def read(self, start: int, end: int) -> np.ndarray:
-        """Tokens start..end as int64, checked against the vocabulary."""
-        tokens = self.tokens[start:end].astype(np.int64)
+    def _find_starts(self) -> np.ndarray:
+        """Where the <s> tokens stand; read in large parts and not through the map, which reads nothing ahead."""
+        found = []
+        with open(self.path, "rb") as file:
+            for at in range(0, len(self.tokens), SCAN):
+                found.append(at + np.flatnonzero(np.fromfile(file, self.tokens.dtype, SCAN) == self.bos_id))
+        return np.concatenate(found)
+
+    def read(self, where) -> np.ndarray:
+        """Tokens at `where`, a slice or an array of places, as int64, checked against the vocabulary."""
+        tokens = self.tokens[where].astype(np.int64)
         if len(tokens) and tokens.max() >= self.vocab_size:
             raise UserError(f"{self.path} holds token id {tokens.max()}, beyond the vocabulary of {self.vocab_size}: "
                             "preprocess the data again, or pass the right --tokenizer_path")
@@ -108,7 +125,7 @@ class WindowRows:
         return -(-(len(self.file.tokens) - 1) // self.seq_len)
 
     def row(self, index: int) -> dict[str, np.ndarray]:
-        tokens = self.file.read(index * self.seq_len, (index + 1) * self.seq_len + 1)
+        tokens = self.file.read(slice(index * self.seq_len, (index + 1) * self.seq_len + 1))
         row = empty_row(self.seq_len, self.file.pad_id)
         n = len(tokens) - 1  # shorter than T only in the last row
         row["input_ids"][:n] = tokens[:-1]
@@ -121,57 +138,62 @@ class WindowRows:
 class DocumentRows:
     """Rows of whole documents, packed best-fit, or one a row for a model that takes no doc_ids.
 
-    file.mask, where there is one, says which tokens carry loss. A document that does not fit a row is cut into pieces
-    that overlap by one token, or with `drop_long` left out and counted in `dropped`.
-    Source of the packing: "Fewer truncations improve language modeling" (2024), best-fit decreasing.
+    file.mask, where there is one, says which tokens carry loss. `long` decides on a document that does not fit a row:
+    "split" into pieces that overlap by one token, so that no target is lost; "drop" leaves it out; "cut" keeps its
+    beginning, if that holds a target; "error" raises UserError. Padding at the end of a row is a document of its own.
     """
 
-    def __init__(self, file: TokenFile, seq_len: int, pack: bool, drop_long: bool = False):
-        self.file, self.seq_len, self.with_doc_ids = file, seq_len, pack
+    def __init__(self, file: TokenFile, seq_len: int, pack: bool, long: str = "split"):
+        self.file, self.seq_len, self.with_doc_ids, self.policy = file, seq_len, pack, long
         bounds = file.documents()
         starts, widths = bounds[:-1], np.diff(bounds) - 1  # the last token of a document is a target only
-        long = widths > seq_len
-        self.dropped = int(long.sum()) if drop_long else 0
-        if drop_long:
-            starts, widths = starts[~long], widths[~long]
-        elif long.any():
-            pieces = np.maximum(1, -(-widths // seq_len))
-            within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-            starts = np.repeat(starts, pieces) + within * seq_len
-            widths = np.minimum(np.repeat(widths, pieces) - within * seq_len, seq_len)
-        starts, widths = starts[widths > 0], widths[widths > 0]
-        if not len(starts):
+        beyond = widths > seq_len
+        self.documents, self.too_long, self.dropped = len(starts), int(beyond.sum()), 0
+        if self.too_long and long == "error":
+            raise UserError(f"{self.too_long} documents of {file.path} are longer than --max_seq_len={seq_len}, the "
+                            f"longest has {widths.max()} tokens: raise it, or choose another --long_rows")
+        if self.too_long and long == "split":
+            starts, widths = split(starts, widths, seq_len)
+        elif self.too_long:
+            kept = ~beyond
+            if long == "cut":
+                for i in np.flatnonzero(beyond):
+                    kept[i] = file.mask is None or file.mask[starts[i] + 1 : starts[i] + 1 + seq_len].any()
+            self.dropped = int((~kept).sum())
+            starts, widths = starts[kept], np.minimum(widths[kept], seq_len)
+        if not widths.any():
             raise UserError(f"{file.path} has no document that fits --max_seq_len={seq_len}: raise it")
-        self.pieces = np.stack([starts, widths], axis=1)  # (N, 2)
-        self.members = best_fit(widths, seq_len) if pack else [[i] for i in range(len(widths))]
+        self.starts, self.widths = starts[widths > 0], widths[widths > 0].astype(np.int32)  # (N,) of the pieces
+        self.packing = best_fit(self.widths, seq_len) if pack else one_a_row(len(self.widths))
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self.packing)
 
     def row(self, index: int) -> dict[str, np.ndarray]:
-        row, at = empty_row(self.seq_len, self.file.pad_id), 0
-        for number, piece in enumerate(self.members[index]):
-            start, n = map(int, self.pieces[piece])
-            tokens, targets = self.file.read(start, start + n + 1), slice(at, at + n)
-            row["input_ids"][targets] = tokens[:-1]
-            row["targets"][targets] = tokens[1:]
-            if self.file.mask is not None:
-                row["targets"][targets][self.file.mask[start + 1 : start + n + 1] == 0] = IGNORE
-            row["doc_ids"][targets] = number
-            at += n
-        row["doc_ids"][at:] = len(self.members[index])  # padding is a document of its own
+        row, pieces = empty_row(self.seq_len, self.file.pad_id), self.packing[index]
+        starts, widths = self.starts[pieces], self.widths[pieces]
+        n = widths.sum()
+        places = np.arange(n) + np.repeat(starts - (np.cumsum(widths) - widths), widths)  # in the file
+        row["input_ids"][:n] = self.file.read(places)
+        row["targets"][:n] = self.file.read(places + 1)
+        if self.file.mask is not None:
+            row["targets"][:n][self.file.mask[places + 1] == 0] = IGNORE
+        row["doc_ids"][:n] = np.repeat(np.arange(len(pieces)), widths)
+        row["doc_ids"][n:] = len(pieces)
         return row
 
-    def targets_per_character(self) -> float | None:
-        """Targets of the file for each character of text behind them, to turn nats a target into bits a character."""
-        if not self.file.meta.get("characters"):
-            return None
-        starts = self.file.documents()[:-1]
-        if self.file.mask is None:
-            targets = len(self.file.tokens) - len(starts)  # the first token of a document is no target
-        else:
-            targets = int(np.count_nonzero(self.file.mask)) - int(np.count_nonzero(self.file.mask[starts]))
-        return targets / self.file.meta["characters"]
+    def summary(self) -> str:
+        """How full the rows are and what became of the long documents, in one line."""
+        fill = self.widths.sum(dtype=np.int64) / (len(self) * self.seq_len)
+        what = "documents" if self.file.mask is None else "conversations"
+        text = f"{self.file.path}: {self.documents} {what}, {len(self)} rows of {self.seq_len} tokens, {fill:.1%} full"
+        if self.too_long and self.policy == "split":
+            text += f"; {self.too_long} longer than a row are continued in another"
+        elif self.too_long:
+            cut = self.too_long - self.dropped
+            fates = [f"{cut} cut"] * bool(cut) + [f"{self.dropped} left out"] * bool(self.dropped)
+            text += f"; {self.too_long} longer than a row: {', '.join(fates)}"
+        return text
 
     def openings(self, count: int) -> list[list[int]]:
         """Token ids to generate from: of the first documents, the request (chats) or the first third (texts)."""
@@ -182,7 +204,7 @@ class DocumentRows:
             else:
                 cut = int(np.argmax(self.file.mask[start:end])) or 2
             if 0 < cut < self.seq_len:
-                found.append(self.file.read(int(start), int(start + cut)).tolist())
+                found.append(self.file.read(slice(start, start + cut)).tolist())
         return found
 
 
@@ -192,30 +214,12 @@ def empty_row(seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
             "doc_ids": np.zeros(seq_len, np.int64)}
 
 
-def best_fit(widths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Pack pieces into rows: the widest first, each into the fullest row that still takes it.
-
-    Rows wait in one list for each number of free places, and a heap-free scan is avoided by keeping the non-empty
-    sizes in a bit set: the lowest set bit at or above a width is the best fit.
-    """
-    rows: list[list[int]] = []
-    waiting: list[list[int]] = [[] for _ in range(capacity + 1)]  # free places -> rows
-    sizes = 0
-    for piece in np.argsort(-widths, kind="stable").tolist():
-        width = int(widths[piece])
-        fitting = sizes >> width
-        if fitting:
-            free = width + (fitting & -fitting).bit_length() - 1
-            row = waiting[free].pop()
-            if not waiting[free]:
-                sizes &= ~(1 << free)
-        else:
-            free, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(piece)
-        waiting[free - width].append(row)
-        sizes |= 1 << (free - width)
-    return rows
+def split(starts: np.ndarray, widths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut documents (N,) into pieces of seq_len inputs at most; the last target of one is the next one's input."""
+    pieces = np.maximum(1, -(-widths // seq_len))
+    within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return (np.repeat(starts, pieces) + within * seq_len,
+            np.minimum(np.repeat(widths, pieces) - within * seq_len, seq_len))
 
 
 def shuffled(position: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:

@@ -10,28 +10,28 @@ from engine.loader import held_out_batches, to_device
 
 
 @torch.no_grad()
-def held_out_loss(model, forward, rows, batch_rows: int, limit: int, device, autocast,
+def held_out_loss(model, forward, rows, characters, batch_rows: int, limit: int, device, autocast,
                   trim: bool = False) -> dict[str, float | None]:
     """Return {"val_loss", "val_bpc", "val_targets"} over `limit` rows (0: all).
 
     Weighted by valid targets over all processes. The loss is `other_vars["loss/ce"]` where the model reports it, for
-    auxiliary terms predict nothing. Bits a character = nats a target x targets a character / ln 2, which makes
-    tokenizers comparable; None when the data does not say how many characters it holds.
+    auxiliary terms predict nothing. Bits a character are the same nats over the characters of the same targets, which
+    makes tokenizers comparable; `characters` (V,) holds how many begin in each token.
     """
     was_training = model.training
     model.eval()
-    nats, targets = torch.zeros((), device=device), 0  # the sum stays on the device: one wait at the end
+    nats, targets, written = torch.zeros((), device=device), 0, 0  # the sum stays on the device: one wait at the end
     try:
         for batch in held_out_batches(rows, batch_rows, limit, distributed.rank(), distributed.world_size(),
                                       trim):
-            count = int((batch["targets"] != IGNORE).sum())
+            predicted = batch["targets"][batch["targets"] != IGNORE].numpy()
+            count = len(predicted)
             with autocast():
                 _, loss, other_vars = forward(**to_device(batch, device))
             nats += other_vars.get("loss/ce", loss).float() * count
-            targets += count
+            targets, written = targets + count, written + int(characters[predicted].sum())
     finally:
         model.train(was_training)
-    nats, targets = distributed.sum_numbers([nats.item(), targets])
-    mean = nats / max(1, targets)
-    rate = rows.targets_per_character()
-    return {"val_loss": mean, "val_bpc": mean * rate / math.log(2) if rate else None, "val_targets": int(targets)}
+    nats, targets, written = distributed.sum_numbers([nats.item(), targets, written])
+    return {"val_loss": nats / max(1, targets), "val_bpc": nats / math.log(2) / written if written else None,
+            "val_targets": int(targets)}

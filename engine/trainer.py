@@ -95,8 +95,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     def evaluate(batches: int) -> None:
         limit = batches * plan.global_rows
         with optimizer.averaged():
-            val.update(held_out_loss(model, forward, val_rows, plan.micro_rows, limit, device, autocast,
-                                     trim=not compiled))
+            val.update(held_out_loss(model, forward, val_rows, tokenizer.characters, plan.micro_rows, limit, device,
+                                     autocast, trim=not compiled))
         bits = f", {val['val_bpc']:.4f} bits a character" if val["val_bpc"] is not None else ""
         progress.write(f"step {state['step']}: held-out loss {val['val_loss']:.4f}{bits}")
         run_log.evaluation({"step": state["step"], "tokens": state["tokens"], **val})

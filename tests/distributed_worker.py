@@ -36,7 +36,7 @@ def main():
     distributed.init("cpu")
     torch.manual_seed(config.seed + distributed.rank())  # every rank starts elsewhere: rank 0's weights must win
     model = RankModel(TinyModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=32))
-    rows = {name: DocumentRows(TokenFile(data / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, drop_long=True)
+    rows = {name: DocumentRows(TokenFile(data / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, long="drop")
             for name in ("train", "val")}
     train(config, "sft", model, tokenizer, rows["train"], rows["val"], "python next.py")
 

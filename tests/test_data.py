@@ -7,7 +7,7 @@ import pytest
 from engine_helpers import make_tokenizer, pretrain_files, write_tokens
 
 from engine.config import BatchPlan
-from engine.data import IGNORE, DocumentRows, TokenFile, WindowRows, best_fit, shuffled
+from engine.data import IGNORE, DocumentRows, TokenFile, WindowRows, shuffled
 from engine.loader import StepLoader, held_out_batches
 from utils.errors import UserError
 
@@ -55,26 +55,6 @@ def test_documents_hold_every_target_once(tmp_path, tokenizer):
     assert len(DocumentRows(file, 8, pack=True)) < len(DocumentRows(file, 8, pack=False))
 
 
-def test_masks_and_long_conversations(tmp_path, tokenizer):
-    docs = documents(tokenizer, [6, 30, 7])
-    masks = [[0, 0, 1, 1, 0, 1], [1] * 30, [0, 0, 0, 0, 1, 1, 1]]
-    file = TokenFile(write_tokens(tmp_path / "d", docs, tokenizer, masks, characters=4), tokenizer, "make")
-    rows = DocumentRows(file, 16, pack=True, drop_long=True)
-    assert rows.dropped == 1 and len(rows) == 1
-    targets = rows.row(0)["targets"]
-    assert sorted(targets[targets != IGNORE].tolist()) == sorted([docs[0][2], docs[0][3], docs[0][5], *docs[2][4:]])
-    assert rows.openings(1) == [docs[0][:2]]
-    assert rows.targets_per_character() == (3 + 29 + 3) / 4
-
-
-def test_best_fit_fills_rows():
-    widths = np.random.default_rng(0).integers(1, 65, 2000)
-    rows = best_fit(widths, 64)
-    assert sorted(piece for row in rows for piece in row) == list(range(2000))
-    filled = [widths[row].sum() for row in rows]
-    assert max(filled) <= 64 and np.mean(filled) > 0.96 * 64
-
-
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000])
 def test_shuffle_is_a_permutation(n):
     places = np.arange(n)
@@ -86,20 +66,34 @@ def test_shuffle_is_a_permutation(n):
         assert abs(np.corrcoef(places, first)[0, 1]) < 0.3
 
 
-def test_ranks_and_micro_batches_share_one_order(tmp_path, tokenizer):
+def test_three_epochs_with_kills_on_any_number_of_ranks(tmp_path, tokenizer):
+    """Loaders that are dropped at random steps and started again from the step's number, on 1, 2 and 4 ranks."""
     file = TokenFile(pretrain_files(tmp_path, tokenizer)[0], tokenizer, "make")
-    rows = WindowRows(file, 16)
-    whole = list(StepLoader(rows, BatchPlan(8, 8, 1), 7, 0, 40, 0, 1))
-    parts = [list(StepLoader(rows, BatchPlan(8, 2, 2), 7, 0, 40, rank, 2)) for rank in range(2)]
-    resumed = list(StepLoader(rows, BatchPlan(8, 8, 1), 7, 25, 40, 0, 1))
-    assert len(rows) < 40 * 8  # more than one epoch
-    for step, one in enumerate(whole):
-        shared = [row for part in parts for batch in part[step].batches for row in batch["input_ids"].tolist()]
-        assert sorted(shared) == sorted(one.batches[0]["input_ids"].tolist())
-        assert sum(sum(part[step].targets) for part in parts) == sum(one.targets)
-    assert [work.rows for work in resumed] == [work.rows for work in whole[25:]]
-    first_epoch = [row for work in whole for row in work.rows][: len(rows)]
-    assert sorted(first_epoch) == list(range(len(rows)))
+    rows, random = WindowRows(file, 16), np.random.default_rng(0)
+    steps = -(-3 * len(rows) // 8)
+
+    def run(world):
+        plan, done, work = BatchPlan(8, 2, 4 // world), 0, []
+        while done < steps:
+            stop = min(steps, done + int(random.integers(1, 20)))
+            loaders = [StepLoader(rows, plan, 7, done, steps, rank, world) for rank in range(world)]
+            for _, parts in zip(range(done, stop), zip(*loaders)):
+                work.append(parts)
+            for loader in loaders:  # with steps made ahead of time, which are lost
+                loader.close()
+            done = stop
+        return work
+
+    runs = {world: run(world) for world in (1, 2, 4)}
+    order = [row for (part,) in runs[1] for row in part.rows]
+    epochs = [order[i * len(rows) : (i + 1) * len(rows)] for i in range(3)]
+    assert all(sorted(epoch) == list(range(len(rows))) for epoch in epochs) and epochs[0] != epochs[1]
+    expected = np.stack([rows.row(i)["input_ids"] for i in order]).reshape(steps, 8, 16)
+    for world, work in runs.items():
+        for step, parts in enumerate(work):
+            assert all(part.rows == order[8 * step : 8 * step + 8] for part in parts)
+            dealt = [parts[i % world].batches[i // world]["input_ids"] for i in range(4)]  # micro-batches in turn
+            assert (np.concatenate(dealt) == expected[step]).all()
 
 
 def test_held_out_batches_cover_all_rows_once(tmp_path, tokenizer):

@@ -89,14 +89,14 @@ def test_transformers_gives_the_same_log_likelihoods(run, work):
     nats = targets = 0
     bounds = file.documents()
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        ids = torch.from_numpy(file.read(int(start), int(end)))[None]
+        ids = torch.from_numpy(file.read(slice(start, end)))[None]
         with torch.no_grad():
             logits, own = model(ids).logits.log_softmax(-1), ours(ids)[0].log_softmax(-1)
         chosen, own = (x[:, :-1].gather(2, ids[:, 1:, None])[..., 0] for x in (logits, own))
         assert (chosen - own).abs().max() < 1e-5
         nats, targets = nats - chosen.sum().item(), targets + chosen.numel()
     rows = DocumentRows(file, 64, pack=True)
-    again = held_out_loss(ours, ours, rows, 4, 0, torch.device("cpu"), contextlib.nullcontext)
+    again = held_out_loss(ours, ours, rows, tokenizer.characters, 4, 0, torch.device("cpu"), contextlib.nullcontext)
     assert nats / targets == pytest.approx(summary["val_loss"], abs=1e-6)
     assert again["val_loss"] == pytest.approx(summary["val_loss"], abs=1e-6) and again["val_targets"] == targets
 

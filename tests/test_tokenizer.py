@@ -27,6 +27,12 @@ def test_round_trip_of_any_text(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_characters_of_tokens_add_up_to_those_of_the_text(tokenizer):
+    for text in texts_to_try():
+        ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.im_end_id]
+        assert tokenizer.characters[ids].sum() == len(text)
+
+
 def test_batch_equals_one_by_one(tokenizer):
     texts = texts_to_try()
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]

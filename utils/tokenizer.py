@@ -4,8 +4,10 @@ import codecs
 import hashlib
 import json
 import shutil
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from utils.chat_template import CHAT_TEMPLATE
@@ -57,6 +59,17 @@ class Tokenizer:
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """Text of ids; bytes that form no character become U+FFFD. skip_special leaves <s>, <|im_end|>, ... out."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    @cached_property
+    def characters(self) -> np.ndarray:
+        """(V,) how many characters begin in each token; the sum over a text's ids is its length, wherever it is cut."""
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        counts = np.zeros(1 + max(vocab.values()), np.int64)
+        for token, i in vocab.items():
+            if i not in special:
+                counts[i] = sum(BYTE_OF.get(char, 0) >> 6 != 0b10 for char in token)  # a UTF-8 character's first byte
+        return counts
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files into folder."""
