@@ -1,20 +1,21 @@
 """Checkpoints that are whole or do not exist, and loading a run for what comes after training.
 
 A checkpoint folder is written to a hidden sibling, every file fsynced, `manifest.json` (name, size, sha256 of each
-file) last, then renamed. Nothing that is read can execute code: safetensors, JSON, and `torch.load(weights_only=True)`.
+file, and its own) last, then renamed. Nothing that is read can execute code: safetensors, JSON, and
+`torch.load(weights_only=True)`.
 """
 
 import hashlib
 import json
-import os
-import shutil
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from engine.files import whole_folder, write_file
 from model import get_model_and_args
 from utils.config import load_yaml, typed_model_values
 from utils.errors import UserError
@@ -36,21 +37,21 @@ def canonical_names(model: torch.nn.Module) -> dict[str, str]:
     return names
 
 
-def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """Write model.safetensors: fp32 (integers as they are), one copy of tied weights."""
+def weights_bytes(model: torch.nn.Module) -> bytes:
+    """The content of model.safetensors: fp32 (integers as they are), one copy of tied weights."""
     kept, tensors = set(canonical_names(model).values()), {}
     for name, tensor in model.state_dict().items():
         if name in kept:
             dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
             tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
-    save_file(tensors, path, metadata={"format": "pt"})
+    return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, path: Path) -> None:
     """Copy model.safetensors into the model; UserError names the first tensor that is missing, unknown or misshapen."""
     try:
-        tensors = load_file(path)
+        tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from None
     own, names = model.state_dict(), canonical_names(model)
@@ -73,35 +74,19 @@ def save_checkpoint(folder: Path, model, optimizer, state: dict, about: dict) ->
 
     state: plain numbers and tensors. about: goes into the manifest.
     """
-    temporary = folder.parent / f".{folder.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that died while saving
-    temporary.mkdir(parents=True)
-    try:
-        save_weights(model, temporary / "model.safetensors")
+    with whole_folder(folder) as place:
+        files = [write_file(place / "model.safetensors", lambda file: file.write(weights_bytes(model)))]
         if optimizer is not None:
-            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        torch.save(state, temporary / "trainer_state.pt")
-        files = [{"name": path.name, "size": path.stat().st_size, "sha256": file_sha256(path)}
-                 for path in sorted(temporary.iterdir())]
-        (temporary / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _fsync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
-        _fsync(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, (SafetensorError, RuntimeError)):  # how safetensors and torch.save report a full disk
-            raise OSError(str(error)) from error
-        raise
+            files.append(write_file(place / "optimizer.pt", lambda file: torch.save(optimizer.state_dict(), file)))
+        files.append(write_file(place / "trainer_state.pt", lambda file: torch.save(state, file)))
+        write_file(place / MANIFEST, lambda file: file.write(manifest_bytes({**about, "files": files})))
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def manifest_bytes(about: dict) -> bytes:
+    """The content of a manifest: `about` and its sha256, so that a bit that flips in here is found as well."""
+    about = {key: value for key, value in about.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    return json.dumps({**about, "sha256": digest}, indent=1).encode()
 
 
 def file_sha256(path: Path) -> str:
@@ -110,34 +95,45 @@ def file_sha256(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """The manifest, or None when there is no readable one."""
+    """The manifest, or None when there is none that is as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), list) else None
-    except (OSError, ValueError):
+        content = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(content)
+        plain = isinstance(manifest, dict) and all(isinstance(entry, dict) for entry in manifest["files"])
+        return manifest if plain and manifest_bytes(manifest) == content else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: Path, sizes_only: bool = False) -> str | None:
     """What is wrong with a checkpoint folder, or None when every byte is as it was written."""
     manifest = read_manifest(folder)
     if manifest is None:
         return "it has no readable manifest.json"
-    names = {entry.get("name") for entry in manifest["files"]}
-    if not {"model.safetensors", "trainer_state.pt"} <= names:
+    files = {Path(str(entry.get("name"))).name: entry for entry in manifest["files"]}
+    if not {"model.safetensors", "trainer_state.pt"} <= set(files):
         return "its manifest.json names no weights"
-    for entry in manifest["files"]:
-        path = folder / Path(str(entry.get("name"))).name
-        if not path.is_file():
-            return f"{path.name} is missing"
-        if path.stat().st_size != entry.get("size") or file_sha256(path) != entry.get("sha256"):
-            return f"{path.name} is not as it was written"
+    try:
+        for name, entry in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry.get("size") or not (sizes_only or file_sha256(path) == entry.get("sha256")):
+                return f"{name} is not as it was written"
+    except OSError as error:  # a bad sector
+        return f"{name} cannot be read ({error.strerror})"
     return None
+
+
+def step_of(folder: Path) -> int:
+    """The step of a step checkpoint, by its name."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def find_checkpoints(run: Path) -> list[Path]:
     """Step checkpoints of a run, newest first, valid or not."""
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    folders = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def newest_checkpoint(run: Path, final: bool = False) -> Path | None:
@@ -150,20 +146,32 @@ def newest_checkpoint(run: Path, final: bool = False) -> Path | None:
     return None
 
 
-def prune_checkpoints(run: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` step checkpoints."""
-    for folder in find_checkpoints(run)[keep_last:]:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def load_training_state(folder: Path, model, optimizer) -> dict:
     """Restore model and optimizer in place and return the trainer's state, from a checkpoint found valid."""
     if not (folder / "optimizer.pt").is_file():
         raise UserError(f"{folder} has no optimizer state to go on from: give a run folder that has checkpoints/")
     load_weights(model, folder / "model.safetensors")
     # to the cpu first: load_state_dict then puts each tensor beside its parameter
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-    return torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
+    try:
+        optimizer.load_state_dict(read_plain(folder / "optimizer.pt"))
+    except (ValueError, KeyError, TypeError) as error:
+        if getattr(error, "user_error", False):
+            raise
+        raise UserError(f"{folder}/optimizer.pt does not fit this optimizer ({error}): --optimizer and the "
+                        "architecture must stay as they were") from None
+    return read_plain(folder / "trainer_state.pt")
+
+
+def read_plain(path: Path) -> dict:
+    """A dict of plain values and tensors from torch.save; UserError for anything else, and nothing in it is run."""
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be read ({first}): use another checkpoint") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no training state: use another checkpoint")
+    return value
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs

@@ -48,6 +48,8 @@ class TrainConfig:
     weight_decay: float = opt(0.1, "decay of matrices, a step: lr x weight_decay")
     betas: tuple[float, float] = opt((0.9, 0.95), "AdamW's moment coefficients")
     grad_clip: float = opt(1.0, "largest gradient norm; 0: no clipping")
+    spike_bound: float = opt(10.0, "skip a step whose loss or gradient norm lies so many robust deviations above the "
+                             "steps before it; 0: only one that is no number")
     ema: float = opt(0.0, "decay a step of a moving average of the weights, which is then evaluated and exported; "
                      "0: none")
     z_loss: float = opt(0.0, "weight of the squared log-normaliser of the logits, e.g. 1e-4; 0: none")
@@ -63,7 +65,11 @@ class TrainConfig:
     output_path: str = opt("output", "folder that holds the runs", neutral=True)
     run_name: str = opt("", "name of the run folder; default: <stage>_<model>", neutral=True)
     save_interval: int = opt(500, "steps between checkpoints; 0: only at the end", neutral=True)
-    keep_last: int = opt(2, "checkpoints kept", neutral=True)
+    keep_last: int = opt(2, "newest checkpoints kept", neutral=True)
+    keep_every: int = opt(0, "keep the checkpoints at multiples of so many steps as well; 0: none", neutral=True)
+    keep_best: bool = opt(True, "keep the checkpoint with the lowest held-out loss of those evaluated at their step",
+                          neutral=True)
+    write_run_path: str = opt("", "file that gets the path of the run folder, for scripts", neutral=True)
     resume: str = opt("auto", "auto: go on with an unfinished run of the same settings; never: a new run; "
                       "must: fail when there is none; or the path of a run folder", neutral=True)
 
@@ -72,8 +78,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
         for name in ("max_seq_len", "global_batch_size", "global_batch_tokens", "max_steps", "max_tokens", "max_lr",
-                     "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay", "grad_clip", "z_loss", "eval_interval",
-                     "eval_final_batches", "sample_interval", "save_interval", "seed"):
+                     "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay", "grad_clip", "z_loss", "spike_bound",
+                     "eval_interval", "eval_final_batches", "sample_interval", "save_interval", "keep_every", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
         for name in ("warmup_ratio", "lr_decay_ratio", "wsd_decay_ratio", "batch_ramp_ratio"):

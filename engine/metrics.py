@@ -1,12 +1,16 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, the loss curve. other_vars are logged by shape, not by name."""
 
 import json
+import math
+import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from utils.log import format_count
+from engine.files import write_text
+from utils.log import format_count, warn
 
 
 class RunLog:
@@ -19,14 +23,13 @@ class RunLog:
         self.folder = folder
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one process needs it
-
         self.path = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(self.path) if record["step"] <= start_step]
-        self.file = open(self.path, "w", encoding="utf-8")
-        self.file.writelines(json.dumps(record) + "\n" for record in kept)
-        self.file.flush()
-        self.board = SummaryWriter(str(folder / "logs"), purge_step=start_step + 1 if start_step else None)
+        # the evaluation at the end comes again when the run died after it
+        kept = [r for r in read_metrics(self.path) if r["step"] <= start_step and not r.get("final")]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.file, self.unwritten = open(self.path, "ab", buffering=0), b""
+        self.failing = False
+        self.board = open_board(folder, start_step)
 
     def step(self, record: dict, other_vars: dict[str, torch.Tensor]) -> None:
         """One training step: record holds step, tokens, loss, lr, grad_norm, tokens_per_s."""
@@ -34,7 +37,7 @@ class RunLog:
             return
         self._write(record)
         for name in ("loss", "lr", "grad_norm", "tokens_per_s"):
-            self.board.add_scalar(f"train/{name}", record[name], record["step"])
+            self._show("scalar", f"train/{name}", record[name], record["step"])
         for name, value in other_vars.items():
             self._add(name, value.detach().float().cpu(), record["step"])
 
@@ -45,31 +48,77 @@ class RunLog:
         self._write(record)
         for name in ("val_loss", "val_bpc"):
             if record.get(name) is not None:
-                self.board.add_scalar(name.replace("_", "/"), record[name], record["step"])
+                self._show("scalar", name.replace("_", "/"), record[name], record["step"])
 
     def text(self, name: str, value: str, step: int) -> None:
         if self.folder is not None:
-            self.board.add_text(name, value, step)
+            self._show("text", name, value, step)
+
+    def skipped(self, record: dict) -> None:
+        """A step that was not taken: record holds step, why ("skipped"), epoch and all row numbers of the batch."""
+        if self.folder is not None:
+            self._write(record)
+
+    def sync(self) -> None:
+        """Bring the records to the disk: a checkpoint must not be newer than they are."""
+        if self.folder is not None:
+            with self._going_on():
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Flush everything and draw loss_curve.png."""
         if self.folder is None:
             return
-        self.file.close()
-        self.board.close()
-        draw_curve(self.path, self.folder / "loss_curve.png")
+        with self._going_on():
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
+            draw_curve(self.path, self.folder / "loss_curve.png")
 
     def _write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        """Append a record; what does not fit on the disk now is written with the next one. A NaN is no JSON: null."""
+        plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                 for key, value in record.items()}
+        self.unwritten += json.dumps(plain).encode() + b"\n"
+        with self._going_on():
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+
+    def _show(self, kind: str, *what) -> None:
+        """Hand a scalar, a histogram or a text to TensorBoard; its writer dies of an error, and is then opened anew."""
+        with self._going_on():
+            try:
+                self.board = self.board or open_board(self.folder)
+                getattr(self.board, f"add_{kind}")(*what)
+            except OSError:
+                self.board = None
+                raise
+
+    @contextmanager
+    def _going_on(self):
+        """Within the block a full disk is a warning, once until it is over, and not the end of the run."""
+        try:
+            yield
+            self.failing = False
+        except OSError as error:
+            if not self.failing:
+                warn(f"{self.folder}: its curves cannot be written ({error}); the run goes on")
+            self.failing = True
 
     def _add(self, name: str, value: torch.Tensor, step: int) -> None:
         if value.ndim == 0:
-            self.board.add_scalar(name, value.item(), step)
+            self._show("scalar", name, value.item(), step)
         elif value.ndim <= 2 and value.numel() and bool(torch.isfinite(value).all()):  # no histogram can hold a NaN
             rows = value if value.ndim == 2 else value[None]
             for i, row in enumerate(rows):
-                self.board.add_histogram(f"{name}/{i:02d}" if value.ndim == 2 else name, row, step)
+                self._show("histogram", f"{name}/{i:02d}" if value.ndim == 2 else name, row, step)
+
+
+def open_board(folder: Path, start_step: int = 0):
+    """The TensorBoard writer of a run; what an earlier process wrote beyond start_step is not shown."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one process needs it
+
+    return SummaryWriter(str(folder / "logs"), purge_step=start_step + 1 if start_step else None)
 
 
 def read_metrics(path: Path) -> list[dict]:

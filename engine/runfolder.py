@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,7 +21,8 @@ except ImportError:  # Windows: two runs in one folder go unnoticed there
     fcntl = None
 
 from engine import distributed
-from engine.checkpoint import damage, newest_checkpoint
+from engine.checkpoint import damage, find_checkpoints, newest_checkpoint
+from engine.files import copy_file, write_text
 from utils.config import to_dict
 from utils.errors import UserError
 from utils.log import log
@@ -57,6 +58,8 @@ def choose_place(config, stage: str, who: dict) -> Place:
     place, error = distributed.broadcast_object((place, error))
     if error is not None:
         raise error
+    if config.write_run_path and distributed.is_main():
+        write_text(Path(config.write_run_path), f"{place.folder}\n")
     return place
 
 
@@ -79,8 +82,11 @@ def _choose(config, stage: str, who: dict) -> Place:
             raise UserError(f"--resume={folder}: no valid checkpoint there to go on from")
         return Place(folder, checkpoint)
 
-    reasons = []
+    reasons, vacant = [], None
     for folder in _numbered(first):
+        if is_empty(folder) and not _is_locked(folder):  # a start that was cut short before its first step
+            vacant = vacant or folder
+            continue
         if config.resume == "never" or not (folder / "run.json").is_file():
             continue
         theirs = _identity_of(folder)
@@ -96,7 +102,7 @@ def _choose(config, stage: str, who: dict) -> Place:
     if config.resume == "must":
         raise UserError("--resume=must, but there is no run to go on with: "
                         + ("; ".join(reasons) or f"{first} does not exist"))
-    folder = next(f for f in _numbered(first, free=True))
+    folder = vacant or next(f for f in _numbered(first, free=True))
     for reason in reasons:
         log(f"{reason}: this run goes to {folder}")
     return Place(folder)
@@ -119,6 +125,33 @@ def _identity_of(folder: Path) -> dict:
         return json.loads((folder / "run.json").read_text(encoding="utf-8"))["identity"]
     except (OSError, ValueError, KeyError):
         return {}
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a run folder, made by a training or just made, holds neither a checkpoint nor a single step's record."""
+    metrics = folder / "metrics.jsonl"
+    return (folder.is_dir() and ((folder / ".lock").is_file() or not any(folder.iterdir()))
+            and not (folder / "final").exists() and not find_checkpoints(folder)
+            and not (metrics.is_file() and metrics.stat().st_size))
+
+
+@contextmanager
+def leave_no_empty(folder: Path):
+    """Within the block an error that comes before the first step takes the run folder with it."""
+    try:
+        yield
+    except BaseException:
+        if distributed.is_main() and is_empty(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        lock_folder(folder).close()
+        return False
+    except UserError:
+        return True
 
 
 def lock_folder(folder: Path):
@@ -148,15 +181,8 @@ def write_run_files(folder: Path, config, stage: str, who: dict, model, tokenize
         "git_revision": git_revision(), "identity": who,
     }
     write_text(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False))
-    shutil.copyfile(model_source, folder / model_source.name)
+    copy_file(model_source, folder / model_source.name)
     tokenizer.save(folder / "tokenizer")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one move, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def source_fingerprint(path: Path) -> str:

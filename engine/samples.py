@@ -2,6 +2,7 @@
 
 import torch
 
+from engine.files import write_text
 from engine.generate import generate
 from utils.log import warn
 
@@ -16,11 +17,14 @@ def write_samples(path, step: int, model, tokenizer, prompts: list[list[int]], a
     except ValueError as error:  # a model that cannot talk yet (its logits overflow) must not end its training
         warn(f"no samples at step {step}: {error}")
         return ""
-    text = f"## Step {step}\n\n"
+    text = head = f"## Step {step}\n\n"
     for prompt, answer in zip(prompts, answers):
         shown, written = (tokenizer.decode(ids, skip_special=True).strip() for ids in (prompt, answer))
         # indented, so that nothing a model writes is taken for Markdown
         text += "\n".join("    " + line for line in f"{shown} ⟶ {written}".splitlines()) + "\n\n"
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        write_text(path, before.partition(head)[0] + text)  # an earlier process may have come here before it died
+    except OSError as error:
+        warn(f"{path} could not be written ({error}); the run goes on")
     return text

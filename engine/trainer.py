@@ -11,21 +11,29 @@ from pathlib import Path
 import torch
 
 from engine import distributed
-from engine.checkpoint import load_training_state, prune_checkpoints, save_checkpoint
+from engine.checkpoint import load_training_state
 from engine.config import plan_batch, plan_steps, resolve_precision
+from engine.files import write_text
+from engine.guard import StepGuard
 from engine.heldout import held_out_loss
+from engine.keeping import Saver, ensure_room
 from engine.loader import StepLoader, to_device
 from engine.metrics import RunLog, log_text
 from engine.optim import build_optimizer
-from engine.runfolder import choose_place, identity, lock_folder, source_fingerprint, write_run_files, write_text
+from engine.outputs import checked
+from engine.runfolder import (
+    choose_place,
+    identity,
+    leave_no_empty,
+    lock_folder,
+    source_fingerprint,
+    write_run_files,
+)
 from engine.samples import write_samples
 from engine.schedule import learning_rate
 from engine.stopping import StopSignal
 from engine.zloss import with_z_loss
-from utils.errors import UserError
-from utils.log import Progress, format_count, format_seconds, log, warn
-
-MAX_BAD_STEPS = 10  # so many non-finite steps in a row are no accident
+from utils.log import Progress, format_count, format_seconds, log
 
 
 def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_command: str,
@@ -68,7 +76,9 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         scaler.load_state_dict(state.pop("scaler", {})) if scaler.is_enabled() else None
     compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
     forward = torch.compile(model, dynamic=False) if compiled else model
-    train_forward = with_z_loss(forward, config.z_loss) if config.z_loss else forward
+    train_forward = checked(forward, type(model))
+    if config.z_loss:
+        train_forward = with_z_loss(train_forward, config.z_loss)
 
     def autocast():
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -77,6 +87,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     # ---------------------------------------------------------------- 3. the run folder
     main = distributed.is_main()
     params = model.num_params()
+    if main:
+        ensure_room(folder, config, model, optimizer, total_steps)
     lock = lock_folder(folder) if main else None
     if main:
         write_run_files(folder, config, stage, who, model, tokenizer, model_source)
@@ -90,6 +102,10 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         + (f", from step {state['step']}" if state["step"] else ""))
 
     progress = Progress(total_steps, state["step"], stage)
+    guard = StepGuard(model, config.spike_bound, state)
+    saver = Saver(folder, config, model, optimizer, {
+        "stage": stage, "model_name": config.model_name, "params": params["total"], "tokenizer": tokenizer.fingerprint,
+        "data": train_rows.file.fingerprint})
     val: dict = {}
 
     def evaluate(batches: int) -> None:
@@ -99,7 +115,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                                      autocast, trim=not compiled))
         bits = f", {val['val_bpc']:.4f} bits a character" if val["val_bpc"] is not None else ""
         progress.write(f"step {state['step']}: held-out loss {val['val_loss']:.4f}{bits}")
-        run_log.evaluation({"step": state["step"], "tokens": state["tokens"], **val})
+        val["step"] = state["step"]
+        run_log.evaluation({"tokens": state["tokens"], **val, "final": state["step"] == total_steps})
 
     def sample() -> None:
         if prompts:
@@ -108,42 +125,29 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                                      config.seed)
             run_log.text("samples", text, state["step"])
 
-    def save(target: Path, final: bool = False) -> None:
-        if main:
-            extra = {"scaler": scaler.state_dict()} if scaler.is_enabled() else {}
-            about = {"stage": stage, "model_name": config.model_name, "params": params["total"], "step": state["step"],
-                     "tokens": state["tokens"], "tokenizer": tokenizer.fingerprint, "data": train_rows.file.fingerprint}
-            try:
-                save_checkpoint(target, model, None if final else optimizer, {**state, **extra}, about)
-                prune_checkpoints(folder, config.keep_last)
-            except OSError as error:
-                if final:
-                    raise UserError(f"{target} could not be saved ({error}): make room; the same command then goes on "
-                                    "from the last checkpoint") from None
-                warn(f"step {state['step']}: the checkpoint could not be saved ({error}); the one before is kept")
-        distributed.barrier()
-
     # ---------------------------------------------------------------- 4. the loop
     loader = StepLoader(train_rows, plan, config.seed, state["step"], total_steps, distributed.rank(),
                         distributed.world_size(), pin=device.type == "cuda", trim=not compiled)
     since_log = [0, 0.0]  # tokens and seconds of pure training since the last log line
     stopped_by = ""
-    with StopSignal() as stop, closing(loader), closing(progress):
+    with leave_no_empty(folder), StopSignal() as stop, closing(loader), closing(progress):
         for work in loader:
             started = time.perf_counter()
             step = state["step"]
-            # 4a. what depends on the step alone, randomness included: there is no generator state to save
+            # 4a. what depends on the step alone. So does randomness, below: there is no generator state to save
             lr = learning_rate(step, total_steps, config)
             optimizer.set_lr(lr)
             model.before_step(step, total_steps)
-            torch.manual_seed(((config.seed * 1_000_003 + step) * 1024 + distributed.rank()) % 2**63)
+            guard.remember()
 
             # 4b. forward and backward. Each micro-batch weighs as much as it has valid targets in the step of all
             # processes: a mean over tokens, not a mean of means
             targets, tokens, stopping = distributed.sum_numbers([sum(work.targets), work.tokens, stop.wanted])
             micro_batches = len(work.batches) * distributed.world_size()
             values: dict[str, torch.Tensor] = {}
-            for batch, count in zip(work.batches, work.targets):
+            for i, (batch, count) in enumerate(zip(work.batches, work.targets)):
+                number = i * distributed.world_size() + distributed.rank()  # in the step, whoever computes it
+                torch.manual_seed(((config.seed * 1_000_003 + step) * 65536 + number) % 2**63)
                 weight = count / max(1, targets)
                 with autocast():
                     _, loss, other_vars = train_forward(**to_device(batch, device))
@@ -153,7 +157,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                     value = value.detach().float() * share
                     values[name] = values[name] + value if name in values else value
 
-            # 4c. gradients of all processes, clipped; a step whose numbers are not finite is not taken
+            # 4c. gradients of all processes, clipped; a step whose numbers are not to be trusted is not taken
             distributed.sum_gradients(parameters)
             scaler.unscale_(optimizer)
             values = distributed.sum_tensors(values)
@@ -161,19 +165,17 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             if config.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
             loss_value, norm_value = torch.stack([values["loss"], norm.float()]).tolist()  # the one wait for the device
-            if math.isfinite(loss_value) and math.isfinite(norm_value):
+            objection = guard.objection(loss_value, norm_value)
+            if not objection:
                 scaler.step(optimizer)
                 model.after_step({name: value for name, value in values.items() if name != "loss"})
-                state["bad_in_a_row"] = 0
+                guard.taken(loss_value, norm_value)
                 state["smooth_loss"] += (loss_value - state["smooth_loss"]) * max(0.1, 1 / (step + 1))
-            elif not (scaler.is_enabled() and math.isfinite(loss_value)):  # fp16 finds its scale by overflowing
-                state["skipped"] += 1
-                state["bad_in_a_row"] += 1
-                warn(f"step {step + 1} skipped: loss {loss_value}, gradient norm {norm_value}; epoch {work.epoch}, "
-                     f"rows {work.rows[:8]}{' ...' if len(work.rows) > 8 else ''}")
-                if state["bad_in_a_row"] >= MAX_BAD_STEPS:
-                    raise UserError(f"{MAX_BAD_STEPS} steps in a row without a finite loss, the last {step + 1}: lower "
-                                    "--max_lr, use --precision=fp32, or look at the data; the last checkpoint is kept")
+            elif scaler.is_enabled() and math.isfinite(loss_value) and not math.isfinite(norm_value):
+                guard.undo()  # no fault: fp16 finds its scale by overflowing
+            else:
+                run_log.skipped({"step": step + 1, "skipped": objection, "epoch": work.epoch, "rows": work.rows})
+                guard.skipped(step + 1, objection, work.epoch, work.rows)
             scaler.update()
             optimizer.zero_grad()
 
@@ -197,8 +199,10 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                 evaluate(config.eval_batches)
             if config.sample_interval and done % config.sample_interval == 0 and not last:
                 sample()
-            if last or stopping or (config.save_interval and done % config.save_interval == 0):
-                save(folder / "checkpoints" / f"step-{done:08d}")
+            if last or stopping or saver.due(done):
+                run_log.sync()
+                scaling = {"scaler": scaler.state_dict()} if scaler.is_enabled() else {}
+                saver.save({**state, **scaling}, val, must=stopping and not last)
             if stopping and not last:
                 stopped_by = stop.name or "a signal"
                 break
@@ -209,12 +213,13 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             evaluate(config.eval_final_batches)
         sample()
         with optimizer.averaged():
-            save(folder / "final", final=True)
+            saver.save_final(state, val)
     summary = {"stage": stage, "model_name": config.model_name, "run": str(folder),
                "status": f"stopped by {stopped_by}: the same command goes on" if stopped_by else "finished",
                "steps": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1),
                "skipped_steps": state["skipped"], "train_loss": state["smooth_loss"],
-               "val_loss": val.get("val_loss"), "val_bpc": val.get("val_bpc"), "params": params,
+               "val_loss": val.get("val_loss"), "val_bpc": val.get("val_bpc"),
+               "best_checkpoint": saver.best(), "params": params,
                "next_command": "the same command again" if stopped_by else next_command}
     run_log.close()
     if main:

@@ -12,7 +12,7 @@ import torch
 from engine_helpers import ROOT, TinyModel, TinyModelArgs, make_tokenizer, pretrain_files, sft_files
 from safetensors.torch import load_file
 
-from engine import trainer
+from engine import keeping, trainer
 from engine.checkpoint import find_runs, newest_checkpoint
 from engine.config import BatchPlan, TrainConfig
 from engine.data import DocumentRows, TokenFile, WindowRows
@@ -273,13 +273,14 @@ def test_a_second_signal_ends_at_once():
 
 
 def test_a_failed_save_does_not_end_the_run(world, monkeypatch, capsys):
-    save = trainer.save_checkpoint
+    save = keeping.save_checkpoint
 
     def full_disk(folder, *rest):
         if folder.name == "step-00000002":
             raise OSError("No space left on device")
         save(folder, *rest)
-    monkeypatch.setattr(trainer, "save_checkpoint", full_disk)
+    monkeypatch.setattr(keeping, "save_checkpoint", full_disk)
+    monkeypatch.setattr(keeping, "PAUSE_SECONDS", 0)
     assert world.run(save_interval=2)["status"] == "finished"
     assert "could not be saved (No space left" in capsys.readouterr().err
 

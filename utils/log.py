@@ -38,6 +38,14 @@ def format_count(number: float) -> str:
     return f"{number:g}"
 
 
+def format_bytes(number: float) -> str:
+    """1234 -> '1.2 KB'; 3_500_000_000 -> '3.3 GB' (powers of 1024)."""
+    for power, unit in ((3, "GB"), (2, "MB"), (1, "KB")):
+        if number >= 1024**power:
+            return f"{number / 1024**power:.1f} {unit}"
+    return f"{number:g} B"
+
+
 class Progress:
     """A bar on a terminal; elsewhere (a log file, CI) plain lines with the same text.
 

@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import json
+import os
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -78,7 +79,8 @@ class Tokenizer:
         for name in FILES:
             source = self.path / name
             if source.exists() and source.resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / name)
+                shutil.copyfile(source, folder / f".{name}.tmp")
+                os.replace(folder / f".{name}.tmp", folder / name)  # a reader never sees half of it
 
 
 def side_files() -> dict[str, str]:
