@@ -18,6 +18,7 @@ from utils.chat_template import encode_chat
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
 from utils.log import Progress, log
+from utils.talk_options import AnswerOptions
 
 # Each of the five tasks of the chat rows, worded as they are there.
 REQUESTS = [
@@ -31,7 +32,7 @@ REQUESTS = [
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(AnswerOptions):
     """Evaluates the demo: form, rhyme and copying of poems on held-out titles, and a few answers to read."""
 
     run: str = opt("", "run folder of the fine-tuned model")
@@ -39,13 +40,10 @@ class EvaluateConfig:
     corpora_path: str = opt("output/corpora", "folder with poems.jsonl")
     poems: int = opt(100, "poems to sample, equally many of each form")
     bits_poems: int = opt(1500, "held-out poems, of any form, over which bits per character are measured")
-    temperature: float = opt(0.8, "sampling temperature")
-    top_k: int = opt(0, "keep the k likeliest tokens; 0 keeps all")
-    top_p: float = opt(0.9, "keep the likeliest tokens up to this probability; 1 keeps all")
-    max_new_tokens: int = opt(96, "longest answer, tokens")
     batch_size: int = opt(25, "poems sampled at a time")
+    max_new_tokens: int = opt(96, "longest answer, in tokens")
+    temperature: float = opt(0.8, "0 always takes the likeliest token, higher is more varied")
     seed: int = opt(1, "of the choice of titles and of the sampling")
-    device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
 
 
 def ask(model, tokenizer, requests: list[str], config: EvaluateConfig, seed: int) -> list[str]:
@@ -54,10 +52,7 @@ def ask(model, tokenizer, requests: list[str], config: EvaluateConfig, seed: int
         encode_chat(tokenizer, [{"role": "user", "content": request}], add_generation_prompt=True)[0]
         for request in requests
     ]
-    answers = generate(
-        model, tokenizer, prompts, config.max_new_tokens,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=seed,
-    )  # fmt: skip
+    answers = generate(model, tokenizer, prompts, config.max_new_tokens, **{**config.sampling(), "seed": seed})
     return [tokenizer.decode(answer).strip() for answer in answers]
 
 
@@ -67,7 +62,7 @@ def write_poems(model, tokenizer, asked: list[tuple[str, str]], config: Evaluate
     for start in range(0, len(asked), config.batch_size):
         batch = asked[start : start + config.batch_size]
         requests = [poem_request(title, form) for title, form in batch]
-        texts += ask(model, tokenizer, requests, config, seed=config.seed * 100_003 + start)
+        texts += ask(model, tokenizer, requests, config, seed=(config.seed * 100_003 + start) % 2**63)
         progress.update(len(texts), f"{len(texts)} written")
     progress.close()
     return texts

@@ -1,6 +1,7 @@
 """The settings that every training stage shares; a stage adds its data paths by extending the class."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -91,6 +92,10 @@ class TrainConfig:
             raise UserError(f"--ema={self.ema}: must be at least 0 and below 1, e.g. 0.999")
         if self.global_batch_size and self.global_batch_tokens:
             raise UserError("--global_batch_size and --global_batch_tokens both say how large a step is: drop one")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed={self.seed}: must be below 2^63")
+        if self.run_name and (Path(self.run_name).name != self.run_name or self.run_name == ".."):
+            raise UserError(f"--run_name={self.run_name}: must be the name of a folder in --output_path, not a path")
         if self.epochs <= 0:
             raise UserError(f"--epochs={self.epochs}: must be above 0")
         if self.min_lr > self.max_lr:

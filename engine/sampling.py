@@ -25,6 +25,7 @@ class Sampling:
             ("top_p", "above 0 and at most 1 (1 is off)", 0 < self.top_p <= 1),
             ("min_p", "from 0 (off) to 1", 0 <= self.min_p <= 1),
             ("repetition_penalty", "above 0 (1 is off)", 0 < self.repetition_penalty < float("inf")),
+            ("seed", "0 or more and below 2^63", self.seed is None or 0 <= self.seed < 2**63),
         ):
             if not holds:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: give {allowed}")

@@ -57,6 +57,10 @@ class FetchConfig:
     corpora_path: str = opt(CORPORA_PATH, "folder to write")
     rows: int = opt(60_000, "chat rows for training (demo-chat)")
 
+    def __post_init__(self):
+        if self.rows < 1:
+            raise UserError(f"--rows={self.rows}: must be at least 1")
+
 
 def prepare(kind: str, config: PrepareConfig) -> dict[str, dict]:
     """Encode every record of the sources into `<kind>_train` and `<kind>_val`; returns the meta of each."""

@@ -83,6 +83,9 @@ def test_preset_errors(tmp_path):
     preset.write_text("max_rl: 1\n")
     with pytest.raises(UserError, match="did you mean --max_lr"):
         toy(f"--config={preset}")
+    preset.write_bytes("# 笔记\nmax_lr: 1\n".encode("gbk"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        toy(f"--config={preset}")
     preset.write_text("a: [1\n")
     with pytest.raises(UserError, match="not valid YAML") as caught:
         toy(f"--config={preset}")

@@ -191,7 +191,7 @@ def test_repetition_penalty_and_greedy():
 
 
 @pytest.mark.parametrize("bad", ({"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
-                                 {"min_p": 2}, {"top_k": -1}, {"repetition_penalty": 0}))
+                                 {"min_p": 2}, {"top_k": -1}, {"repetition_penalty": 0}, {"seed": -1}, {"seed": 2**63}))
 def test_settings_out_of_range(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         Sampling(**bad)

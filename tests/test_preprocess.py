@@ -267,6 +267,7 @@ def test_the_command_works_inside_its_folder_and_from_the_root(tokenizer, tmp_pa
         (["pretrain", "--source=x"], "did you mean --sources"),
         (["fetch", "novels"], "poems, idioms, demo-chat"),
         (["fetch", "demo-chat"], "fetch poems first"),
+        (["fetch", "demo-chat", "--rows=-5"], "--rows=-5: must be at least 1"),
         (["clean"], "unknown command clean"),
         (["pretrain", f"--sources={__file__}"], "no reader for"),
     ],

@@ -174,6 +174,8 @@ def load_yaml(path) -> dict:
         raise UserError(f"no config file {path}: give --config the path of a .yaml file")
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8: save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:

@@ -1,4 +1,4 @@
-"""The settings of a conversation, the same for the terminal and the page. No torch here: --help must be quick."""
+"""The settings of a conversation, the same wherever a model answers. No torch here: --help must be quick."""
 from dataclasses import asdict, dataclass
 
 from utils.config import opt
@@ -7,8 +7,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 
 
 @dataclass
-class TalkOptions:
-    output_path: str = opt("output", "folder of the runs")
+class AnswerOptions:
     max_new_tokens: int = opt(512, "longest answer, in tokens")
     temperature: float = opt(0.7, "0 always takes the likeliest token, higher is more varied")
     top_k: int = opt(0, "keep the k likeliest tokens (0: all)")
@@ -17,8 +16,13 @@ class TalkOptions:
     repetition_penalty: float = opt(1.0, "above 1, tokens already there become less likely")
     seed: int | None = opt(None, "the same seed gives the same answer (none: a fresh one each time)")
     device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
-    precision: str = opt("fp32", "of the weights", choices=("fp32", "bf16", "fp16"))
 
     def sampling(self):
         """The fields that engine.sampling.Sampling takes, as a dict."""
         return {name: value for name, value in asdict(self).items() if name in SAMPLING}
+
+
+@dataclass
+class TalkOptions(AnswerOptions):
+    output_path: str = opt("output", "folder of the runs")
+    precision: str = opt("fp32", "of the weights", choices=("fp32", "bf16", "fp16"))
