@@ -86,6 +86,8 @@ class RunLog:
 
     def _show(self, kind: str, *what) -> None:
         """Hand a scalar, a histogram or a text to TensorBoard; its writer dies of an error, and is then opened anew."""
+        if self.board is None and self.failing:
+            return  # until a record of metrics.jsonl could be written
         with self._going_on():
             try:
                 self.board = self.board or open_board(self.folder)

@@ -9,46 +9,19 @@ import sys
 import numpy as np
 import pytest
 import torch
-from engine_helpers import ROOT, TinyModel, TinyModelArgs, make_tokenizer, pretrain_files, sft_files
+from engine_helpers import ROOT, TinyModel, sft_files
 from safetensors.torch import load_file
 
-from engine import keeping, trainer
+from engine import keeping
 from engine.checkpoint import find_runs, newest_checkpoint
-from engine.config import BatchPlan, TrainConfig
-from engine.data import DocumentRows, TokenFile, WindowRows
+from engine.config import BatchPlan
+from engine.data import DocumentRows, TokenFile
 from engine.loader import StepLoader
 from engine.metrics import read_metrics
 from engine.runfolder import lock_folder
 from utils.errors import UserError
 
 TIMES = ("tokens_per_s", "seconds")
-
-
-@pytest.fixture
-def world(tmp_path):
-    """A folder with a tokenizer and data, and run(**settings): one training of the tiny model in it."""
-    class World:
-        path, tokenizer = tmp_path, make_tokenizer(tmp_path / "tokenizer")
-
-        def __init__(self):
-            train, val = pretrain_files(tmp_path / "data", self.tokenizer)
-            self.rows = WindowRows(TokenFile(train, self.tokenizer, "make"), 32)
-            self.val = DocumentRows(TokenFile(val, self.tokenizer, "make"), 32, pack=True)
-
-        def run(self, model_fields=(), rows=None, model_class=TinyModel, **settings):
-            defaults = dict(model_name="tiny", max_batch_size=4, max_steps=6, log_interval=1, save_interval=0,
-                            device="cpu", sample_interval=0, eval_interval=0,
-                            output_path=str(tmp_path / "output"), max_lr=0.01)
-            config = TrainConfig(**{**defaults, **settings})
-            torch.manual_seed(config.seed)
-            args = TinyModelArgs(vocab_size=self.tokenizer.vocab_size, max_seq_len=32, **dict(model_fields))
-            self.model = model_class(args)
-            return trainer.train(config, "pretrain", self.model, self.tokenizer, rows or self.rows, self.val,
-                                 "python next.py {run}")
-
-        def weights(self):
-            return {name: value.clone() for name, value in self.model.state_dict().items()}
-    return World()
 
 
 def losses(summary, key="loss"):

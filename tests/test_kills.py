@@ -1,0 +1,26 @@
+"""SIGKILL at random moments, among them inside a save: the same command goes on, and nothing differs at the end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model import list_models
+
+KILLS = int(os.environ.get("KILLS", "4"))
+WORKER = Path(__file__).parent / "kill_worker.py"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("model", list_models())
+def test_killed_runs_equal_the_one_left_in_peace(model, tmp_path):
+    """Metrics but for times, samples, the best checkpoint and the sha256 of the final weights."""
+    command = [sys.executable, str(WORKER), model, str(KILLS), str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["different"] == [] and report["kills"] == KILLS and report["inside_a_save"] > 0

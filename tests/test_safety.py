@@ -1,0 +1,246 @@
+"""What must not spoil a run: bad steps, spikes, mistakes of a plugin, failed starts, full disks, no learning at all."""
+
+import json
+import math
+import os
+import subprocess
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import TinyModel
+from test_save_faults import mount_small
+from test_trainer import losses, same, stop_after
+
+from engine import keeping
+from engine.checkpoint import find_checkpoints, newest_checkpoint
+from engine.guard import ENOUGH, stands_out
+from engine.metrics import read_metrics
+from engine.runfolder import lock_folder
+from utils.errors import UserError
+
+
+@dataclass
+class Poison:
+    """Multiplies the training loss of some steps (counted from 1) by a factor."""
+
+    steps: set
+    factor: float
+
+    def model(self):
+        poison = self
+
+        class Poisoned(TinyModel):
+            def __init__(self, args):
+                super().__init__(args)
+                self.register_buffer("mean", torch.zeros(()))  # moved by forward, which it should not
+
+            def before_step(self, step, total_steps):
+                self.factor = poison.factor if step + 1 in poison.steps else 1.0
+
+            def forward(self, input_ids, targets=None, doc_ids=None):
+                logits, loss, other_vars = super().forward(input_ids, targets, doc_ids)
+                if self.training and targets is not None:
+                    loss = loss * self.factor
+                    self.mean += 0.1 * (loss.detach() - self.mean)
+                    other_vars["moe/load"] = other_vars["moe/load"] * self.factor
+                return logits, loss, other_vars
+        return Poisoned
+
+
+def test_a_bad_step_is_skipped_counted_and_named(world, capsys):
+    summary = world.run(model_class=Poison({3, 5}, math.nan).model(), max_steps=12)
+    assert summary["status"] == "finished" and summary["skipped_steps"] == 2
+    assert "step 3 skipped: loss nan" in capsys.readouterr().err
+    assert all(torch.isfinite(value).all() for value in world.weights().values())  # the buffers too
+    records = read_metrics(summary["run"] + "/metrics.jsonl")
+    skipped = [r for r in records if "skipped" in r]
+    assert [(r["step"], len(r["rows"]), r["epoch"]) for r in skipped] == [(3, 4, 0), (5, 4, 0)]
+    assert [r["step"] for r in records if r.get("loss") is None and "lr" in r] == [3, 5]  # null: JSON knows no NaN
+    assert "NaN" not in open(summary["run"] + "/metrics.jsonl").read()
+
+
+def test_the_model_goes_on_as_if_a_skipped_step_had_not_been(world):
+    world.run(model_class=Poison({4}, math.inf).model(), max_steps=4, resume="never", lr_schedule="constant")
+    skipped = world.weights()
+    world.run(model_class=Poison(set(), 1.0).model(), max_steps=3, resume="never", lr_schedule="constant")
+    assert same(skipped, world.weights())
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run(world):
+    with pytest.raises(UserError, match="10 steps in a row were skipped, the last 14"):
+        world.run(model_class=Poison(set(range(5, 99)), math.nan).model(), max_steps=30, save_interval=4)
+    newest = newest_checkpoint(world.path / "output/pretrain_tiny")
+    assert newest.name == "step-00000012"
+
+
+def test_a_spike_is_skipped_and_remembered_over_a_resume(world, monkeypatch, capsys):
+    spiky = Poison({50, 55}, 30.0).model()
+    settings = dict(model_class=spiky, max_steps=60)
+    whole = world.run(**settings, output_path=str(world.path / "whole"))
+    weights, errors = world.weights(), capsys.readouterr().err
+    assert whole["skipped_steps"] == 2 and "step 50 skipped: a spike: gradient norm" in errors and "of late" in errors
+    with monkeypatch.context() as patch:
+        patch.setattr(spiky, "before_step", stop_at(spiky.before_step, 53))
+        half = world.run(**settings)
+        assert half["steps"] < 55 and half["skipped_steps"] == 1
+    rest = world.run(**settings)
+    assert rest["skipped_steps"] == 2 and losses(rest) == losses(whole) and same(weights, world.weights())
+    assert world.run(**settings, spike_bound=0.0)["skipped_steps"] == 0
+
+
+def stop_at(hook, at):
+    def before_step(self, step, total_steps):
+        hook(self, step, total_steps)
+        if step + 1 == at:
+            os.kill(os.getpid(), 15)
+    return before_step
+
+
+def test_what_stands_out_against_numpy():
+    random = np.random.default_rng(0)
+    recent = random.normal(1.0, 0.3, 128).tolist()
+    spread = 1.4826 * np.median(np.abs(np.array(recent) - np.median(recent)))
+    edge = np.median(recent) + 7 * spread
+    assert not stands_out(math.exp(edge - 1e-6), recent, 7) and stands_out(math.exp(edge + 1e-6), recent, 7)
+    assert not stands_out(1e9, recent[:ENOUGH - 1], 7)
+    assert not stands_out(1.3, [0.0] * 100, 10) and stands_out(2.0, [0.0] * 100, 10)  # a loss that stood still
+
+
+def test_weights_without_a_number_are_neither_saved_nor_final(world):
+    class Breaking(TinyModel):
+        def after_step(self, other_vars):
+            if self.calls == 3:
+                self.layers[0].weight.data.fill_(math.nan)
+            self.calls += 1
+
+        calls = 0
+    with pytest.raises(UserError, match=r"step 4: layers.0.weight holds a NaN, so this state is not saved"):
+        world.run(model_class=Breaking, max_steps=4, save_interval=2)
+    folder = world.path / "output/pretrain_tiny"
+    assert newest_checkpoint(folder).name == "step-00000002" and not (folder / "final").exists()
+
+
+def test_a_short_run_of_skipped_steps_is_not_finished(world):
+    with pytest.raises(UserError, match="not one of 3 steps could be taken"):
+        world.run(model_class=Poison({1, 2, 3}, math.nan).model(), max_steps=3)
+
+    class Silent(TinyModel):
+        def forward(self, input_ids, targets=None, doc_ids=None):
+            logits, loss, other_vars = super().forward(input_ids, targets, doc_ids)
+            if targets is not None and not self.training:
+                other_vars["loss/ce"] = other_vars["loss/ce"] * math.nan
+            return logits, loss, other_vars
+    with pytest.raises(UserError, match="the held-out loss is nan, so there are no final weights"):
+        world.run(model_class=Silent, max_steps=3, max_lr=0.02)
+    assert not list(world.path.glob("output/*/final"))
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda logits, loss, other_vars: (loss, other_vars), "forward returns 2 values, and must return three"),
+    (lambda logits, loss, other_vars: loss, "forward returns a Tensor, and must return three"),
+    (lambda logits, loss, other_vars: (logits, loss, {**other_vars, "moe/load": 0.5}),
+     "other_vars['moe/load'] is a float, and must be a tensor"),
+    (lambda logits, loss, other_vars: (logits, None, other_vars), "the loss must be one number with its graph"),
+    (lambda logits, loss, other_vars: (logits, loss.detach(), other_vars), "it is without a graph"),
+    (lambda logits, loss, other_vars: (logits, loss, [1]), "other_vars is a list"),
+])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4])
+def test_a_mistake_of_a_plugin_is_one_line_and_leaves_no_folder(world, change, says, z_loss):
+    class Wrong(TinyModel):
+        def forward(self, input_ids, targets=None, doc_ids=None):
+            return change(*super().forward(input_ids, targets, doc_ids))
+    with pytest.raises(UserError) as caught:
+        world.run(model_class=Wrong, z_loss=z_loss)
+    assert says in str(caught.value) and "tests/test_safety.py: " in str(caught.value) and "\n" not in str(caught.value)
+    assert not list((world.path / "output").iterdir())
+
+
+def test_a_start_cut_short_leaves_its_folder_to_the_next_run(world, monkeypatch):
+    folder = world.path / "output/pretrain_tiny"
+    folder.mkdir(parents=True)
+    (folder / ".lock").touch()  # killed while the run's files were written
+    (folder / "config.yaml").write_text("stage: pretrain\n")
+    assert world.run(max_lr=0.02)["run"] == str(folder)
+    (world.path / "output/pretrain_tiny_2").mkdir()
+    assert world.run(max_lr=0.03)["run"] == f"{folder}_2"
+    (world.path / "output/pretrain_tiny_3").mkdir()
+    (world.path / "output/pretrain_tiny_3/notes.txt").touch()  # not ours
+    assert world.run(max_lr=0.04)["run"] == f"{folder}_4"
+    (world.path / "output/pretrain_tiny_5").mkdir()
+    with lock_folder(world.path / "output/pretrain_tiny_5"):  # another process starts right now
+        assert world.run(max_lr=0.05)["run"] == f"{folder}_6"
+
+
+def test_the_path_of_the_run_is_written_where_asked(world):
+    file = world.path / "where"
+    first = world.run(write_run_path=str(file))
+    assert file.read_text() == first["run"] + "\n"
+    other = world.run(write_run_path=str(file), max_lr=0.02)
+    assert file.read_text() == other["run"] + "\n" and other["run"] != first["run"]
+    world.run(write_run_path=str(file))  # finished before: the same run again
+    assert file.read_text() == first["run"] + "\n"
+
+
+def test_room_is_looked_for_before_the_run_and_before_a_save(world, monkeypatch, capsys):
+    free = []
+    monkeypatch.setattr(keeping.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free[0]}))
+    monkeypatch.setattr(keeping, "PAUSE_SECONDS", 0)
+    free[:] = [50_000]
+    with pytest.raises(UserError, match="needs about .* for 3 checkpoints, the one being written and the final"):
+        world.run(save_interval=2, max_steps=20)
+    assert not (world.path / "output").exists()
+    free[:] = [10_000_000]
+
+    class Filling(TinyModel):
+        def before_step(self, step, total_steps):
+            free[:] = [100 if 3 <= step < 6 else 10_000_000]
+    summary = world.run(save_interval=4, max_steps=9, model_class=Filling)
+    errors = capsys.readouterr().err
+    assert "step 4: the checkpoint could not be saved ([Errno 28]" in errors and "next try is at step 5" in errors
+    assert "step 5: the checkpoint could not" in errors and "next try is at step 7" in errors
+    assert [f.name[-1] for f in find_checkpoints(world.path / "output/pretrain_tiny")] == ["9", "8"]
+    assert summary["status"] == "finished"
+
+
+def test_a_save_that_fails_when_the_run_is_to_stop_is_an_error(world, monkeypatch):
+    def full(*_):
+        raise OSError("full")
+    monkeypatch.setattr(keeping, "save_checkpoint", full)
+    monkeypatch.setattr(keeping, "PAUSE_SECONDS", 0)
+    with pytest.raises(UserError, match="step 3 could not be saved .full.: make room"):
+        stop_after(world, monkeypatch, 3)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer dies
+def test_a_run_on_a_disk_that_is_full_for_a_while_goes_on(world, monkeypatch, capsys):
+    """A tmpfs fills up in step 3 and has room again in step 12: only saves are missing at the end."""
+    monkeypatch.setattr(keeping, "PAUSE_SECONDS", 0)
+    disk = world.path / "disk"
+    if not mount_small(disk, "2m"):
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        class Filling(TinyModel):
+            def before_step(self, step, total_steps):
+                if step == 3:
+                    with open(disk / "other", "wb", buffering=0) as file:
+                        for size in (4096, 1):
+                            try:
+                                while file.write(b"x" * size):
+                                    pass
+                            except OSError:
+                                pass
+                if step == 12:
+                    (disk / "other").unlink()
+        settings = dict(max_steps=16, save_interval=2, sample_interval=3, eval_interval=4, model_class=Filling)
+        summary = world.run(**settings, output_path=str(disk / "output"))
+        errors = capsys.readouterr().err
+        assert "could not be saved" in errors and "its curves cannot be written" in errors
+        monkeypatch.setattr(Filling, "before_step", lambda *_: None)
+        peace = world.run(**settings)
+        assert losses(summary) == losses(peace) and losses(summary, "val_loss") == losses(peace, "val_loss")
+        assert summary["status"] == "finished" and json.loads((disk / "output/pretrain_tiny/summary.json").read_text())
+        assert newest_checkpoint(disk / "output/pretrain_tiny").name == "step-00000016"
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
