@@ -17,10 +17,10 @@ FORMATS = ("hf",)
 @dataclass
 class ExportConfig:
     __doc__ = __doc__
-    run: str = opt("", "run folder to export")
-    to_hf: str = opt("", "folder to write; also spelled --to hf DIR")
-    from_hf: str = opt("", "folder of a checkpoint, config.json and safetensors; also spelled --from hf DIR")
-    out: str = opt("", "run folder to make of it")
+    run: str = opt("", "run folder to export", path=True)
+    to_hf: str = opt("", "folder to write; also spelled --to hf DIR", path=True)
+    from_hf: str = opt("", "folder of a checkpoint, config.json and safetensors; also spelled --from hf DIR", path=True)
+    out: str = opt("", "run folder to make of it", path=True)
     max_seq_len: int = opt(0, "with --from: tokens that the model is built for; 0: what the checkpoint says")
 
 

@@ -24,9 +24,9 @@ MAKE_DATA = "cd preprocess_data && python preprocess_data.py pretrain"
 class PretrainConfig(TrainConfig):
     """Pretraining: a model learns to continue text."""
 
-    pretrain_data_path: str = opt("output/data/pretrain_train.bin", "training tokens", neutral=True)
+    pretrain_data_path: str = opt("output/data/pretrain_train.bin", "training tokens", neutral=True, path=True)
     pretrain_val_path: str = opt("", "held-out tokens; default: beside the training tokens, `_val` for `_train`",
-                                 neutral=True)
+                                 neutral=True, path=True)
     rows: str = opt("windows", "how documents become rows: cut at every max_seq_len tokens, or kept whole and packed",
                     choices=("windows", "documents"))
     skip_checks: bool = opt(False, "train even if the architecture fails the quick checks of check_model.py",

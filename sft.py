@@ -22,10 +22,11 @@ MAKE_DATA = "cd preprocess_data && python preprocess_data.py sft"
 class SFTConfig(TrainConfig):
     """Supervised fine-tuning: a pretrained model learns to answer."""
 
-    init_from: str = opt("", "run folder of the pretrained model; default: the newest of --model_name", neutral=True)
-    sft_data_path: str = opt("output/data/sft_train.bin", "training conversations", neutral=True)
+    init_from: str = opt("", "run folder of the pretrained model; default: the newest of --model_name", neutral=True,
+                         path=True)
+    sft_data_path: str = opt("output/data/sft_train.bin", "training conversations", neutral=True, path=True)
     sft_val_path: str = opt("", "held-out conversations; default: beside the training ones, `_val` for `_train`",
-                            neutral=True)
+                            neutral=True, path=True)
     long_rows: str = opt("drop", "conversations longer than max_seq_len: left out, cut off there, or no training",
                          choices=("drop", "cut", "error"))
     max_lr: float = opt(0.002, "peak learning rate")

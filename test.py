@@ -29,7 +29,7 @@ SETTABLE = ("max_new_tokens", *SAMPLING)
 @dataclass
 class TestConfig(TalkOptions):
     __doc__ = __doc__
-    run: str = opt("", "run folder (empty: the newest in output_path, fine-tuned before base)")
+    run: str = opt("", "run folder (empty: the newest in output_path, fine-tuned before base)", path=True)
     prompt: str = opt("", "answer this, print nothing else, and end")
     system: str = opt("", "system prompt of a chat")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from preprocess_data.corpora import CORPORA_PATH, Source, find_sources, project_path
+from preprocess_data.corpora import CORPORA_PATH, Source, find_sources
 from preprocess_data.readers import Broken
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
@@ -36,8 +36,8 @@ class TokenizerConfig:
 
     sources: str = opt("", "corpora, files, folders or globs, separated by commas; empty: all in the corpora folder")
     text_field: str = opt("text", "field with the text, in your own jsonl or json files")
-    corpora_path: str = opt(CORPORA_PATH, "folder with the named corpora")
-    tokenizer_path: str = opt("output/tokenizer", "folder to write")
+    corpora_path: str = opt(CORPORA_PATH, "folder with the named corpora", path=True)
+    tokenizer_path: str = opt("output/tokenizer", "folder to write", path=True)
     vocab_size: int = opt(32_000, "tokens, the special ones included")
     min_frequency: int = opt(2, "a merge must occur this often")
     max_characters: int = opt(100_000_000, "read no more characters than this, from all sources in turn")
@@ -126,7 +126,7 @@ def report(tokenizer: Tokenizer, texts: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(TokenizerConfig, argv)
-    sources = find_sources(config.sources, project_path(config.corpora_path), config.text_field)
+    sources = find_sources(config.sources, Path(config.corpora_path), config.text_field)
     log(f"training a tokenizer of {config.vocab_size} tokens on {', '.join(source.name for source in sources)}")
     texts = limited(stream(sources, held_out=False), config.max_characters)
     first = next(texts, None)
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the library would keep Ctrl-C waiting to its end
     backend = train(texts, config.vocab_size, config.min_frequency, config.split_han)
     signal.signal(signal.SIGINT, handler)
-    tokenizer = save(backend, project_path(config.tokenizer_path))
+    tokenizer = save(backend, Path(config.tokenizer_path))
     if tokenizer.vocab_size < config.vocab_size:
         log(
             f"the text gave {tokenizer.vocab_size} tokens, fewer than asked: it has no more pairs that occur "

@@ -33,8 +33,8 @@ class Config:
     __doc__ = __doc__
     steps: int = opt(500, "optimizer steps of each run")
     preset: str = opt(str(ROOT / "configs/mini_deepseekv3_cpu.yaml"), "sizes and recipe")
-    data_path: str = opt("output/data/pretrain_train.bin", "training tokens")
-    tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer")
+    data_path: str = opt("output/data/pretrain_train.bin", "training tokens", path=True)
+    tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer", path=True)
     device: str = opt("auto", "where to train")
     picture: str = opt(str(ROOT / "docs/routing_load.png"), "the picture")
     results: str = opt(str(ROOT / "benchmarks/routing_bias.json"), "the figures")

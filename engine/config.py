@@ -62,8 +62,8 @@ class TrainConfig:
     eval_final_batches: int = opt(0, "the same for the evaluation at the end; 0: all held-out data", neutral=True)
     sample_interval: int = opt(1000, "steps between sample generations; 0: only at the end", neutral=True)
     # files
-    tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer", neutral=True)
-    output_path: str = opt("output", "folder that holds the runs", neutral=True)
+    tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer", neutral=True, path=True)
+    output_path: str = opt("output", "folder that holds the runs", neutral=True, path=True)
     run_name: str = opt("", "name of the run folder; default: <stage>_<model>", neutral=True)
     save_interval: int = opt(500, "steps between checkpoints; 0: only at the end", neutral=True)
     keep_last: int = opt(2, "newest checkpoints kept", neutral=True)
@@ -72,7 +72,7 @@ class TrainConfig:
                           neutral=True)
     write_run_path: str = opt("", "file that gets the path of the run folder, for scripts", neutral=True)
     resume: str = opt("auto", "auto: go on with an unfinished run of the same settings; never: a new run; "
-                      "must: fail when there is none; or the path of a run folder", neutral=True)
+                      "must: fail when there is none; or the path of a run folder", neutral=True, path=True)
 
     def __post_init__(self):
         for name in ("max_batch_size", "accumulation_steps", "log_interval", "eval_batches", "keep_last"):

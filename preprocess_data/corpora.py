@@ -7,14 +7,9 @@ from pathlib import Path
 from preprocess_data import idioms, poems
 from preprocess_data.readers import Broken, Position, data_files, find_files, read_file
 from utils.errors import UserError
+from utils.paths import project_path
 
-PROJECT = Path(__file__).resolve().parent.parent
 CORPORA_PATH = "output/corpora"
-
-
-def project_path(path: str) -> Path:
-    """A path that starts with output/ lies in the project, wherever the command was typed; others are the user's."""
-    return PROJECT / path if Path(path).parts[:1] == ("output",) else Path(path)
 
 
 def field(name: str) -> Callable:
@@ -96,7 +91,7 @@ def find_sources(sources: str, corpora_path: Path, text_field: str = "text", cha
     return [
         _named(name, named, corpora_path)
         if name in CORPORA
-        else Source(name, find_files(str(project_path(name))), None if chat else field(text_field))
+        else Source(name, find_files(project_path(name)), None if chat else field(text_field))
         for name in filter(None, map(str.strip, sources.split(",")))
     ]
 

@@ -21,7 +21,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from preprocess_data.chat_rows import to_messages
-from preprocess_data.corpora import CORPORA, CORPORA_PATH, Source, find_sources, project_path
+from preprocess_data.corpora import CORPORA, CORPORA_PATH, Source, find_sources
 from preprocess_data.demo_chat import make_chat
 from preprocess_data.encode import ChatEncoder, Limits, TextEncoder, blocks, in_order
 from preprocess_data.idioms import fetch_idioms
@@ -44,9 +44,9 @@ class PrepareConfig:
     max_documents: int = opt(0, "take only the first records of each source; 0 takes all")
     min_characters: int = opt(1, "drop shorter documents")
     max_characters: int = opt(0, "drop longer documents; 0 keeps all")
-    corpora_path: str = opt(CORPORA_PATH, "folder with the named corpora")
-    tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer")
-    data_path: str = opt("output/data", "folder to write")
+    corpora_path: str = opt(CORPORA_PATH, "folder with the named corpora", path=True)
+    tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer", path=True)
+    data_path: str = opt("output/data", "folder to write", path=True)
     workers: int = opt(0, "processes; 0 takes every core. The output is the same for any number")
 
 
@@ -54,7 +54,7 @@ class PrepareConfig:
 class FetchConfig:
     """Fetches an embedded corpus: poems, idioms, or demo-chat (chat rows made from the two)."""
 
-    corpora_path: str = opt(CORPORA_PATH, "folder to write")
+    corpora_path: str = opt(CORPORA_PATH, "folder to write", path=True)
     rows: int = opt(60_000, "chat rows for training (demo-chat)")
 
     def __post_init__(self):
@@ -65,8 +65,8 @@ class FetchConfig:
 def prepare(kind: str, config: PrepareConfig) -> dict[str, dict]:
     """Encode every record of the sources into `<kind>_train` and `<kind>_val`; returns the meta of each."""
     chat = kind == "sft"
-    sources = find_sources(config.sources, project_path(config.corpora_path), config.text_field, chat)
-    tokenizer_path, folder = project_path(config.tokenizer_path), project_path(config.data_path)
+    sources = find_sources(config.sources, Path(config.corpora_path), config.text_field, chat)
+    tokenizer_path, folder = Path(config.tokenizer_path), Path(config.data_path)
     tokenizer = load_tokenizer(tokenizer_path)
     log(f"{kind}: {', '.join(source.name for source in sources)} -> {config.data_path}")
 
@@ -153,7 +153,7 @@ def _reasons(dropped: Counter) -> str:
 
 def fetch(name: str, config: FetchConfig) -> None:
     """Bring an embedded corpus and write it as jsonl."""
-    folder, start = project_path(config.corpora_path), time.time()
+    folder, start = Path(config.corpora_path), time.time()
     if name == "demo-chat":
         rows, dropped = make_chat(folder, config.rows), Counter()
     else:
@@ -195,7 +195,7 @@ def prepare_what_is_there(config: PrepareConfig) -> None:
     done = []
     for kind, other in (("pretrain", True), ("sft", False)):
         try:
-            find_sources("", project_path(config.corpora_path), chat=kind == "sft")
+            find_sources("", Path(config.corpora_path), chat=kind == "sft")
         except UserError as error:
             if other or done:
                 log(f"{kind}: skipped, {error}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from utils import paths
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
 
@@ -112,3 +113,23 @@ def test_run_script_prints_one_line(capsys):
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ValueError, match="a bug"):  # anything else keeps its traceback
         run_script(lambda: (_ for _ in ()).throw(ValueError("a bug")))
+
+
+def test_output_lies_in_the_project_wherever_the_command_is_typed(tmp_path, monkeypatch):
+    @dataclass
+    class Paths:
+        data_path: str = opt("output/data", "where", path=True)
+        name: str = opt("output/x", "no path")
+
+    monkeypatch.setattr(paths, "PROJECT", tmp_path)
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse(Paths, []).data_path == "output/data"  # in the project itself a path stays as it was typed
+    monkeypatch.chdir("deep")
+    assert parse(Paths, []).data_path == str(tmp_path / "output/data")
+    for mine in ("outputs/data", "../output/data", "data", str(tmp_path / "elsewhere"), ""):
+        assert parse(Paths, [f"--data_path={mine}"]).data_path == mine
+    assert parse(Paths, []).name == "output/x"
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/preset.yaml").write_text("data_path: output/mine")
+    assert parse(Paths, ["--config=output/preset.yaml"]).data_path == str(tmp_path / "output/mine")

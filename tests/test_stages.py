@@ -14,6 +14,7 @@ import pretrain
 import sft
 from engine.checkpoint import find_runs, load_run, newest_run
 from model import list_models
+from utils import paths
 from utils.errors import UserError
 
 NAME = list_models()[0]
@@ -28,11 +29,13 @@ def stages(tmp_path_factory):
     tokenizer = make_tokenizer(folder / "output/tokenizer")
     pretrain_files(folder / "output/data", tokenizer)
     sft_files(folder / "output/data", tokenizer)
-    before = os.getcwd()
+    before, project = os.getcwd(), paths.PROJECT
     os.chdir(folder)
+    paths.PROJECT = folder  # where output/ lies
     pretrain.main([f"--model_name={NAME}", *SMALL])
     yield folder
     os.chdir(before)
+    paths.PROJECT = project
 
 
 def test_from_pretraining_to_a_loaded_chat_model(stages):
@@ -139,7 +142,8 @@ def test_user_errors_are_one_line(stages, script, flags, says, monkeypatch):
 
 
 def test_the_command_prints_one_line_and_fails(stages):
-    command = [sys.executable, str(ROOT / "pretrain.py"), "--model_name=nothing"]
+    command = [sys.executable, str(ROOT / "pretrain.py"), "--model_name=nothing",
+               f"--tokenizer_path={stages / 'output/tokenizer'}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: unknown model 'nothing'")

@@ -22,13 +22,18 @@ from pathlib import Path
 import yaml
 
 from utils.errors import UserError
+from utils.paths import project_path
 
 SWITCH = ("auto", "true", "false")  # choices of a setting that may also decide by itself: --compile, --no_compile
 
 
-def opt(default, help: str, choices: tuple = (), neutral: bool = False):
-    """A config field. `neutral`: it changes how the work is done, not what comes out (resuming ignores it)."""
-    metadata = {"help": help, "choices": choices, "neutral": neutral}
+def opt(default, help: str, choices: tuple = (), neutral: bool = False, path: bool = False):
+    """A config field.
+
+    neutral: it changes how the work is done, not what comes out (resuming ignores it). path: a file or a folder, so
+    that `parse` resolves it by `utils.paths.project_path`.
+    """
+    metadata = {"help": help, "choices": choices, "neutral": neutral, "path": path}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -49,7 +54,7 @@ def parse(config_class, argv: list[str] | None = None, model_args=None):
     preset_path = flags.pop("config", None)
     merged: dict[str, object] = {}
     if preset_path is not None:
-        preset = load_yaml(preset_path)
+        preset = load_yaml(project_path(preset_path))
         model_part = preset.pop("model", None) or {}
         if not isinstance(model_part, dict):
             raise UserError(f"{preset_path}: `model:` must be a mapping of architecture fields")
@@ -72,6 +77,9 @@ def parse(config_class, argv: list[str] | None = None, model_args=None):
         raise SystemExit(0)
     if "model" in fields:
         values["model"] = typed_model_values(model_values, args_class)
+    for key, field in fields.items():
+        if field.metadata.get("path"):
+            values[key] = project_path(values.get(key, field.default))
     return config_class(**values)
 
 

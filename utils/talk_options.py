@@ -24,5 +24,5 @@ class AnswerOptions:
 
 @dataclass
 class TalkOptions(AnswerOptions):
-    output_path: str = opt("output", "folder of the runs")
+    output_path: str = opt("output", "folder of the runs", path=True)
     precision: str = opt("fp32", "of the weights", choices=("fp32", "bf16", "fp16"))
