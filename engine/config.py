@@ -70,7 +70,7 @@ class TrainConfig:
     keep_every: int = opt(0, "keep the checkpoints at multiples of so many steps as well; 0: none", neutral=True)
     keep_best: bool = opt(True, "keep the checkpoint with the lowest held-out loss of those evaluated at their step",
                           neutral=True)
-    write_run_path: str = opt("", "file that gets the path of the run folder, for scripts", neutral=True)
+    write_run_path: str = opt("", "file that gets the path of the run folder, for scripts", neutral=True, path=True)
     resume: str = opt("auto", "auto: go on with an unfinished run of the same settings; never: a new run; "
                       "must: fail when there is none; or the path of a run folder", neutral=True, path=True)
 
