@@ -23,11 +23,18 @@ from utils.log import log
 from utils.text import clean_text, is_held_out
 from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, Tokenizer, load_tokenizer, side_files
 
-# After DeepSeek-V3's: runs of Chinese characters and kana stand apart from punctuation and from Latin letters, so no
-# token joins a comma to the word behind it. Digits stand singly: small models count better so.
-_CJK = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
-_LETTERS = r"(?:(?!" + _CJK + r")[\p{L}\p{M}])+"
-_REST = r"|[ !-/:-@\[-`{-~]?" + _LETTERS + r"|\p{N}| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The pre-tokenizer that the file keeps: DeepSeek-V3's, to the letter, for fast encoders know it by its words. Runs of
+# Chinese characters and kana stand apart from punctuation and from Latin letters.
+_SPLITS = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+# Finer in training only, where it is enough: pairs that are never seen together are never merged. Digits stand singly:
+# small models count better so.
+_DIGIT = r"\p{N}"
+_HAN = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
 
 
 @dataclass
@@ -44,9 +51,10 @@ class TokenizerConfig:
     split_han: bool = opt(False, "every Chinese character a token of its own, as verse wants it: lines can be counted")
 
 
-def pattern(split_han: bool) -> str:
-    """The regular expression (Oniguruma) of the pre-tokenizer: merges never cross its matches."""
-    return (_CJK if split_han else _CJK + "+") + _REST
+def pre_tokenizer(*finer: str) -> pre_tokenizers.PreTokenizer:
+    """Split at the matches of each regular expression (Oniguruma) in turn, then to bytes: merges never cross a cut."""
+    splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in (*finer, *_SPLITS)]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def train(texts: Iterator[str], vocab_size: int, min_frequency: int = 2, split_han: bool = False) -> Backend:
@@ -56,12 +64,7 @@ def train(texts: Iterator[str], vocab_size: int, min_frequency: int = 2, split_h
             f"vocab_size={vocab_size} is too small: {N_SPECIAL} special tokens and 256 bytes need {N_SPECIAL + 256}"
         )
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern(split_han)), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = pre_tokenizer(_DIGIT, *([_HAN] if split_han else []))
     backend.decoder = decoders.ByteLevel()
     special = [*SPECIAL_TOKENS, *(f"<|reserved_{i}|>" for i in range(N_SPECIAL - len(SPECIAL_TOKENS)))]
     trainer = trainers.BpeTrainer(
@@ -72,6 +75,7 @@ def train(texts: Iterator[str], vocab_size: int, min_frequency: int = 2, split_h
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = pre_tokenizer()
     return backend
 
 

@@ -101,6 +101,19 @@ def test_chinese_stands_apart_from_punctuation(tmp_path, split_han):
     assert longest == 1 if split_han else longest > 1
 
 
+@pytest.mark.parametrize("split_han", [False, True])
+def test_what_is_finer_in_training_stays_apart(tmp_path, split_han):
+    """The file's own splits are coarser than those of the training: digits and, if asked, Han are single all the same."""
+    tokenizer, random_ = make_tokenizer(tmp_path, 700, split_han), random.Random(5)
+    han = [chr(code) for code in (*range(0x3400, 0x4DC0), *range(0x4E00, 0xA000), *range(0x20000, 0x20100))]
+    single = "0123456789" + "明月光霜床前思故乡" * split_han
+    for _ in range(300):
+        text = "".join(random_.choice(single) + random_.choice(han) * split_han for _ in range(20))
+        tokens = [tokenizer.backend.id_to_token(token_id) for token_id in tokenizer.encode(text)]
+        ends = set(itertools.accumulate(map(len, tokens)))  # a byte is one character of a token
+        assert ends >= set(itertools.accumulate(len(char.encode()) for char in text))
+
+
 def test_transformers_loads_the_folder_as_it_is(tokenizer):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(str(tokenizer.path))
