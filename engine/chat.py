@@ -4,12 +4,12 @@ import time
 import torch
 
 from engine import checkpoint
+from engine.batching import room
 from engine.distributed import find_device
-from engine.generate import room, stream
+from engine.generate import decode, new_request
 from engine.sampling import Sampling
 from utils.chat_template import encode_chat
 from utils.errors import UserError
-from utils.tokenizer import StreamDecoder
 
 BASE = "pretrain"       # the stage whose models have seen no conversation
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,25 +69,21 @@ class Reply:
         self.first_seconds = 0.0        # from the call to the first token: reading the prompt
         self.finish = "stopped"         # "stop": the model ended it; "length": no room left; "stopped": by the reader
         self.dropped = dropped          # messages left out because they did not fit
-        self._limit = room(model, ids, max_new_tokens)
-        self._call = model, tokenizer, ids, max_new_tokens, sampling
+        room(model, ids, max_new_tokens)
+        self._model, self._request = model, new_request(tokenizer, ids, max_new_tokens, sampling, text=True)
 
     def __iter__(self):
-        model, tokenizer, ids, max_new_tokens, sampling = self._call
-        decoder, start = StreamDecoder(tokenizer), time.perf_counter()
-        for token in stream(model, tokenizer, ids, max_new_tokens, **vars(sampling)):
-            self.tokens += 1
-            self.seconds = time.perf_counter() - start
-            self.first_seconds = self.first_seconds or self.seconds
-            piece = decoder.push(token)
+        request, start = self._request, time.perf_counter()
+        for _ in decode(self._model, [request]):
+            if len(request.tokens) > self.tokens:
+                self.tokens = len(request.tokens)
+                self.seconds = time.perf_counter() - start
+                self.first_seconds = self.first_seconds or self.seconds
+            piece = request.text[len(self.text):]
             if piece:
                 self.text += piece
                 yield piece
-        self.finish = "length" if self.tokens == self._limit else "stop"
-        rest = decoder.flush()
-        if rest:
-            self.text += rest
-            yield rest
+            self.finish = request.finish or self.finish
 
     def figures(self):
         """What to tell below the answer, without the model: tokens, tokens_per_s, first_seconds, finish, dropped.

@@ -1,6 +1,6 @@
 """From logits to the next token: the filters, and one draw that depends on nothing but its row's seed."""
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,8 @@ class Sampling:
     top_p: float = 1.0                # keep the fewest likeliest tokens whose probabilities reach p; 1 keeps all
     min_p: float = 0.0                # drop tokens less likely than min_p times the likeliest; 0 drops none
     repetition_penalty: float = 1.0   # positive logits of tokens already there are divided by it, negative multiplied
+    frequency_penalty: float = 0.0    # taken off the logit of a token for every time it stands in the answer
+    presence_penalty: float = 0.0     # taken off once for a token that stands in the answer
     seed: int | None = None           # row i draws from seed + i, so it gets the same text alone; None: fresh each call
 
     def __post_init__(self):
@@ -25,25 +27,40 @@ class Sampling:
             ("top_p", "above 0 and at most 1 (1 is off)", 0 < self.top_p <= 1),
             ("min_p", "from 0 (off) to 1", 0 <= self.min_p <= 1),
             ("repetition_penalty", "above 0 (1 is off)", 0 < self.repetition_penalty < float("inf")),
+            ("frequency_penalty", "from -2 to 2 (0 is off)", -2 <= self.frequency_penalty <= 2),
+            ("presence_penalty", "from -2 to 2 (0 is off)", -2 <= self.presence_penalty <= 2),
             ("seed", "0 or more and below 2^63", self.seed is None or 0 <= self.seed < 2**63),
         ):
             if not holds:
                 raise UserError(f"{name}={getattr(self, name)} is out of range: give {allowed}")
 
-    def uniforms(self, rows, steps):
-        """The random numbers of a whole call, in (0, 1], float32 on the CPU.  # (B, steps)
+    def of_row(self, row):
+        """The settings of one row of a batch: its own seed."""
+        return self if self.seed is None else replace(self, seed=(self.seed + row) % 2**63)
+
+    def penalizes(self):
+        """Whether it matters which tokens are there already."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+
+    def uniforms(self, steps):
+        """The random numbers of one answer, in (0, 1], float32 on the CPU.  # (steps,)
 
         Drawn before the first step and on the CPU, so a seed means the same on every device and no step waits for
-        one. Each row has a generator of its own: what the other rows do, or how many there are, changes nothing.
+        one. Each answer has a generator of its own: what is written beside it changes nothing.
         """
         seed = secrets.randbits(48) if self.seed is None else self.seed
-        rows = [torch.rand(steps, generator=torch.Generator().manual_seed(seed + row)) for row in range(rows)]
-        return 1 - torch.stack(rows)
+        return 1 - torch.rand(steps, generator=torch.Generator().manual_seed(seed))
 
 
-def penalize(logits, seen, penalty):
-    """Make tokens that are already in the row less likely (Keskar et al. 2019, section 4.1).  # (B, V), (B, V) bool"""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+def penalize(logits, sampling, seen, counts):
+    """Make tokens that are already there less likely.  # (V,) -> (V,)
+
+    seen (V,) bool: those of prompt and answer, for the repetition penalty (Keskar et al. 2019, section 4.1); counts
+    (V,): how often each stands in the answer, for the two penalties that OpenAI's API has.
+    """
+    scaled = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+    logits = torch.where(seen, scaled, logits)
+    return logits - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
 
 
 def candidates(logits, sampling):
@@ -106,3 +123,13 @@ def pick(logits, sampling, uniform):
         tokens = torch.searchsorted(reached, uniform.to(reached)[:, None] * reached[:, -1:])      # (B, 1)
         tokens = (tokens if ids is None else ids.gather(-1, tokens.clamp(max=ids.shape[-1] - 1)))[:, 0]
     return tokens.masked_fill(~logits.amax(-1).isfinite(), -1)   # the caller reads the tokens anyway: no extra wait
+
+
+def log_probabilities(logits, tokens, n_top):
+    """How likely the model itself found the tokens, and the n_top likeliest, before any filter.
+
+    # (B, V), (B,) -> (B,), (B, n_top), (B, n_top): natural logarithms of the tokens and of the likeliest, their ids
+    """
+    logs = logits.float().log_softmax(-1)
+    top, ids = logs.topk(min(n_top, logs.shape[-1]))
+    return logs.gather(-1, tokens[:, None])[:, 0], top, ids

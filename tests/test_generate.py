@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.generate import generate, stream
-from engine.sampling import Sampling, distribution, penalize, pick
+from engine.generate import decode, generate, new_request, stream
+from engine.sampling import Sampling, distribution, log_probabilities, penalize, pick
 from model import BaseModel, BaseModelArgs, get_model_and_args, list_models
 from utils.errors import UserError
 
@@ -170,7 +170,7 @@ def test_top_p_over_a_large_vocabulary():
 def test_drawn_tokens_follow_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -9.0]])
     for sampling in (Sampling(), Sampling(1e-300), Sampling(2.0), Sampling(top_p=0.8), Sampling(top_k=3, min_p=0.2)):
-        drawn = pick(logits.expand(40_000, -1), sampling, Sampling(seed=1).uniforms(1, 40_000)[0])
+        drawn = pick(logits.expand(40_000, -1), sampling, Sampling(seed=1).uniforms(40_000))
         share = torch.bincount(drawn, minlength=6) / len(drawn)
         expected = distribution(logits, sampling)[0]
         assert (share - expected).abs().max() < 0.012           # five standard deviations
@@ -179,15 +179,90 @@ def test_drawn_tokens_follow_the_distribution():
             assert expected[pick(logits, sampling, torch.tensor([edge]))] > 0
 
 
+def test_filters_against_transformers():
+    from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+    from transformers import MinPLogitsWarper as MinP
+    from transformers import TemperatureLogitsWarper as Temperature
+    from transformers import TopKLogitsWarper as TopK
+    from transformers import TopPLogitsWarper as TopP
+
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(6, 53, generator=generator) * 3
+    ids = torch.randint(0, 53, (6, 20), generator=generator)                    # prompt and answer
+    for temperature, top_k, top_p, min_p, repetition in (
+            (0.7, 0, 0.9, 0.0, 1.3), (1.5, 12, 0.8, 0.05, 1.0), (1.0, 5, 1.0, 0.2, 0.8), (2.0, 0, 0.5, 0.01, 2.0)):
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition)
+        theirs = [RepetitionPenaltyLogitsProcessor(repetition), Temperature(temperature)]
+        theirs += [Filter(value) for Filter, value, off in ((TopK, top_k, 0), (TopP, top_p, 1), (MinP, min_p, 0))
+                   if value != off]
+        expected = LogitsProcessorList(theirs)(ids, logits).softmax(-1)
+        seen = torch.zeros(6, 53, dtype=torch.bool).scatter(1, ids, True)
+        ours = torch.stack([penalize(row, sampling, there, torch.zeros(53)) for row, there in zip(logits, seen)])
+        torch.testing.assert_close(distribution(ours, sampling), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_frequency_and_presence_penalty_against_the_definition():
+    """logit - count * frequency - (count > 0) * presence, over the answer; and the whole decoding loop with it."""
+    logits = torch.randn(9, generator=torch.Generator().manual_seed(0))
+    counts = torch.tensor([0, 1, 3, 0, 2, 0, 0, 5, 1])
+    ours = penalize(logits, Sampling(frequency_penalty=0.7, presence_penalty=-0.4), counts > 0, counts)
+    expected = [x - 0.7 * n + 0.4 * (n > 0) for x, n in zip(logits.double().tolist(), counts.tolist())]
+    torch.testing.assert_close(ours.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+
+    model, answer = make("no state"), []
+    model.lm_head.bias.data[9] += 30.0              # would be said for ever
+    for _ in range(30):
+        with torch.no_grad():
+            scores = model(torch.tensor([[1, 9, 9] + answer]))[0][0, -1].tolist()
+        scores = [x - 1.3 * answer.count(i) - 0.2 * (i in answer) for i, x in enumerate(scores)]
+        answer.append(max(range(V), key=scores.__getitem__))
+    assert 1 < answer.count(9) < 30 and len(set(answer)) > 3
+    assert generate(model, TOKENIZER, [[1, 9, 9]], 30, stop_ids=(), temperature=0, frequency_penalty=1.3,
+                    presence_penalty=0.2) == [answer]
+
+
 def test_repetition_penalty_and_greedy():
-    logits, seen = torch.tensor([[2.0, -2.0, 1.9, -1.0]]), torch.tensor([[True, True, False, False]])
-    assert penalize(logits, seen, 2.0).tolist() == [[1.0, -4.0, torch.tensor(1.9).item(), -1.0]]
+    logits, seen = torch.tensor([2.0, -2.0, 1.9, -1.0]), torch.tensor([True, True, False, False])
+    assert penalize(logits, Sampling(repetition_penalty=2.0), seen, torch.zeros(4)).tolist() == [
+        1.0, -4.0, torch.tensor(1.9).item(), -1.0]
     model = make("no state")
     model.lm_head.bias.data[9] = 100.0              # would be said for ever
     assert generate(model, TOKENIZER, [[1]], 6, stop_ids=(), temperature=0) == [[9] * 6]
     once = generate(model, TOKENIZER, [[1]], 6, stop_ids=(), temperature=0, repetition_penalty=1e4)[0]
     assert once.count(9) == 1 and len(set(once)) == 6
     assert 9 not in generate(model, TOKENIZER, [[1, 9]], 6, stop_ids=(), temperature=0, repetition_penalty=1e4)[0]
+
+
+def test_settings_differ_within_a_batch():
+    """Each row is drawn by its own settings, as it is alone."""
+    model = make("recurrent")
+    settings = [Sampling(0), Sampling(0.8, seed=1), Sampling(1.2, top_k=4, seed=1), Sampling(0, repetition_penalty=1.5),
+                Sampling(0.8, seed=2)]
+    together = [new_request(TOKENIZER, ids, 15, one, ()) for ids, one in zip(PROMPTS, settings)]
+    list(decode(model, together))
+    for request, ids, one in zip(together, PROMPTS, settings):
+        assert generate(model, TOKENIZER, [ids], 15, stop_ids=(), **vars(one)) == [request.tokens]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_log_probabilities_are_the_model_s_own(name):
+    """Of the text as the model reads it at once, before temperature, penalties and filters."""
+    model, sampling = make(name), Sampling(0.8, top_k=9, repetition_penalty=1.2, seed=3)
+    requests = [new_request(TOKENIZER, ids, 10, sampling, (), top_logprobs=n)
+                for ids, n in zip(PROMPTS, (3, 0, None, 5))]
+    list(decode(model, requests))
+    assert requests[2].logprobs == []
+    for request in (requests[0], requests[1], requests[3]):
+        with torch.no_grad():
+            logs = model(torch.tensor([request.ids + request.tokens]))[0][0].double().log_softmax(-1)
+        logs = logs[len(request.ids) - 1:-1]
+        assert len(request.logprobs) == len(request.tokens) == 10
+        for token, row, (own, top) in zip(request.tokens, logs, request.logprobs):
+            assert own == pytest.approx(row[token].item(), abs=2e-5)
+            best, ids = row.topk(request.top_logprobs)
+            assert list(top) == ids.tolist() and list(top.values()) == pytest.approx(best.tolist(), abs=2e-5)
+    own, top, ids = log_probabilities(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([0]), 9)
+    assert own.shape == (1,) and ids.tolist() == [[2, 1, 0]]       # no more than there are
 
 
 @pytest.mark.parametrize("bad", ({"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},

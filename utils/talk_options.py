@@ -3,7 +3,8 @@ from dataclasses import asdict, dataclass
 
 from utils.config import opt
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty",
+            "presence_penalty", "seed")
 
 
 @dataclass
@@ -14,6 +15,8 @@ class AnswerOptions:
     top_p: float = opt(0.9, "keep the fewest tokens whose probabilities reach p (1: all)")
     min_p: float = opt(0.0, "drop tokens less likely than min_p times the likeliest (0: none)")
     repetition_penalty: float = opt(1.0, "above 1, tokens already there become less likely")
+    frequency_penalty: float = opt(0.0, "taken off a token's logit for every time it stands in the answer")
+    presence_penalty: float = opt(0.0, "taken off once for a token that stands in the answer")
     seed: int | None = opt(None, "the same seed gives the same answer (none: a fresh one each time)")
     device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
 
