@@ -1,5 +1,11 @@
-"""One process of test_distributed.py: trains the tiny model on unevenly masked rows. Started by torchrun or alone."""
+"""One process of test_distributed.py: trains the tiny model on unevenly masked rows. Started by torchrun or alone.
 
+The environment makes trouble in one step (counted from 1): STOP_AT sends SIGTERM to the first rank, KILL_AT SIGKILL to
+the last one unless it has been restarted, NAN_AT spoils the loss of the last one alone.
+"""
+
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,11 +27,22 @@ from utils.tokenizer import load_tokenizer  # noqa: E402
 class RankModel(TinyModel):
     """Leaves a layer out of the graph on all ranks but the first, as a plugin with rare branches would."""
 
+    def before_step(self, step, total_steps):
+        self.trouble = {name: os.environ.get(name) == str(step + 1) for name in ("STOP_AT", "KILL_AT", "NAN_AT")}
+        last = distributed.rank() == distributed.world_size() - 1
+        if self.trouble["STOP_AT"] and distributed.is_main():
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.trouble["KILL_AT"] and last and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.trouble["NAN_AT"] &= last
+
     def forward(self, input_ids, targets=None, doc_ids=None):
         logits, loss, other_vars = super().forward(input_ids, targets, doc_ids)
         if distributed.is_main() and loss is not None:
             extra = 0.0 * self.unused.sum()
             loss, other_vars = loss + extra, {**other_vars, "loss/extra": other_vars["loss/extra"] + extra}
+        if self.training and loss is not None and self.trouble["NAN_AT"]:
+            loss = loss * float("nan")
         return logits, loss, other_vars
 
 
@@ -35,7 +52,8 @@ def main():
     tokenizer = load_tokenizer(config.tokenizer_path)
     distributed.init("cpu")
     torch.manual_seed(config.seed + distributed.rank())  # every rank starts elsewhere: rank 0's weights must win
-    model = RankModel(TinyModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=32))
+    dropout = config.model.get("dropout", 0.0)
+    model = RankModel(TinyModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=32, dropout=float(dropout)))
     rows = {name: DocumentRows(TokenFile(data / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, long="drop")
             for name in ("train", "val")}
     train(config, "sft", model, tokenizer, rows["train"], rows["val"], "python next.py")
