@@ -12,15 +12,24 @@ usage() {
     sed -n '2,6s/^# \{0,1\}//p' run_demo.sh
 }
 
-model=mini_deepseekv3 quick=
+model= quick=
 for argument in "$@"; do
     case $argument in
         --quick) quick=yes ;;
         -h | --help) usage && exit ;;
         -*) die "unknown option $argument: bash run_demo.sh [MODEL] [--quick]" ;;
-        *) model=$argument ;;
+        *)
+            [ -z "$model" ] || die "one model at a time, not $model and $argument: bash run_demo.sh [MODEL] [--quick]"
+            model=$argument
+            ;;
     esac
 done
+model=${model:-mini_deepseekv3}
+# before anything is installed: a name that no file in model/ gives is a typing mistake
+if ! grep -qF -e "\"$model\"" -e "'$model'" model/*.py; then
+    names=$(sed -nE "s/^ +model_name = [\"'](mini_[a-z0-9_]+)[\"'].*/\1/p" model/*.py | sort | tr '\n' ' ')
+    die "unknown model $model: there are ${names% } (a new one is a new file in model/)"
+fi
 
 out=output
 tokenizer_flags=(--vocab_size=5120 --split_han --max_characters=8000000) preprocess_flags=() pretrain_flags=() sft_flags=() evaluate_flags=()
@@ -35,6 +44,7 @@ fi
 
 export PYTHONUTF8=1 PYTHONUNBUFFERED=1 # Chinese text whatever the locale; progress at once, also into a pipe
 marks=output/.demo times=$out/demo_times.json
+run_path=$marks/run_path # where the last training stage says which folder it trained in
 chain= # a hash over all that the stages so far were made from
 
 elapsed() {
@@ -67,25 +77,24 @@ stage() {
             return
         fi
     fi
+    mkdir -p "$marks"
+    [ "$result" != run ] || set -- "$@" --write_run_path="$run_path"
+    rm -f "$run_path"
     printf '\n[%s] %s\n$ python %s\n' "$(elapsed)" "$name" "$*"
     "$python" "$@"
-    [ "$result" != run ] || result=$(newest_run "$name")
+    [ "$result" != run ] || result=$(finished_run)
     if [ ! -f "$result" ]; then
         die "$name ended without its result: see above, then give the same command again"
     fi
-    mkdir -p "$marks"
     printf '%s\n%s\n' "$result" "$(sha256 <"$result")" >"$mark"
     "$python" demo/times.py "$times" "$name" $((SECONDS - start)) $of_model
 }
 
-# The summary of the newest finished run of a stage: a run with other settings than the one before has a numbered folder.
-newest_run() {
-    local summary newest=
-    for summary in "$out/$1_$model/summary.json" "$out/$1_$model"_[0-9]*/summary.json; do
-        [ -f "$summary" ] || continue
-        [ -n "$newest" ] && [ "$newest" -nt "$summary" ] || newest=$summary
-    done
-    ! [ -f "$newest" ] || ! grep -q '"status": "finished"' "$newest" || printf '%s' "$newest"
+# The summary of the run that the last stage wrote, if it finished.
+finished_run() {
+    local summary
+    summary=$(cat "$run_path" 2>/dev/null)/summary.json
+    ! grep -q '"status": "finished"' "$summary" 2>/dev/null || printf '%s' "$summary"
 }
 
 printf '[%s] python environment\n' "$(elapsed)"

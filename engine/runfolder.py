@@ -59,7 +59,9 @@ def choose_place(config, stage: str, who: dict) -> Place:
     if error is not None:
         raise error
     if config.write_run_path and distributed.is_main():
-        write_text(Path(config.write_run_path), f"{place.folder}\n")
+        file = Path(config.write_run_path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, f"{place.folder}\n")
     return place
 
 

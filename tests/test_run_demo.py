@@ -39,6 +39,7 @@ elif name in ("pretrain", "sft"):
     status = "stopped by SIGINT" if os.environ.get("STOP") == name else "finished"
     if status == "finished":
         write(folder / "summary.json", json.dumps({"status": status, "flags": flags}, indent=1))
+    write(flags["write_run_path"], str(folder))
 elif name == "evaluate":
     write(f"{flags['run']}/demo.json", "{}")
 """
@@ -58,7 +59,7 @@ def project(tmp_path):
     (root / "demo/report.py").write_text("print('the report')\n", encoding="utf-8")
     (root / "model/__init__.py").write_text("def model_file(name): return f'model/{name}.py'\n", encoding="utf-8")
     for name in ("one", "mini_deepseekv3"):
-        (root / f"model/{name}.py").write_text("# architecture\n", encoding="utf-8")
+        (root / f"model/{name}.py").write_text(f'    model_name = "{name}"\n', encoding="utf-8")
         (root / f"configs/{name}_cpu.yaml").write_text("max_lr: 1\n", encoding="utf-8")
     (root / "configs/sft_cpu.yaml").write_text("max_lr: 1\n", encoding="utf-8")
     for name in ("requirements.txt", "pyproject.toml", ".venv/installed-demo"):  # nothing to install
@@ -124,7 +125,7 @@ def test_quick_has_an_output_folder_of_its_own(project):
 def test_what_changed_is_done_again_and_what_follows(project, changed, again):
     demo(project, "one")
     before = (project / changed).read_text(encoding="utf-8")
-    (project / changed).write_text("# changed\n", encoding="utf-8")
+    (project / changed).write_text(before + "# changed\n", encoding="utf-8")
     done, called = demo(project, "one")
     assert done.returncode == 0 and called == again, done.stderr
     if changed.startswith("model"):
@@ -141,6 +142,19 @@ def test_an_interrupted_training_stops_the_demo_and_goes_on_the_next_time(projec
     assert done.returncode == 0 and called == ["pretrain", "sft", "evaluate"]
 
 
+def test_fine_tuning_starts_from_the_run_that_the_stage_before_names(project):
+    """Not from the one whose summary is the newest: a run that is finished already leaves its summary alone."""
+    demo(project, "one")
+    (project / "output/pretrain_one_2").mkdir()
+    (project / "output/pretrain_one_2/summary.json").write_text('{"status": "finished"}', encoding="utf-8")
+    stand_in = (project / "pretrain.py").read_text(encoding="utf-8")
+    first = stand_in.replace('while (folder / "summary.json").exists()', "while False")
+    (project / "pretrain.py").write_text(first, encoding="utf-8")  # finds its run finished, under the first name
+    (project / "configs/one_cpu.yaml").write_text("max_lr: 1  # said otherwise\n", encoding="utf-8")
+    done, called = demo(project, "one")
+    assert called == ["pretrain", "sft", "evaluate"] and "--init_from=output/pretrain_one " in done.stdout
+
+
 def test_a_failing_stage_stops_the_demo(project):
     (project / "train_tokenizer.py").write_text("raise SystemExit(3)\n", encoding="utf-8")
     done, _ = demo(project)
@@ -152,7 +166,15 @@ def test_user_errors_are_one_line(project):
     assert done.returncode == 2 and done.stderr.splitlines() == [
         "error: unknown option --fast: bash run_demo.sh [MODEL] [--quick]"
     ]
+    done, _ = demo(project, "one", "two")
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        "error: one model at a time, not one and two: bash run_demo.sh [MODEL] [--quick]"
+    ]
     shutil.rmtree(project / ".venv")
+    done, _ = demo(project, "mini_deepseekv4")  # said before a .venv is made
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.splitlines() == [
+        "error: unknown model mini_deepseekv4: there are mini_deepseekv3 (a new one is a new file in model/)"
+    ]
     done, _ = demo(project, PYTHON="/no/such/python")
     assert done.returncode == 2 and "PYTHON=/no/such/python is not a Python of version 3.11" in done.stderr
     old = project / "old"
