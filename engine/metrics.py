@@ -42,13 +42,15 @@ class RunLog:
             self._add(name, value.detach().float().cpu(), record["step"])
 
     def evaluation(self, record: dict) -> None:
-        """One held-out evaluation: record holds step, tokens, val_loss and perhaps val_bpc."""
+        """One held-out evaluation, and the curve so far: record holds step, tokens, val_loss and perhaps val_bpc."""
         if self.folder is None:
             return
         self._write(record)
         for name in ("val_loss", "val_bpc"):
             if record.get(name) is not None:
                 self._show("scalar", name.replace("_", "/"), record[name], record["step"])
+        with self._going_on():
+            draw_curve(self.path, self.folder / "loss_curve.png")
 
     def text(self, name: str, value: str, step: int) -> None:
         if self.folder is not None:
@@ -66,7 +68,7 @@ class RunLog:
                 os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Flush everything and draw loss_curve.png."""
+        """Flush everything and draw loss_curve.png anew, with the last steps."""
         if self.folder is None:
             return
         with self._going_on():
@@ -163,7 +165,9 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         axes.legend()
     axes.grid(alpha=0.3)
     axes.set_title(metrics.parent.name)
-    figure.savefig(picture)
+    beside = picture.with_name(f".{picture.name}")
+    figure.savefig(beside, format="png")
+    os.replace(beside, picture)  # in one move: who looks at it during the run never sees half of it
 
 
 def memory_text(device: torch.device) -> str:

@@ -15,6 +15,7 @@ from engine.checkpoint import load_training_state
 from engine.config import plan_batch, plan_steps, resolve_precision
 from engine.files import write_text
 from engine.guard import StepGuard
+from engine.health import Health
 from engine.heldout import held_out_loss
 from engine.keeping import Saver, ensure_room
 from engine.loader import StepLoader, to_device
@@ -75,6 +76,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         state = load_training_state(place.checkpoint, model, optimizer)
         scaler.load_state_dict(state.pop("scaler", {})) if scaler.is_enabled() else None
     compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
+    health = Health(model, hooks=not compiled)
     forward = torch.compile(model, dynamic=False) if compiled else model
     train_forward = checked(forward, type(model))
     if config.z_loss:
@@ -140,6 +142,11 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             model.before_step(step, total_steps)
             guard.remember()
 
+            done, last = step + 1, step + 1 == total_steps
+            logged = done % config.log_interval == 0 or last or done == 1
+            if logged:
+                health.watch()
+
             # 4b. forward and backward. Each micro-batch weighs as much as it has valid targets in the step of all
             # processes: a mean over tokens, not a mean of means
             targets, tokens, stopping = distributed.sum_numbers([sum(work.targets), work.tokens, stop.wanted])
@@ -161,6 +168,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             distributed.sum_gradients(parameters)
             scaler.unscale_(optimizer)
             values = distributed.sum_tensors(values)
+            if logged:
+                health.before_update()
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if config.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
@@ -184,12 +193,12 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             state["step"], state["tokens"] = step + 1, state["tokens"] + int(tokens)
             state["seconds"] += seconds
             since_log = [since_log[0] + tokens, since_log[1] + seconds]
-            last, done = step + 1 == total_steps, step + 1
             text = None
-            if done % config.log_interval == 0 or last or done == 1:
+            if logged:
                 record = {"step": done, "tokens": state["tokens"], "loss": loss_value, "lr": lr,
                           "grad_norm": norm_value, "tokens_per_s": round(since_log[0] / max(since_log[1], 1e-9), 1)}
-                run_log.step(record, {name: value for name, value in values.items() if name != "loss"})
+                del values["loss"]
+                run_log.step(record, values | health.after_update(done, values))
                 text = log_text(record, state["smooth_loss"], val.get("val_loss"), state["skipped"], device)
                 since_log = [0, 0.0]
             progress.update(done, text)

@@ -30,6 +30,7 @@ from .layers import (
     yarn_mscale,
 )
 
+MTP_ACCURACY_STRIDE = 16  # every so many positions are looked at for "mtp/accuracy"
 LATENT_NORM_EPS = 1e-6  # of the norms of the two latents; in the published code it is no setting
 
 
@@ -357,7 +358,7 @@ class DeepSeekV3Model(BaseModel):
         At depth k position i stands for token i and knows tokens up to i + k; it predicts token i + k + 1, which is
         `targets` moved by k. A pair whose two ends lie in different documents predicts nothing.
         """
-        losses, loads = [], []
+        losses, loads, hits, seen = [], [], 0, 0
         n_targets = (targets != -100).sum().clamp(min=1)
         for k, module in enumerate(self.mtp, start=1):
             n = targets.shape[1] - k  # positions that still have a token i + k
@@ -373,10 +374,15 @@ class DeepSeekV3Model(BaseModel):
             # Both equations divide by the T of the whole sequence, so a depth weighs by the targets that it has left.
             share = (target != -100).sum() / n_targets
             losses.append(lm_loss(x, self.lm_head.weight, target) * share)
+            with torch.no_grad():  # how often it is right, from a part of the positions: no second output head
+                some = target[:, ::MTP_ACCURACY_STRIDE]
+                hits += (F.linear(x[:, ::MTP_ACCURACY_STRIDE], self.lm_head.weight).argmax(dim=-1) == some).sum()
+                seen += (some != -100).sum()
             if load is not None:
                 loads.append(load)
                 balances.append(balance)
         if losses:
+            other_vars["mtp/accuracy"] = hits / seen.clamp(min=1)
             other_vars["loss/mtp"] = self.args.mtp_loss_weight * torch.stack(losses).sum() / len(self.mtp)
         if loads:
             other_vars["moe/load_mtp"] = torch.stack(loads).detach()  # (D, E)

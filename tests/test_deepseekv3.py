@@ -154,6 +154,32 @@ def test_mtp_loss_equals_the_equations(depths):
     assert got.item() == pytest.approx((args.mtp_loss_weight * total / depths).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("depths", [1, 2])
+def test_mtp_accuracy_equals_a_count(depths):
+    """Every sixteenth position of each depth, one by one; taught for a while, so that some of it is right."""
+    model = sharp_model(small_args(n_mtp_layers=depths, max_seq_len=40)).train()
+    ids = torch.arange(40).repeat(2, 1) % 5 + 3
+    targets = ids.roll(-1, 1)
+    targets[0, 20:] = targets[:, -1] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(ids, targets=targets)[1].backward()
+        optimizer.step()
+    outputs = []
+    for module in model.mtp:
+        module.register_forward_hook(lambda _m, _i, out: outputs.append(out[0]))
+    _, _, other_vars = model(ids, targets=targets)
+    right = seen = 0
+    for k, hidden in enumerate(outputs, start=1):
+        for row, position in itertools.product(range(2), range(0, 40 - k, 16)):
+            target = targets[row, position + k].item()
+            if target != -100:
+                seen += 1
+                right += (model.lm_head.weight @ hidden[row, position]).argmax().item() == target
+    assert 0 < right and other_vars["mtp/accuracy"].item() == pytest.approx(right / seen)
+
+
 @pytest.mark.parametrize("q_lora_rank", [0, 20])
 def test_absorbed_attention_equals_expanded(q_lora_rank):
     args = small_args(q_lora_rank=q_lora_rank)

@@ -72,7 +72,8 @@ def test_tensorboard_holds_everything_in_other_vars(world):
     board = EventAccumulator(str(world.path / os.path.join(world.run(max_steps=2)["run"], "logs")))
     board.Reload()
     assert {"train/loss", "train/lr", "train/tokens_per_s", "train/grad_norm", "val/loss", "val/bpc", "loss/ce",
-            "loss/extra"} <= set(board.Tags()["scalars"])
+            "loss/extra", "gradient_norm/layer_00", "gradient_norm/embed", "activation_rms/layer_01",
+            "update_to_weight/matrix"} <= set(board.Tags()["scalars"])
     assert set(board.Tags()["histograms"]) == {"moe/load/00", "moe/load/01"}
 
 
