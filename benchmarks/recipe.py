@@ -40,7 +40,7 @@ LIMIT = 0.65  # of the baseline's tokens, and of its seconds
 class Config:
     __doc__ = __doc__
     budget: int = opt(250_000, "training tokens of a baseline run")
-    rates: list[float] = opt([0.001, 0.002, 0.004, 0.008], "learning rates of the baseline's sweep")
+    rates: list[float] = opt([0.0005, 0.001, 0.002, 0.004], "learning rates of the baseline's sweep")
     shares: list[float] = opt([0.65, 0.5, 0.38, 0.28], "of the budget, that ours is trained for: from the largest down")
     seeds: list[int] = opt([1, 2, 3], "seeds; the sweep takes the first")
     models: list[str] = opt(list(MODELS), "architectures; each needs a preset configs/<model>_cpu.yaml")
@@ -88,7 +88,7 @@ class Runs:
                 f"--config={ROOT / 'configs' / model}_cpu.yaml", f"--max_tokens={tokens}", f"--seed={seed}",
                 f"--pretrain_data_path={config.data_path}", f"--tokenizer_path={config.tokenizer_path}",
                 f"--device={config.device}", f"--output_path={folder}", "--sample_interval=0", "--save_interval=0",
-                "--eval_interval=16", "--eval_batches=4", "--eval_final_batches=60", "--skip_checks", *flags])
+                "--eval_interval=16", "--eval_batches=4", "--eval_final_batches=40", "--skip_checks", *flags])
             records = read_metrics(Path(summary["run"]) / "metrics.jsonl")
         curve = [[record["tokens"], round(record["val_loss"], 4)] for record in records if "val_loss" in record]
         return {"loss": summary["val_loss"], "seconds": summary["seconds"], "tokens": summary["tokens"],
