@@ -1,11 +1,14 @@
-import random
+import os
+import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.data_helpers import HOSTILE, make_tokenizer, random_text
-from utils.chat_template import encode_chat, encode_chats
+from tests.data_helpers import HOSTILE, make_tokenizer
+from utils.chat_template import ROLES, encode_chat, encode_chats
 from utils.errors import UserError
-from utils.tokenizer import N_SPECIAL
+from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +39,54 @@ def test_mask_falls_on_what_the_assistant_wrote(tokenizer):
     assert mask[len(prompt)] == 1
 
 
-def test_ids_equal_those_of_transformers(tokenizer):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(str(tokenizer.path))
-    random_ = random.Random(5)
-    texts = [" 空格 ", "\n开头换行", "。标点", "\u0301组合", "12 3", "don't", "\u3000全角\u3000", "code:\n    x\n", ""]
-    texts += [random_text(random_, 12) for _ in range(200)]
-    for first, second in zip(texts, reversed(texts)):
-        messages = [{"role": "system", "content": "s"}, *conversation(first, second, second, first)]
-        for prompt in (False, True):
-            rendered = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
-            assert rendered == encode_chat(tokenizer, messages, add_generation_prompt=prompt)[0], (first, second)
+# Any characters, and the strings that mean something to the template or to the tokenizer.
+PIECES = [*HOSTILE, *SPECIAL_TOKENS, "user\n", "assistant\n", "\n", " ", "。", "1"]
+ANY_TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8))).map("".join)
+CHATS = st.lists(st.tuples(st.sampled_from(ROLES), ANY_TEXT), min_size=1, max_size=5).map(
+    lambda turns: [{"role": role, "content": content} for role, content in turns]
+)
+EXAMPLES = int(os.environ.get("CHAT_EXAMPLES", 150))
+
+
+@pytest.fixture(scope="module")
+def theirs(tokenizer):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(str(tokenizer.path))
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(messages=CHATS, prompt=st.booleans())
+def test_ids_equal_those_of_transformers(tokenizer, theirs, messages, prompt):
+    """For texts that spell no special token, which apply_chat_template would read as one."""
+    tokens = theirs.all_special_tokens + list(theirs.added_tokens_encoder)
+    for message in messages:
+        while any(token in message["content"] for token in tokens):
+            for token in tokens:
+                message["content"] = message["content"].replace(token, "")
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+    assert rendered == encode_chat(tokenizer, messages, add_generation_prompt=prompt)[0]
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(messages=CHATS, prompt=st.booleans())
+def test_ids_of_hostile_texts_equal_those_of_the_template_part_by_part(tokenizer, theirs, messages, prompt):
+    """The template rendered around stand-ins; its own parts encoded with special tokens on, the contents with them off.
+
+    That is what apply_chat_template means; given the contents themselves it would turn a marker in them into a turn.
+    """
+    stand_ins = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
+    rendered = theirs.apply_chat_template(stand_ins, add_generation_prompt=prompt, tokenize=False)
+    expected, mask = [], []
+    for i, part in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):
+        if i % 2:
+            message = messages[int(part)]
+            ids = theirs.encode(message["content"].strip(), add_special_tokens=False, split_special_tokens=True)
+            written = message["role"] == "assistant"
+            mask += [int(written)] * len(ids)
+        else:
+            ids = theirs.encode(part, add_special_tokens=False)
+            mask += [int(i > 0 and written and at == 0) for at in range(len(ids))]  # <|im_end|> comes first in a part
+        expected += ids
+    assert encode_chat(tokenizer, messages, add_generation_prompt=prompt) == (expected, mask)
 
 
 def test_role_markers_in_a_text_stay_text(tokenizer):

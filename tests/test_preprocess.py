@@ -167,6 +167,11 @@ LAYOUTS = [
     {"instruction": "", "input": "你好", "output": "你好！"},
     {"q": "你好", "a": "你好！", "history": []},
     {"input": "你好", "output": "你好！"},
+    {"instruction": "", "input": "你好", "output": "你好！", "history": "[]"},
+    {"instruction": "你好", "context": "", "response": "你好！"},
+    {"prompt": "你好", "completion": "你好！", "history": ""},
+    {"query": "你好", "response": "你好！", "history": []},
+    {"messages": [CHAT[0], {"role": "assistant", "content": [{"type": "text", "text": "你好！"}]}]},
 ]
 
 
@@ -183,6 +188,14 @@ def test_history_system_and_input_are_kept():
     messages, _ = to_messages({"q": "三", "a": "四", "history": [["一", "二"]], "system": "诗人"})
     assert [m["content"] for m in messages] == ["诗人", "一", "二", "三", "四"]
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
+    for history in ([["一", "二"]], ["一", "二"], '[["一", "二"]]'):
+        row = {"input": "三", "output": "四", "history": history, "system_prompt": "诗人"}
+        assert to_messages(row)[0] == messages
+    turns = [{"from": "human", "value": "三"}, {"from": "gpt", "value": "四"}]
+    messages, _ = to_messages({"system": "诗人", "conversations": turns})
+    assert [m["content"] for m in messages] == ["诗人", "三", "四"]
+    messages, _ = to_messages({"system": "别用", "conversations": [{"from": "system", "value": "诗人"}, *turns]})
+    assert [m["content"] for m in messages] == ["诗人", "三", "四"]
     messages, _ = to_messages({"instruction": "翻译", "input": "hello", "output": "你好"})
     assert messages[0]["content"] == "翻译\nhello"
 
@@ -200,13 +213,15 @@ def test_chat_tokens_and_mask_are_those_of_encode_chat(tokenizer, tmp_path):
         {"q": None, "a": "b"},
         {"messages": [{"role": "w", "content": "x"}]},
         {"messages": [{"role": "user", "content": ""}, CHAT[1]]},
+        {"q": "一", "a": "二", "history": "not json"},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, CHAT[1]]},
     ]
     train, val = run("sft", tokenizer, write_lines(tmp_path / "chat.jsonl", rows + bad), tmp_path / "out")
     assert (train["documents"], val["documents"], train["kind"]) == (90, 10, "sft")
     assert train["dropped"] == {
         "broken JSON": 1,
         "empty turn": 1,
-        "missing or mistyped fields": 1,
+        "missing or mistyped fields": 3,
         "no answer in the row": 1,
         "unknown layout": 1,
         "unknown role": 1,
