@@ -27,6 +27,7 @@ from preprocess_data.encode import ChatEncoder, Limits, TextEncoder, blocks, in_
 from preprocess_data.idioms import fetch_idioms
 from preprocess_data.poems import fetch_poems
 from preprocess_data.readers import Broken, Position
+from preprocess_data.report import write_report
 from preprocess_data.write_tokens import TokenWriter, write_jsonl
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
@@ -98,6 +99,7 @@ def prepare(kind: str, config: PrepareConfig) -> dict[str, dict]:
         tokens = format_count(meta["tokens"])
         log(f"{name}: {count} {what}, {tokens} tokens, {meta['tokens'] / max(1, count):.1f} each")
     log(f"dropped: {_reasons(dropped)}. {format_seconds(progress.seconds())}")
+    log(f"report: {write_report(folder, kind, tokenizer)}")
     return metas
 
 

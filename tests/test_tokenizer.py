@@ -103,7 +103,7 @@ def test_chinese_stands_apart_from_punctuation(tmp_path, split_han):
 
 @pytest.mark.parametrize("split_han", [False, True])
 def test_what_is_finer_in_training_stays_apart(tmp_path, split_han):
-    """The file's own splits are coarser than those of the training: digits and, if asked, Han are single all the same."""
+    """The file splits more coarsely than the training did: digits and, if asked, Han are single all the same."""
     tokenizer, random_ = make_tokenizer(tmp_path, 700, split_han), random.Random(5)
     han = [chr(code) for code in (*range(0x3400, 0x4DC0), *range(0x4E00, 0xA000), *range(0x20000, 0x20100))]
     single = "0123456789" + "明月光霜床前思故乡" * split_han
