@@ -19,6 +19,7 @@ from engine.files import whole_folder, write_file
 from model import get_model_and_args
 from utils.config import load_yaml, typed_model_values
 from utils.errors import UserError
+from utils.json_object import load_json
 from utils.log import warn
 from utils.tokenizer import load_tokenizer
 
@@ -191,21 +192,34 @@ class RunInfo:
     modified: float  # seconds since the epoch
 
 
-def load_run(path, device="cpu", dtype=torch.float32, overrides: dict | None = None):
-    """Return (model in eval mode, tokenizer, config dict) of a run folder.
+def find_weights(path) -> tuple[Path, Path]:
+    """Return (run folder, checkpoint folder) for the path of a run, or of one checkpoint in a run.
 
-    Takes final/ when it is valid, else the newest valid checkpoint. Parameters get `dtype`; buffers keep the type the
-    model gave them, for a routing bias in bf16 would stop moving. `overrides` changes architecture fields that leave
-    the shapes alone. UserError: no run folder, no valid checkpoint, unknown field, weights that do not fit.
+    Of a run final/ is taken when it is valid, else the newest valid checkpoint. UserError: no run, nothing valid.
     """
     path = Path(path)
-    if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} is no run folder (it has no config.yaml): "
+    given = path if (path / MANIFEST).is_file() else None
+    run = path if given is None else path.parent if path.name == "final" else path.parent.parent
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run folder (it has no config.yaml): "
                         "give the folder that pretrain.py or sft.py made")
-    config = load_yaml(path / "config.yaml")
-    checkpoint = newest_checkpoint(path, final=True)
+    if given is not None and damage(given) is not None:
+        raise UserError(f"{given} is damaged, {damage(given)}: choose another checkpoint, or the run itself")
+    checkpoint = given or newest_checkpoint(run, final=True)
     if checkpoint is None:
-        raise UserError(f"{path} has no valid checkpoint: let the training reach its first save, or choose another run")
+        raise UserError(f"{run} has no valid checkpoint: let the training reach its first save, or choose another run")
+    return run, checkpoint
+
+
+def load_run(path, device="cpu", dtype=torch.float32, overrides: dict | None = None):
+    """Return (model in eval mode, tokenizer, config dict) of a run folder, or of one checkpoint in it.
+
+    Parameters get `dtype`; buffers keep the type the model gave them, for a routing bias in bf16 would stop moving.
+    `overrides` changes architecture fields that leave the shapes alone. UserError: no run folder, no valid checkpoint,
+    unknown field, weights that do not fit.
+    """
+    path, checkpoint = find_weights(path)
+    config = load_yaml(path / "config.yaml")
     if not {"stage", "model_name", "model"} <= set(config):
         raise UserError(f"{path}/config.yaml does not say stage, model_name and model: put it back as it was written")
     Model, ModelArgs = get_model_and_args(config["model_name"])
@@ -247,6 +261,6 @@ def newest_run(output_path="output", stage: str | None = None, model_name: str |
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return load_json(path, "")
+    except UserError:
         return {}

@@ -5,7 +5,6 @@ is no loss. Row `i` is a function of the file and `i` alone, and the order of th
 so where a run stands in its data is a single integer.
 """
 
-import json
 import mmap
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from engine.packing import best_fit, one_a_row
 from utils.errors import UserError
+from utils.json_object import load_json
 from utils.log import warn
 
 IGNORE = -100  # a target without loss
@@ -52,10 +52,10 @@ class TokenFile:
         if not path.is_file():
             warn(f"{path} is missing: reading {self.path} as uint16, its tokenizer unchecked")
             return {}
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{path} is no valid JSON: make the data again") from None
+        meta = load_json(path, "make the data again")
+        if meta.get("dtype", "uint16") not in ("uint16", "uint32"):
+            raise UserError(f"{path} says that tokens are {meta['dtype']}, and they are uint16 or uint32: "
+                            "make the data again")
         if meta.get("tokenizer_fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
             raise UserError(f"{self.path} was made with another tokenizer than {tokenizer.path}: "
                             "preprocess the data again, or pass the right --tokenizer_path")
@@ -85,7 +85,10 @@ class TokenFile:
     def documents(self) -> np.ndarray:
         """(N + 1,) int64 bounds of the documents; without .docs.npy they are found by the <s> tokens."""
         if self._docs_path is not None:
-            starts = np.load(self._docs_path, allow_pickle=False).astype(np.int64)
+            try:
+                starts = np.load(self._docs_path, allow_pickle=False).astype(np.int64)
+            except (OSError, ValueError, EOFError):
+                raise UserError(f"{self._docs_path} is no array of numbers: preprocess the data again") from None
         else:
             starts = self._find_starts()
         if not len(starts) or starts[0] != 0:

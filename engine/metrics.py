@@ -129,12 +129,12 @@ def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line cut off by a crash is left out."""
     records = []
     if Path(path).is_file():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 records.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-    return records
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
 
 def draw_curve(metrics: Path, picture: Path) -> None:

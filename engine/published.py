@@ -1,6 +1,5 @@
 """Reading a published checkpoint: its config, and its safetensors, one file or many, one tensor at a time."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,17 +8,12 @@ from safetensors import SafetensorError, safe_open
 
 from model import get_model_and_args, list_models
 from utils.errors import UserError
+from utils.json_object import load_json
 
 
 def read_json(path: Path) -> dict:
     """A JSON object; UserError when the file is missing or holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give the folder of a published checkpoint") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: give the folder of a published checkpoint")
-    return value
+    return load_json(path, "give the folder of a published checkpoint")
 
 
 def architecture_for(config: dict):

@@ -25,16 +25,17 @@ from engine.checkpoint import damage, find_checkpoints, newest_checkpoint
 from engine.files import copy_file, write_text
 from utils.config import to_dict
 from utils.errors import UserError
+from utils.json_object import load_json
 from utils.log import log
 
 
 @dataclass
 class Place:
-    """Where the run goes: its folder, the checkpoint to go on from, and whether it is finished already."""
+    """Where the run goes: its folder, the checkpoint to go on from, and its summary when it is finished already."""
 
     folder: Path
     checkpoint: Path | None = None
-    finished: bool = False
+    summary: dict | None = None
 
 
 def identity(config, facts: dict) -> dict:
@@ -93,8 +94,11 @@ def _choose(config, stage: str, who: dict) -> Place:
             continue
         theirs = _identity_of(folder)
         if theirs == who:
-            if (folder / "final").is_dir() and damage(folder / "final") is None and (folder / "summary.json").is_file():
-                return Place(folder, finished=True)
+            if (folder / "final").is_dir() and damage(folder / "final") is None:
+                try:
+                    return Place(folder, summary=load_json(folder / "summary.json", ""))
+                except UserError:  # it died just before its summary, which is written again
+                    pass
             checkpoint = newest_checkpoint(folder)
             if checkpoint is not None or config.resume != "must":
                 return Place(folder, checkpoint)
@@ -124,9 +128,10 @@ def _numbered(first: Path, free: bool = False):
 
 def _identity_of(folder: Path) -> dict:
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError):
-        return {}
+        who = load_json(folder / "run.json", "").get("identity")
+    except UserError:
+        who = None
+    return who if isinstance(who, dict) else {}
 
 
 def is_empty(folder: Path) -> bool:

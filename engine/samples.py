@@ -23,7 +23,7 @@ def write_samples(path, step: int, model, tokenizer, prompts: list[list[int]], a
         # indented, so that nothing a model writes is taken for Markdown
         text += "\n".join("    " + line for line in f"{shown} ⟶ {written}".splitlines()) + "\n\n"
     try:
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         write_text(path, before.partition(head)[0] + text)  # an earlier process may have come here before it died
     except OSError as error:
         warn(f"{path} could not be written ({error}); the run goes on")

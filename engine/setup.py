@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import load_run, newest_checkpoint, newest_run, read_manifest
+from engine.checkpoint import find_weights, load_run, newest_run, read_manifest
 from model import get_model_and_args, list_models
 from utils.errors import UserError
 from utils.log import log, warn
@@ -53,8 +53,8 @@ def pretrained_model(config):
         raise UserError(f"--max_seq_len={seq_len}, but {run} takes at most {model.args.max_seq_len} tokens: "
                         "lower it, or pretrain with a larger --max_seq_len")
     config.max_seq_len = seq_len
-    checkpoint = newest_checkpoint(Path(run), final=True)
-    if checkpoint.name != "final":
+    run_folder, checkpoint = find_weights(run)
+    if checkpoint.name != "final" and run_folder == Path(run):
         warn(f"{run} has not finished its training: starting from its {checkpoint.name}")
     files = read_manifest(checkpoint)["files"]
     weights = next(file["sha256"] for file in files if file["name"] == "model.safetensors")

@@ -59,9 +59,9 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     place = choose_place(config, stage, who)
     folder = place.folder
     next_command = next_command.format(run=folder)
-    if place.finished:
+    if place.summary is not None:
         log(f"{folder} is finished: nothing to do (--resume=never trains anew). Next: {next_command}")
-        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return place.summary
 
     # ---------------------------------------------------------------- 2. model, optimizer, and the state to go on from
     if device.type == "cuda":

@@ -60,6 +60,22 @@ def test_a_run_can_move(stages, tmp_path):
     assert (tmp_path / f"sft_{NAME}" / "final").is_dir()
 
 
+def test_a_checkpoint_can_be_named_instead_of_its_run(stages, tmp_path, capsys):
+    run = shutil.copytree(stages / f"output/pretrain_{NAME}", tmp_path / "run")
+    step = run / "checkpoints/step-00000002"
+    whole, named, final = load_run(run), load_run(step), load_run(run / "final")
+    for name, value in whole[0].state_dict().items():
+        assert torch.equal(value, named[0].state_dict()[name]) and torch.equal(value, final[0].state_dict()[name])
+    sft.main([f"--init_from={step}", *SMALL[:5], f"--output_path={tmp_path}"])
+    assert "has not finished" not in capsys.readouterr().err
+    (step / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="is damaged, model.safetensors is not as it was written"):
+        load_run(step)
+    shutil.rmtree(run / "final")
+    with pytest.raises(UserError, match="run has no valid checkpoint"):
+        load_run(run)
+
+
 def test_a_run_that_was_tampered_with_is_refused(stages, tmp_path):
     run = shutil.copytree(stages / f"output/pretrain_{NAME}", tmp_path / "run")
     with open(run / "tokenizer/tokenizer.json", "a") as file:

@@ -81,6 +81,9 @@ def test_two_runs_are_equal(world):
     first = world.run(model_fields={"dropout": 0.1})
     weights = world.weights()
     second = world.run(model_fields={"dropout": 0.1}, resume="never")
+    records = [[{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(s["run"] + "/metrics.jsonl")]
+               for s in (first, second)]
+    assert records[0] == records[1]
     assert second["run"].endswith("_2") and losses(first) == losses(second) and same(weights, world.weights())
 
 
