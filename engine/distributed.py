@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from utils.errors import UserError
 
+TIMEOUT = timedelta(minutes=30)  # for a process that does not answer
 BUCKET_BYTES = 64 * 2**20  # gradients travel in flat buffers of about this size: few calls, little extra memory
 
 
@@ -56,9 +57,22 @@ def init(wanted: str = "auto") -> torch.device:
         if device.type == "mps":
             raise UserError("several processes need cuda or cpu: add --device=cpu, or start without torchrun")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo also carries the host's numbers
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=TIMEOUT, **fresh_store())
         atexit.register(cleanup)
     return device
+
+
+def fresh_store() -> dict:
+    """Where the processes meet, as arguments of init_process_group, with names that no earlier attempt has used.
+
+    torchrun keeps one store over its restarts, so that a restarted process may find the address of one that is dead and
+    wait for it. On several machines the attempts are counted apart, and are no name for all: there the store stays.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def cleanup() -> None:
