@@ -8,6 +8,8 @@ With gradient accumulation the exchange is a small part of the step, and this wa
 
 import atexit
 import os
+import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -65,14 +67,34 @@ def init(wanted: str = "auto") -> torch.device:
 def fresh_store() -> dict:
     """Where the processes meet, as arguments of init_process_group, with names that no earlier attempt has used.
 
-    torchrun keeps one store over its restarts, so that a restarted process may find the address of one that is dead and
-    wait for it. On several machines the attempts are counted apart, and are no name for all: there the store stays.
+    torchrun keeps one store over its restarts: a process would find there the address of one that is dead, and wait.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        return {}
     store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world_size}
+    return {"store": dist.PrefixStore(agree(store, rank, world_size), store), "rank": rank, "world_size": world_size}
+
+
+def agree(store, rank: int, world_size: int) -> str:
+    """A name for this attempt, the same on all its processes; of earlier ones the store may still hold anything.
+
+    Rank 0 offers a new name, the others accept it; then the offer is taken back, and only after that confirmed. So what
+    stands there as an offer is never confirmed, and who accepted the offer of a dead process goes on looking.
+    """
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store.set("offer", name)
+        for other in range(1, world_size):
+            store.get(f"{name}/accepted/{other}")  # waits for it
+        store.set("offer", "")
+        store.set(f"{name}/confirmed", "")
+        return name
+    accepted = ""
+    while not (accepted and store.check([f"{accepted}/confirmed"])):
+        time.sleep(0.02)
+        offer = store.get("offer").decode()
+        if offer and offer != accepted:
+            store.set(f"{offer}/accepted/{rank}", "")
+            accepted = offer
+    return accepted
 
 
 def cleanup() -> None:

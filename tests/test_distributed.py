@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from engine_helpers import make_tokenizer, sft_files
 from safetensors.torch import load_file
 
@@ -99,6 +103,26 @@ def test_a_killed_rank_is_restarted_and_the_curve_is_the_same(folder, two_ranks)
     peace, theirs, _ = two_ranks
     assert figures(records) == figures(peace)
     assert all(torch.equal(value, theirs[name]) for name, value in weights.items())
+
+
+def test_processes_agree_on_a_name_whatever_earlier_attempts_left():
+    """Attempts over one store: after one that ended well, and after one whose offer still stands; one rank is late."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+    def meet(rank, delay):
+        time.sleep(delay)
+        client = dist.TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=60))
+        return distributed.agree(client, rank, 3)
+
+    def attempt(delays):
+        with ThreadPoolExecutor(3) as pool:
+            names = set(pool.map(meet, range(3), delays))
+        assert len(names) == 1
+        return names.pop()
+    first = attempt((0, 0, 0))
+    server.set("offer", "dead")
+    server.set("dead/accepted/1", "")
+    assert len({first, "dead", attempt((0.3, 0, 0)), attempt((0, 0.3, 0))}) == 4
 
 
 def test_devices(monkeypatch):
