@@ -26,8 +26,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import pretrain  # noqa: E402
+from engine.files import write_text  # noqa: E402
 from engine.metrics import read_metrics  # noqa: E402
-from engine.runfolder import git_revision, write_text  # noqa: E402
+from engine.runfolder import git_revision  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
 
@@ -89,6 +90,8 @@ class Runs:
                 f"--pretrain_data_path={config.data_path}", f"--tokenizer_path={config.tokenizer_path}",
                 f"--device={config.device}", f"--output_path={folder}", "--sample_interval=0", "--save_interval=0",
                 "--eval_interval=16", "--eval_batches=4", "--eval_final_batches=40", "--skip_checks", *flags])
+            if summary["status"] != "finished":  # a run cut short would be kept, and taken for one of the whole budget
+                raise KeyboardInterrupt
             records = read_metrics(Path(summary["run"]) / "metrics.jsonl")
         curve = [[record["tokens"], round(record["val_loss"], 4)] for record in records if "val_loss" in record]
         return {"loss": summary["val_loss"], "seconds": summary["seconds"], "tokens": summary["tokens"],

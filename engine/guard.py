@@ -51,7 +51,6 @@ class StepGuard:
                 recent.append(math.log(value))
             del recent[:-WINDOW]
 
-    @torch.no_grad()
     def skipped(self, step: int, objection: str, epoch: int, rows: list[int]) -> None:
         """Put the buffers back, count and say it; UserError after too many in a row."""
         self.undo()

@@ -18,7 +18,6 @@ class Health:
     """Looks at single steps: `watch()` before its forward passes, `before_update()`, `after_update()`.
 
     hooks: whether forward hooks may be set for the step; not on a compiled model, which does not call them.
-    Under sharding every process must call, for norms are sums over all of them.
     """
 
     def __init__(self, model, hooks: bool = True):
@@ -101,6 +100,5 @@ class Health:
 
 
 def norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Euclidean norm over all numbers of all tensors, fp32 0-d; of the whole tensors where they are sharded."""
-    total = torch.nn.utils.get_total_norm(tensors)
-    return (total.full_tensor() if hasattr(total, "full_tensor") else total).float()
+    """Euclidean norm over all numbers of all tensors, fp32 0-d."""
+    return torch.nn.utils.get_total_norm(tensors).float()

@@ -72,6 +72,13 @@ def sft_files(folder: Path, tokenizer, count: int = 60) -> tuple[Path, Path]:
     return write("sft_train", count, 3), write("sft_val", 10, 4)
 
 
+def stage_files(folder: Path):
+    """All that the training stages read: folder/tokenizer, and the files of both stages in folder/data."""
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    pretrain_files(folder / "data", tokenizer)
+    sft_files(folder / "data", tokenizer)
+
+
 @dataclass
 class TinyModelArgs(BaseModelArgs):
     dim: int = 16

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from engine_helpers import make_tokenizer, pretrain_files, sft_files
+from engine_helpers import stage_files
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -38,9 +38,7 @@ CHAT = [{"role": "system", "content": "短答"}, {"role": "user", "content": " W
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    tokenizer = make_tokenizer(folder / "tokenizer")
-    pretrain_files(folder / "data", tokenizer)
-    sft_files(folder / "data", tokenizer)
+    stage_files(folder)
     return folder
 
 

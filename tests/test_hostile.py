@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from engine_helpers import make_tokenizer, pretrain_files, sft_files
+from engine_helpers import stage_files
 
 import pretrain
 import sft
@@ -97,9 +97,7 @@ DATA_FILES = [("docs.npy", object_array), ("docs.npy", raw_pickle), ("meta.json"
 def folder(tmp_path_factory):
     """A folder with tokenizer, data and a finished run of two steps."""
     path = tmp_path_factory.mktemp("hostile")
-    tokenizer = make_tokenizer(path / "output/tokenizer")
-    pretrain_files(path / "output/data", tokenizer)
-    sft_files(path / "output/data", tokenizer)
+    stage_files(path / "output")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         pretrain.main([*MODEL, *FLAGS, "--max_steps=2", *places(path)])

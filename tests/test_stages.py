@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from engine_helpers import ROOT, make_tokenizer, pretrain_files, sft_files
+from engine_helpers import ROOT, stage_files
 
 import pretrain
 import sft
@@ -26,9 +26,7 @@ SMALL = ["--device=cpu", "--max_batch_size=2", "--max_steps=2", "--sample_interv
 def stages(tmp_path_factory):
     """A working folder with tokenizer, data, and one pretraining run."""
     folder = tmp_path_factory.mktemp("stages")
-    tokenizer = make_tokenizer(folder / "output/tokenizer")
-    pretrain_files(folder / "output/data", tokenizer)
-    sft_files(folder / "output/data", tokenizer)
+    stage_files(folder / "output")
     before, project = os.getcwd(), paths.PROJECT
     os.chdir(folder)
     paths.PROJECT = folder  # where output/ lies
