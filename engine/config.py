@@ -57,6 +57,8 @@ class TrainConfig:
     seed: int = opt(1337, "decides initial weights, order of the data, and everything random")
     # what is looked at
     log_interval: int = opt(10, "steps between log lines", neutral=True)
+    peak_tflops: float = opt(0.0, "what one device can do at best, for MFU; 0: published for the GPU, else measured",
+                             neutral=True)
     eval_interval: int = opt(250, "steps between held-out evaluations; 0: only at the end", neutral=True)
     eval_batches: int = opt(20, "an evaluation during training reads so many times the rows of a step", neutral=True)
     eval_final_batches: int = opt(0, "the same for the evaluation at the end; 0: all held-out data", neutral=True)
@@ -80,7 +82,8 @@ class TrainConfig:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
         for name in ("max_seq_len", "global_batch_size", "global_batch_tokens", "max_steps", "max_tokens", "max_lr",
                      "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay", "grad_clip", "z_loss", "spike_bound",
-                     "eval_interval", "eval_final_batches", "sample_interval", "save_interval", "keep_every", "seed"):
+                     "peak_tflops", "eval_interval", "eval_final_batches", "sample_interval", "save_interval",
+                     "keep_every", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
         for name in ("warmup_ratio", "lr_decay_ratio", "wsd_decay_ratio", "batch_ramp_ratio"):

@@ -24,14 +24,19 @@ def held_out_loss(model, forward, rows, characters, batch_rows: int, limit: int,
     try:
         for batch in held_out_batches(rows, batch_rows, limit, distributed.rank(), distributed.world_size(),
                                       trim):
-            predicted = batch["targets"][batch["targets"] != IGNORE].numpy()
-            count = len(predicted)
+            count = int((batch["targets"] != IGNORE).sum())
             with autocast():
                 _, loss, other_vars = forward(**to_device(batch, device))
             nats += other_vars.get("loss/ce", loss).float() * count
-            targets, written = targets + count, written + int(characters[predicted].sum())
+            targets, written = targets + count, written + characters_of(characters, [batch])
     finally:
         model.train(was_training)
     nats, targets, written = distributed.sum_numbers([nats.item(), targets, written])
     return {"val_loss": nats / max(1, targets), "val_bpc": nats / math.log(2) / written if written else None,
             "val_targets": int(targets)}
+
+
+def characters_of(characters, batches) -> int:
+    """How many characters the targets of these batches are; the batches lie on the CPU."""
+    targets = (batch["targets"][batch["targets"] != IGNORE].numpy() for batch in batches)
+    return sum(int(characters[ids].sum()) for ids in targets)

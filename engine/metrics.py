@@ -32,12 +32,13 @@ class RunLog:
         self.board = open_board(folder, start_step)
 
     def step(self, record: dict, other_vars: dict[str, torch.Tensor]) -> None:
-        """One training step: record holds step, tokens, loss, lr, grad_norm, tokens_per_s."""
+        """One training step: record holds step, tokens, loss, bpc (or None), lr, grad_norm, tokens_per_s, mfu."""
         if self.folder is None:
             return
         self._write(record)
-        for name in ("loss", "lr", "grad_norm", "tokens_per_s"):
-            self._show("scalar", f"train/{name}", record[name], record["step"])
+        for name in ("loss", "bpc", "lr", "grad_norm", "tokens_per_s", "mfu"):
+            if record[name] is not None:
+                self._show("scalar", f"train/{name}", record[name], record["step"])
         for name, value in other_vars.items():
             self._add(name, value.detach().float().cpu(), record["step"])
 
@@ -183,9 +184,11 @@ def memory_text(device: torch.device) -> str:
 
 
 def log_text(record: dict, smooth_loss: float, val_loss: float | None, skipped: int, device: torch.device) -> str:
-    """The figures of a log line."""
-    parts = [f"loss {smooth_loss:.4f}", f"val {val_loss:.4f}" if val_loss is not None else None,
+    """The figures of a log line. Loss and bits a character (bpc) are smoothed over the last steps."""
+    bpc = record["bpc"] * smooth_loss / record["loss"] if record["bpc"] and record["loss"] else None
+    parts = [f"loss {smooth_loss:.4f}", f"bpc {bpc:.4f}" if bpc is not None else None,
+             f"val {val_loss:.4f}" if val_loss is not None else None,
              f"lr {record['lr']:.2e}", f"norm {record['grad_norm']:.2f}",
-             f"{format_count(record['tokens_per_s'])} tok/s", memory_text(device),
+             f"{format_count(record['tokens_per_s'])} tok/s", f"MFU {record['mfu']:.1%}", memory_text(device),
              f"skipped {skipped}" if skipped else None]
     return " | ".join(part for part in parts if part)

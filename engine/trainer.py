@@ -16,12 +16,13 @@ from engine.config import plan_batch, plan_steps, resolve_precision
 from engine.files import write_text
 from engine.guard import StepGuard
 from engine.health import Health
-from engine.heldout import held_out_loss
+from engine.heldout import characters_of, held_out_loss
 from engine.keeping import Saver, ensure_room
 from engine.loader import StepLoader, to_device
 from engine.metrics import RunLog, log_text
 from engine.optim import build_optimizer
 from engine.outputs import checked
+from engine.peak import Peak
 from engine.runfolder import (
     choose_place,
     identity,
@@ -86,6 +87,11 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
+    peak, flops_per_token = Peak(device, precision, config.peak_tflops), model.flops_per_token(train_rows.seq_len)
+
+    def mfu(tokens: float, seconds: float) -> float:
+        return round(peak.share(flops_per_token, tokens / max(seconds, 1e-9), distributed.world_size()), 4)
+
     # ---------------------------------------------------------------- 3. the run folder
     main = distributed.is_main()
     params = model.num_params()
@@ -102,6 +108,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     log(f"{len(train_rows)} rows of {train_rows.seq_len} tokens, {plan.global_rows} a step ({plan.micro_rows} x "
         f"{plan.accumulation} x {distributed.world_size()}), {total_steps} steps; run folder {folder}"
         + (f", from step {state['step']}" if state["step"] else ""))
+    log(f"100% MFU: {peak} x {distributed.world_size()}; {format_count(flops_per_token)} FLOPs a token")
 
     progress = Progress(total_steps, state["step"], stage)
     guard = StepGuard(model, config.spike_bound, state)
@@ -149,7 +156,9 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
 
             # 4b. forward and backward. Each micro-batch weighs as much as it has valid targets in the step of all
             # processes: a mean over tokens, not a mean of means
-            targets, tokens, stopping = distributed.sum_numbers([sum(work.targets), work.tokens, stop.wanted])
+            written = characters_of(tokenizer.characters, work.batches) if logged else 0
+            targets, tokens, stopping, written = distributed.sum_numbers(
+                [sum(work.targets), work.tokens, stop.wanted, written])
             micro_batches = len(work.batches) * distributed.world_size()
             values: dict[str, torch.Tensor] = {}
             for i, (batch, count) in enumerate(zip(work.batches, work.targets)):
@@ -195,8 +204,10 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             since_log = [since_log[0] + tokens, since_log[1] + seconds]
             text = None
             if logged:
+                bits = values.get("loss/ce", values["loss"]).item() / math.log(2)
                 record = {"step": done, "tokens": state["tokens"], "loss": loss_value, "lr": lr,
-                          "grad_norm": norm_value, "tokens_per_s": round(since_log[0] / max(since_log[1], 1e-9), 1)}
+                          "bpc": bits * targets / written if written else None, "grad_norm": norm_value,
+                          "tokens_per_s": round(since_log[0] / max(since_log[1], 1e-9), 1), "mfu": mfu(*since_log)}
                 del values["loss"]
                 run_log.step(record, values | health.after_update(done, values))
                 text = log_text(record, state["smooth_loss"], val.get("val_loss"), state["skipped"], device)
@@ -226,6 +237,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     summary = {"stage": stage, "model_name": config.model_name, "run": str(folder),
                "status": f"stopped by {stopped_by}: the same command goes on" if stopped_by else "finished",
                "steps": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1),
+               "mfu": mfu(state["tokens"], state["seconds"]), "peak_flops": peak.flops, "peak_source": peak.source,
                "skipped_steps": state["skipped"], "train_loss": state["smooth_loss"],
                "val_loss": val.get("val_loss"), "val_bpc": val.get("val_bpc"),
                "best_checkpoint": saver.best(), "params": params,

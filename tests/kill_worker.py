@@ -29,7 +29,7 @@ from engine.metrics import read_metrics  # noqa: E402
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "inter_dim": 64, "moe_inter_dim": 32,
          "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16,
          "n_routed_experts": 4, "n_activated_experts": 2, "n_dense_layers": 1}
-TIMES = ("tokens_per_s", "seconds")
+TIMES = ("tokens_per_s", "seconds", "mfu")
 
 
 def command(model: str, output: Path) -> list[str]:

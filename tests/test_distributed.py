@@ -41,7 +41,8 @@ def train(folder: Path, processes: int, output="output", trouble=None, restarts=
 
 def figures(records, *names):
     """What is comparable in metrics: everything but times, or the named figures."""
-    return [{key: value for key, value in record.items() if (key in names if names else key != "tokens_per_s")}
+    times = ("tokens_per_s", "mfu")
+    return [{key: value for key, value in record.items() if (key in names if names else key not in times)}
             for record in records]
 
 

@@ -21,7 +21,7 @@ from engine.metrics import read_metrics
 from engine.runfolder import lock_folder
 from utils.errors import UserError
 
-TIMES = ("tokens_per_s", "seconds")
+TIMES = ("tokens_per_s", "seconds", "mfu")
 
 
 def losses(summary, key="loss"):
@@ -71,9 +71,9 @@ def test_tensorboard_holds_everything_in_other_vars(world):
 
     board = EventAccumulator(str(world.path / os.path.join(world.run(max_steps=2)["run"], "logs")))
     board.Reload()
-    assert {"train/loss", "train/lr", "train/tokens_per_s", "train/grad_norm", "val/loss", "val/bpc", "loss/ce",
-            "loss/extra", "gradient_norm/layer_00", "gradient_norm/embed", "activation_rms/layer_01",
-            "update_to_weight/matrix"} <= set(board.Tags()["scalars"])
+    assert {"train/loss", "train/lr", "train/tokens_per_s", "train/grad_norm", "train/mfu", "train/bpc", "val/loss",
+            "val/bpc", "loss/ce", "loss/extra", "gradient_norm/layer_00", "gradient_norm/embed",
+            "activation_rms/layer_01", "update_to_weight/matrix"} <= set(board.Tags()["scalars"])
     assert set(board.Tags()["histograms"]) == {"moe/load/00", "moe/load/01"}
 
 
@@ -102,8 +102,8 @@ def test_resuming_is_exact(world, monkeypatch, recipe):
     ours, theirs = read_metrics(rest["run"] + "/metrics.jsonl"), read_metrics(whole["run"] + "/metrics.jsonl")
     assert [{k: v for k, v in r.items() if k not in TIMES} for r in ours] == \
            [{k: v for k, v in r.items() if k not in TIMES} for r in theirs]
-    assert {k: v for k, v in rest.items() if k not in ("seconds", "run", "next_command")} == \
-           {k: v for k, v in whole.items() if k not in ("seconds", "run", "next_command")}
+    assert {k: v for k, v in rest.items() if k not in (*TIMES, "run", "next_command")} == \
+           {k: v for k, v in whole.items() if k not in (*TIMES, "run", "next_command")}
 
 
 def test_after_step_sees_the_mean_over_micro_batches(world):

@@ -1,0 +1,57 @@
+"""MFU and bits a character: the figures of a log line against their definitions."""
+
+import math
+import os
+
+import pytest
+import torch
+
+from engine import peak
+from engine.config import BatchPlan
+from engine.loader import StepLoader
+from engine.metrics import read_metrics
+from engine.peak import Peak, published
+
+
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10G", 70),
+    ("NVIDIA A10", 125), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165.2),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA H20", 148),
+    ("Tesla T4", None), ("", None)])
+def test_published_peaks_are_found_by_the_whole_name(name, tflops):
+    assert published(name, "bf16") == (tflops and tflops * 1e12)
+    assert published(name, "fp32") == (tflops and tflops * 1e12 / 2)
+
+
+def test_where_the_peak_comes_from(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    assert str(Peak(torch.device("cuda"), "fp32")) == "156 TFLOPS (NVIDIA A100-SXM4-80GB, tf32, dense, published)"
+    assert str(Peak(torch.device("cuda"), "bf16", 300)) == "300 TFLOPS (--peak_tflops)"
+    monkeypatch.setattr(peak, "matmul_rate", lambda device, precision: 2e11)
+    cpu = Peak(torch.device("cpu"), "bf16")
+    assert str(cpu) == "0.2 TFLOPS (bf16 matmul, measured here at the start)"
+    assert cpu.share(1e6, 5e4, devices=2) == pytest.approx(1e6 * 5e4 / 4e11)
+
+
+def test_the_matmul_rate_is_that_of_the_precision():
+    rate = peak.matmul_rate(torch.device("cpu"), "fp32")
+    assert 1e9 < rate < 1e14 and peak.matmul_rate(torch.device("cpu"), "fp32") == rate  # measured once
+
+
+def test_mfu_and_bits_a_character_of_a_run(world, capsys):
+    summary = world.run(max_steps=2, peak_tflops=0.001, max_batch_size=4, global_batch_size=8)
+    first, second = [r for r in read_metrics(os.path.join(summary["run"], "metrics.jsonl")) if "mfu" in r]
+    flops = 6 * (sum(p.numel() for p in world.model.parameters()) - world.model.tok_embed.weight.numel())
+    assert first["mfu"] == pytest.approx(flops * first["tokens_per_s"] / 1e9, rel=0.01, abs=1e-4)
+    assert min(first["mfu"], second["mfu"]) <= summary["mfu"] <= max(first["mfu"], second["mfu"])
+    assert summary["peak_flops"] == 1e9 and "100% MFU: 0.001 TFLOPS (--peak_tflops) x 1" in capsys.readouterr().out
+
+    torch.manual_seed(1337)
+    model = type(world.model)(world.model.args)  # as it was at the first step
+    nats = characters = 0
+    for batch in StepLoader(world.rows, BatchPlan(8, 4, 2), seed=1337, start=0, total_steps=2).make(0).batches:
+        logits, _, _ = model(batch["input_ids"], doc_ids=batch["doc_ids"])
+        nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(),
+                                                  reduction="sum").item()
+        characters += int((batch["targets"] >= 16).sum())  # a byte a token; the ids below are special
+    assert first["bpc"] == pytest.approx(nats / math.log(2) / characters, rel=1e-5)
