@@ -125,7 +125,8 @@ class Batch:
         for request, memory in joining:
             self._swap(self.memories.index(memory), len(self.running))
             self.running.append(request)
-            self.reused += len(memory.ids)
+            request.reused = len(memory.ids)
+            self.reused += request.reused
         # Equally many tokens go through in one pass. No padding: a recurrent state would swallow it.
         for count, group in groupby(joining, unread):
             new = [request.ids[-count:] for request, _ in group]

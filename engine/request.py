@@ -22,17 +22,18 @@ class Request:
         self.deadline = deadline            # by time.monotonic(): what is there by then is the answer
         self.notify = notify                # called without arguments, in the batch's thread, whenever it grew or ended
         self.tokens, self.logprobs = [], []
+        self.reused = 0         # tokens of the prompt that its row knew already
         self.finish = None      # "stop": the model or a stop string; "length"; "cancelled"; "deadline"; "error"
         self.error = ""         # what went wrong, when finish is "error"
         self.cancelled = False  # set it, from any thread, and the batch lets go of the request at its next step
         self.settings = replace(sampling, seed=None)        # requests with equal ones are sampled together
         self._sampling = sampling
-        self._writer = Writer(tokenizer, stop) if tokenizer is not None else None
+        self.writer = Writer(tokenizer, stop) if tokenizer is not None else None
 
     @property
     def text(self):
         """What is final of the text: no half character, and nothing that may yet be the start of a stop string."""
-        return self._writer.text
+        return self.writer.text
 
     def start(self, limit, vocab_size, device):
         """Get ready to be answered with at most `limit` tokens."""
@@ -64,14 +65,14 @@ class Request:
             if self._seen is not None:
                 self._seen[token] = True
                 self._counts[token] += 1
-            if self._writer is not None:
-                self._writer.push(token)
-            if self._writer is not None and self._writer.stopped:
+            if self.writer is not None:
+                self.writer.push(token)
+            if self.writer is not None and self.writer.stopped:
                 self.end("stop")
             elif len(self.tokens) == self.limit:
                 self.end("length")
 
     def end(self, finish, error=""):
-        if self._writer is not None:
-            self._writer.close()
+        if self.writer is not None:
+            self.writer.close()
         self.error, self.finish = error, finish

@@ -18,6 +18,10 @@ class Service:
         self._thread = threading.Thread(target=self._work, name="batch", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self):
+        return self._thread.is_alive()
+
     def submit(self, *requests):
         """Let requests be answered, all or none: UserError and QueueFull as of `Batch.add`."""
         if self._closing:

@@ -62,13 +62,21 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     @cached_property
+    def special_ids(self) -> set[int]:
+        return {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, not always whole characters; of a special token, its name's."""
+        token = self.backend.id_to_token(token_id) or ""
+        return token.encode() if token_id in self.special_ids else bytes(map(BYTE_OF.__getitem__, token))
+
+    @cached_property
     def characters(self) -> np.ndarray:
         """(V,) how many characters begin in each token; the sum over a text's ids is its length, wherever it is cut."""
-        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
         vocab = self.backend.get_vocab(with_added_tokens=True)
         counts = np.zeros(1 + max(vocab.values()), np.int64)
         for token, i in vocab.items():
-            if i not in special:
+            if i not in self.special_ids:
                 counts[i] = sum(BYTE_OF.get(char, 0) >> 6 != 0b10 for char in token)  # a UTF-8 character's first byte
         return counts
 
@@ -131,14 +139,14 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._backend = tokenizer.backend
-        self._special = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+        self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """The text that this token completes: often one character, sometimes none, sometimes several."""
-        token = None if token_id in self._special else self._backend.id_to_token(token_id)
-        return "" if token is None else self._decoder.decode(bytes(map(BYTE_OF.__getitem__, token)))
+        if token_id in self._tokenizer.special_ids:
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD when the bytes stop inside a character."""
