@@ -22,7 +22,8 @@ class TrainConfig:
                          choices=("auto", "bf16", "fp16", "fp32"))
     compile: str = opt("auto", "torch.compile the model; auto: on cuda only", choices=SWITCH, neutral=True)
     # the batch
-    max_batch_size: int = opt(16, "rows in one forward pass of one process", neutral=True)
+    max_batch_size: int = opt(16, "rows in one forward pass of one process; 0: as many as fit the device, found "
+                              "by trying", neutral=True)
     accumulation_steps: int = opt(1, "forward passes an optimizer step", neutral=True)
     global_batch_size: int = opt(0, "rows an optimizer step over all processes; 0: the product of max_batch_size, "
                                  "accumulation_steps and the number of processes")
@@ -57,6 +58,10 @@ class TrainConfig:
     seed: int = opt(1337, "decides initial weights, order of the data, and everything random")
     # what is looked at
     log_interval: int = opt(10, "steps between log lines", neutral=True)
+    dry_run: bool = opt(False, "measure one step and say what the whole run needs: memory, disk, time; writes nothing",
+                        neutral=True)
+    price_per_hour: float = opt(0.0, "what the machine costs, for the cost that --dry_run says; 0: not said",
+                                neutral=True)
     peak_tflops: float = opt(0.0, "what one device can do at best, for MFU; 0: published for the GPU, else measured",
                              neutral=True)
     eval_interval: int = opt(250, "steps between held-out evaluations; 0: only at the end", neutral=True)
@@ -77,13 +82,13 @@ class TrainConfig:
                       "must: fail when there is none; or the path of a run folder", neutral=True, path=True)
 
     def __post_init__(self):
-        for name in ("max_batch_size", "accumulation_steps", "log_interval", "eval_batches", "keep_last"):
+        for name in ("accumulation_steps", "log_interval", "eval_batches", "keep_last"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}={getattr(self, name)}: must be at least 1")
-        for name in ("max_seq_len", "global_batch_size", "global_batch_tokens", "max_steps", "max_tokens", "max_lr",
-                     "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay", "grad_clip", "z_loss", "spike_bound",
-                     "peak_tflops", "eval_interval", "eval_final_batches", "sample_interval", "save_interval",
-                     "keep_every", "seed"):
+        for name in ("max_batch_size", "max_seq_len", "global_batch_size", "global_batch_tokens", "max_steps",
+                     "max_tokens", "max_lr", "min_lr", "warmup_iters", "lr_decay_iters", "weight_decay", "grad_clip",
+                     "z_loss", "spike_bound", "eval_interval", "eval_final_batches", "sample_interval",
+                     "peak_tflops", "price_per_hour", "save_interval", "keep_every", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name}={getattr(self, name)}: must not be negative")
         for name in ("warmup_ratio", "lr_decay_ratio", "wsd_decay_ratio", "batch_ramp_ratio"):
@@ -95,6 +100,9 @@ class TrainConfig:
             raise UserError(f"--ema={self.ema}: must be at least 0 and below 1, e.g. 0.999")
         if self.global_batch_size and self.global_batch_tokens:
             raise UserError("--global_batch_size and --global_batch_tokens both say how large a step is: drop one")
+        if not self.max_batch_size and not (self.global_batch_size or self.global_batch_tokens):
+            raise UserError("--max_batch_size=0 takes as many rows as fit the device, and that must not decide the "
+                            "loss curve: say how large a step is by --global_batch_size or --global_batch_tokens")
         if self.seed >= 2**63:
             raise UserError(f"--seed={self.seed}: must be below 2^63")
         if self.run_name and (Path(self.run_name).name != self.run_name or self.run_name == ".."):
@@ -148,7 +156,7 @@ def plan_batch(config: TrainConfig, seq_len: int) -> BatchPlan:
                         f"{', in quarters for --batch_ramp_ratio' if config.batch_ramp_ratio else ''}: "
                         f"choose a --global_batch_size that is a multiple of {parts}")
     share = rows // processes
-    micro = _even_part(share, config.max_batch_size)
+    micro = _even_part(share, config.max_batch_size or share)
     return BatchPlan(rows, micro, share // micro)
 
 

@@ -153,15 +153,24 @@ def checkpoint_bytes(model, optimizer) -> tuple[int, int]:
     return weights, weights + moments
 
 
-def ensure_room(run: Path, config, model, optimizer, total_steps: int) -> None:
-    """UserError when the disk cannot hold the checkpoints that the run is going to keep, and the one being written."""
+def room_for_checkpoints(config, model, optimizer, total_steps: int) -> tuple[int, int]:
+    """Return (checkpoints that a run keeps at its end, bytes for them, the one being written and the final weights)."""
     weights, whole = checkpoint_bytes(model, optimizer)
     saves = total_steps // config.save_interval + 1 if config.save_interval else 1
     every = total_steps // config.keep_every if config.keep_every else 0
     kept = min(saves, config.keep_last + config.keep_best + every)
-    need = (kept + 1) * whole + weights
+    return kept, (kept + 1) * whole + weights
+
+
+def disk_free(run: Path) -> int:
+    """Bytes that a run may fill: the free ones of its disk, and those that its own checkpoints take already."""
     there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free + folder_bytes(run / "checkpoints") + folder_bytes(run / "final")
+    return shutil.disk_usage(there).free + folder_bytes(run / "checkpoints") + folder_bytes(run / "final")
+
+
+def ensure_room(run: Path, config, model, optimizer, total_steps: int) -> None:
+    """UserError when the disk cannot hold the checkpoints that the run is going to keep, and the one being written."""
+    (kept, need), free = room_for_checkpoints(config, model, optimizer, total_steps), disk_free(run)
     if free < need:
         raise UserError(f"{run} needs about {format_bytes(need)} for {kept} checkpoints, the one being written and the "
                         f"final weights, and the disk has {format_bytes(free)} for it: make room, lower --keep_last, "

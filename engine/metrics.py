@@ -3,13 +3,13 @@
 import json
 import math
 import os
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from engine.files import write_text
+from engine.memory import most_held
 from utils.log import format_count, warn
 
 
@@ -171,24 +171,13 @@ def draw_curve(metrics: Path, picture: Path) -> None:
     os.replace(beside, picture)  # in one move: who looks at it during the run never sees half of it
 
 
-def memory_text(device: torch.device) -> str:
-    """Peak memory so far: of the GPU, else of the process."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB"
-    if sys.platform == "win32":
-        return "? GB"
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GB"
-
-
 def log_text(record: dict, smooth_loss: float, val_loss: float | None, skipped: int, device: torch.device) -> str:
     """The figures of a log line. Loss and bits a character (bpc) are smoothed over the last steps."""
     bpc = record["bpc"] * smooth_loss / record["loss"] if record["bpc"] and record["loss"] else None
     parts = [f"loss {smooth_loss:.4f}", f"bpc {bpc:.4f}" if bpc is not None else None,
              f"val {val_loss:.4f}" if val_loss is not None else None,
              f"lr {record['lr']:.2e}", f"norm {record['grad_norm']:.2f}",
-             f"{format_count(record['tokens_per_s'])} tok/s", f"MFU {record['mfu']:.1%}", memory_text(device),
+             f"{format_count(record['tokens_per_s'])} tok/s", f"MFU {record['mfu']:.1%}",
+             f"{most_held(device) / 2**30:.1f} GB",
              f"skipped {skipped}" if skipped else None]
     return " | ".join(part for part in parts if part)

@@ -23,7 +23,7 @@ except ImportError:  # Windows: two runs in one folder go unnoticed there
 from engine import distributed
 from engine.checkpoint import damage, find_checkpoints, newest_checkpoint
 from engine.files import copy_file, write_text
-from utils.config import to_dict
+from utils.config import load_yaml, to_dict
 from utils.errors import UserError
 from utils.json_object import load_json
 from utils.log import log
@@ -49,7 +49,9 @@ def identity(config, facts: dict) -> dict:
 
 
 def choose_place(config, stage: str, who: dict) -> Place:
-    """Resolve --resume to a folder (the main process decides, the others hear of it)."""
+    """Resolve --resume to a folder (the main process decides, the others hear of it); a --dry_run looks for nothing."""
+    if config.dry_run:
+        return Place(Path(config.output_path) / (config.run_name or f"{stage}_{config.model_name}"))
     place = error = None
     if distributed.is_main():
         try:
@@ -190,6 +192,12 @@ def write_run_files(folder: Path, config, stage: str, who: dict, model, tokenize
     write_text(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False))
     copy_file(model_source, folder / model_source.name)
     tokenizer.save(folder / "tokenizer")
+
+
+def micro_batch_of(folder: Path) -> int:
+    """Rows of a micro-batch as the run in `folder` had them; 0 when its config.yaml does not say."""
+    rows = load_yaml(folder / "config.yaml").get("max_batch_size")
+    return rows if isinstance(rows, int) else 0
 
 
 def source_fingerprint(path: Path) -> str:

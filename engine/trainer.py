@@ -6,14 +6,16 @@ import json
 import math
 import time
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from engine import distributed
+from engine import distributed, dry_run, memory
 from engine.checkpoint import load_training_state
 from engine.config import plan_batch, plan_steps, resolve_precision
 from engine.files import write_text
+from engine.fit import fitting_rows
 from engine.guard import StepGuard
 from engine.health import Health
 from engine.heldout import characters_of, held_out_loss
@@ -22,12 +24,13 @@ from engine.loader import StepLoader, to_device
 from engine.metrics import RunLog, log_text
 from engine.optim import build_optimizer
 from engine.outputs import checked
-from engine.peak import Peak
+from engine.peak import Peak, synchronize
 from engine.runfolder import (
     choose_place,
     identity,
     leave_no_empty,
     lock_folder,
+    micro_batch_of,
     source_fingerprint,
     write_run_files,
 )
@@ -87,13 +90,20 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
+    if not config.max_batch_size or config.dry_run:
+        model.before_step(0, total_steps)  # both look at a forward pass before the first step
+    if not config.max_batch_size:  # the number goes to config.yaml, and a resumed run takes it from there
+        config.max_batch_size = (place.checkpoint and micro_batch_of(folder)) or fitting_rows(
+            plan.micro_rows, model, optimizer, train_rows, device, autocast)
+        total_steps, plan = plan_steps(config, plan_batch(config, train_rows.seq_len), len(train_rows),
+                                       train_rows.seq_len)
     peak, flops_per_token = Peak(device, precision, config.peak_tflops), model.flops_per_token(train_rows.seq_len)
 
     def mfu(tokens: float, seconds: float) -> float:
         return round(peak.share(flops_per_token, tokens / max(seconds, 1e-9), distributed.world_size()), 4)
 
     # ---------------------------------------------------------------- 3. the run folder
-    main = distributed.is_main()
+    main = distributed.is_main() and not config.dry_run  # who writes
     params = model.num_params()
     if main:
         ensure_room(folder, config, model, optimizer, total_steps)
@@ -105,8 +115,9 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     log(f"{stage} {config.model_name}: {format_count(params['total'])} parameters "
         f"({format_count(params['active'])} active), {device.type} {precision}{' compiled' if compiled else ''}, "
         f"{distributed.world_size()} process(es)")
+    where = "a dry run: nothing is written" if config.dry_run else f"run folder {folder}"
     log(f"{len(train_rows)} rows of {train_rows.seq_len} tokens, {plan.global_rows} a step ({plan.micro_rows} x "
-        f"{plan.accumulation} x {distributed.world_size()}), {total_steps} steps; run folder {folder}"
+        f"{plan.accumulation} x {distributed.world_size()}), {total_steps} steps; {where}"
         + (f", from step {state['step']}" if state["step"] else ""))
     log(f"100% MFU: {peak} x {distributed.world_size()}; {format_count(flops_per_token)} FLOPs a token")
 
@@ -135,8 +146,11 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             run_log.text("samples", text, state["step"])
 
     # ---------------------------------------------------------------- 4. the loop
-    loader = StepLoader(train_rows, plan, config.seed, state["step"], total_steps, distributed.rank(),
+    until, step_plan = (dry_run.STEPS, replace(plan, ramp_steps=0)) if config.dry_run else (total_steps, plan)
+    loader = StepLoader(train_rows, step_plan, config.seed, state["step"], until, distributed.rank(),
                         distributed.world_size(), pin=device.type == "cuda", trim=not compiled)
+    if config.dry_run:
+        activations = dry_run.saved_bytes(model, loader.make(0).batches[0], device, autocast)
     since_log = [0, 0.0]  # tokens and seconds of pure training since the last log line
     stopped_by = ""
     with leave_no_empty(folder), StopSignal() as stop, closing(loader), closing(progress):
@@ -197,6 +211,12 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             scaler.update()
             optimizer.zero_grad()
 
+            if config.dry_run:
+                synchronize(device)
+                measured = int(tokens), time.perf_counter() - started, memory.most_held(device)
+                memory.forget_most(device)
+                continue
+
             # 4d. tell
             seconds = time.perf_counter() - started
             state["step"], state["tokens"] = step + 1, state["tokens"] + int(tokens)
@@ -226,6 +246,12 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             if stopping and not last:
                 stopped_by = stop.name or "a signal"
                 break
+
+    if config.dry_run:
+        about = dry_run.estimate(config, folder, model, optimizer, plan, total_steps, train_rows, val_rows, measured,
+                                 activations, device)
+        log(dry_run.table(f"{stage} {config.model_name}", about, peak, device))
+        return about
 
     # ---------------------------------------------------------------- 5. the end: held-out loss, final weights
     if not stopped_by:

@@ -72,6 +72,15 @@ def test_two_processes_give_the_same_curve(folder, two_ranks):
     assert (weights["bias"] == theirs["bias"]).all()
 
 
+@pytest.mark.slow
+def test_the_process_with_the_least_memory_decides_the_micro_batch(folder, two_ranks):
+    found, _, said = train(folder, 2, "fit", {"ROWS_FIT": "2"}, max_batch_size=0)
+    assert "micro-batch: 2 rows fit" in said and "8 a step (2 x 2 x 2)" in said
+    for ours, other in zip(two_ranks[0], found, strict=True):
+        assert {**ours, **other}.keys() == ours.keys()
+        assert other.get("loss", 0) == pytest.approx(ours.get("loss", 0), rel=1e-5)
+
+
 def test_the_number_of_processes_may_change_on_resume(folder):
     """1 -> 2 -> 1 processes, stopped by a signal in between: the curve of one process, to the bit, dropout included.
 

@@ -51,6 +51,17 @@ def test_from_pretraining_to_a_loaded_chat_model(stages):
     assert json.loads((stages / f"output/sft_{NAME}/run.json").read_text())["identity"]["init_weights"]
 
 
+def test_a_dry_run_writes_nothing(stages, capsys):
+    before = {path: path.stat().st_mtime_ns for path in stages.rglob("*")}
+    for about in (pretrain.main([f"--model_name={NAME}", *SMALL, "--dry_run", "--write_run_path=run_path"]),
+                  sft.main([f"--model_name={NAME}", *SMALL[:5], "--dry_run", "--max_batch_size=0",
+                            "--global_batch_size=2"])):
+        assert about["steps"] == 2 and 0 < about["memory"]["predicted"]
+    assert {path: path.stat().st_mtime_ns for path in stages.rglob("*")} == before
+    said = capsys.readouterr().out
+    assert f"pretrain {NAME}\n  parameters" in said and f"sft {NAME}\n  parameters" in said
+
+
 def test_a_run_can_move(stages, tmp_path):
     shutil.copytree(stages / f"output/pretrain_{NAME}", tmp_path / "elsewhere")
     load_run(tmp_path / "elsewhere")

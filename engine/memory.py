@@ -1,0 +1,74 @@
+"""Memory, in bytes: what this process holds on its device, the most it has held, and what is left for it.
+
+On CUDA what PyTorch has allocated; elsewhere the resident set of the process, Python and its libraries included.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+PROC = Path("/proc")
+
+
+def held(device: torch.device) -> int:
+    """Bytes held now; where the system does not tell, the most so far."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = PROC / "self/statm"
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else most_held(device)
+
+
+def most_held(device: torch.device) -> int:
+    """The most bytes held since the last `forget_most`; 0 where it cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_most(device: torch.device) -> None:
+    """Let `most_held` count from now on; where the system does not allow it, it goes on counting from the start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        (PROC / "self/clear_refs").write_text("5")  # proc(5): resets the peak resident set
+    except OSError:
+        pass
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that this process can still take, its fair share where processes share a machine's memory; or None."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = PROC / "meminfo"
+    if not meminfo.is_file():
+        return None
+    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
+    limits = [group_limit(folder) for folder in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))]
+    return min([free, *(limit for limit in limits if limit is not None)]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def group_limit(folder: Path) -> int | None:
+    """What a control group (a container's, say) leaves: its limit less its use; None without a limit."""
+    for limit, use in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            return int((folder / limit).read_text()) - int((folder / use).read_text())
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+    return None
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether it says that memory ran out: on the processor PyTorch has no error class for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

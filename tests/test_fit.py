@@ -1,0 +1,124 @@
+"""--max_batch_size=0: as many rows as fit, the same loss curve, the same number after a resume."""
+
+import os
+import signal
+from contextlib import nullcontext
+
+import pytest
+import torch
+import yaml
+from engine_helpers import TinyModel, TinyModelArgs
+
+from engine import distributed, memory
+from engine.config import TrainConfig
+from engine.fit import fitting_rows, largest
+from engine.metrics import read_metrics
+from engine.optim import build_optimizer
+from utils.errors import UserError
+
+MB = 2**20
+
+
+class Narrow(TinyModel):
+    """Runs out of memory beyond so many rows; is asked to stop in a step."""
+
+    fits, stop_at = 4, None
+
+    def before_step(self, step, total_steps):
+        if step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def forward(self, input_ids, targets=None, doc_ids=None):
+        if self.training and len(input_ids) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().forward(input_ids, targets, doc_ids)
+
+
+def losses(summary):
+    records = read_metrics(os.path.join(summary["run"], "metrics.jsonl"))
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.mark.parametrize("at_most, room, found", [(64, 100, 8), (64, 79, 4), (6, 100, 6), (1, 20, 1), (64, 19, 0),
+                                                  (12, 1000, 12)])
+def test_the_largest_size_is_found_without_ever_taking_too_much(at_most, room, found):
+    asked = []
+
+    def bytes_for(count):
+        asked.append(count)
+        return 10 + 10 * count if count == 1 else 10 * count  # the first pass takes a little more
+    assert largest(at_most, room, bytes_for)[0] == found
+    assert all(10 * count <= room for count in asked[1:])
+
+
+def test_running_out_of_memory_is_caught_and_other_errors_are_not():
+    def bytes_for(count):
+        if count > 4:
+            raise error
+        return count
+    error = torch.OutOfMemoryError()
+    assert largest(64, 1000, bytes_for) == (4, 4)
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
+    assert largest(64, 1000, bytes_for) == (4, 4)
+    error = RuntimeError("shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="shapes"):
+        largest(64, 1000, bytes_for)
+
+
+def test_the_smallest_device_decides(monkeypatch):
+    of_another = iter([0, 0, 0, 0, 0, 1])  # it runs out of memory in the third of its trials
+    monkeypatch.setattr(distributed, "sum_numbers", lambda numbers: [numbers[0] + next(of_another)])
+    assert largest(64, 1000, lambda count: count)[0] == 2
+
+
+def test_a_run_takes_what_fits_and_keeps_its_curve(world, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 2**40)
+    given = world.run(global_batch_size=16, max_batch_size=4, resume="never")
+    found = world.run(global_batch_size=16, max_batch_size=0, resume="never", model_class=Narrow)
+    assert losses(found) == losses(given)
+    with open(found["run"] + "/config.yaml", encoding="utf-8") as file:
+        assert yaml.safe_load(file)["max_batch_size"] == 4
+    monkeypatch.setattr(Narrow, "fits", 0)
+    with pytest.raises(UserError, match="not even one row of 32 tokens fits"):
+        world.run(global_batch_size=16, max_batch_size=0, resume="never", model_class=Narrow)
+
+
+def test_a_resumed_run_takes_the_rows_it_had(world, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 2**40)
+    settings = dict(global_batch_size=16, max_batch_size=0, model_class=Narrow,
+                    model_fields={"dropout": 0.1})  # which is drawn anew for each micro-batch
+    whole = world.run(**settings, output_path=str(world.path / "whole"))
+    monkeypatch.setattr(Narrow, "stop_at", 2)
+    assert world.run(**settings)["steps"] == 3
+    monkeypatch.setattr(Narrow, "stop_at", None)
+    monkeypatch.setattr(Narrow, "fits", 16)  # a larger device now
+    rest = world.run(**settings)
+    assert rest["steps"] == 6 and losses(rest) == losses(whole)
+
+
+@pytest.mark.skipif(not (memory.PROC / "self/clear_refs").exists(), reason="the peak cannot be reset here")
+def test_rows_are_measured_against_a_memory_limit(world, monkeypatch):
+    class Wide(TinyModel):
+        def forward(self, input_ids, targets=None, doc_ids=None):
+            logits, loss, other_vars = super().forward(input_ids, targets, doc_ids)
+            wide = (loss * torch.ones(len(input_ids), 4 * MB)).exp()  # 16 MB a row, four times with its gradients
+            return logits, loss + 0 * wide.mean(), other_vars
+    model = Wide(TinyModelArgs(vocab_size=world.tokenizer.vocab_size, max_seq_len=32))
+    optimizer, cpu = build_optimizer(model, TrainConfig()), torch.device("cpu")
+    for limit, found in ((100, 1), (400, 4)):  # a tenth is left over; 8 rows take 512
+        monkeypatch.setattr(memory, "available", lambda device, limit=limit: limit * MB)
+        assert fitting_rows(16, model, optimizer, world.rows, cpu, nullcontext) == found
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_is_free_is_what_the_container_leaves_divided_among_its_processes(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert memory.group_limit(tmp_path) is None and memory.group_limit(tmp_path / "none") is None
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert memory.group_limit(tmp_path) == 4000
+    monkeypatch.setattr(memory, "group_limit", lambda folder: 4000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.available(torch.device("cpu")) == 1000
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    assert memory.available(torch.device("cpu")) is None
