@@ -1,19 +1,22 @@
 """How much of AdamW's tokens and seconds does our recipe need for the same held-out loss?
 
-    python benchmarks/recipe.py                  both models, three seeds: about 25 minutes of two CPU cores
-    python benchmarks/recipe.py --minutes=4      a piece of it: finished runs are kept, and the next call goes on
+    python benchmarks/recipe.py                  both models, three seeds: about 20 minutes of two CPU cores
+    python benchmarks/recipe.py --minutes=9      a piece of it: finished runs are kept, and the same command goes on
 
-The baseline is AdamW with a cosine to zero, one learning rate for all parameters, the best of a sweep with the first
-seed. Ours is the model's CPU preset as it stands; sizes, rows and batch are the preset's for both. A schedule that ends
-later is another run, so ours is trained anew to each share of the baseline's tokens, from the largest down to the first
-that misses the baseline's loss; tokens and seconds are interpolated between that one and the last that reaches it.
-The runs of a seed follow each other, so that a slow minute of the machine meets both recipes.
-Writes benchmarks/recipe.json and docs/recipe.png, and prints the table.
+The baseline is AdamW with a cosine to zero, one learning rate for all parameters: the best of a sweep with the first
+seed, which goes on until worse rates lie on both sides of it. Ours is the model's CPU preset as it stands; sizes, rows
+and batch are the preset's for both. A schedule that ends later is another run, so ours is trained anew to shares of the
+baseline's tokens, until one reaches the baseline's loss and the next smaller one misses it; tokens and seconds are
+interpolated between the two. Seconds are those of the training steps, without evaluations. The runs of a seed follow
+each other, so that a slow minute of the machine meets both recipes; nothing else should run beside them.
+A run cut short is no result. Writes benchmarks/results/recipe.json and docs/recipe.png, and prints the table.
 """
 
 import json
 import math
 import os
+import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -30,19 +33,21 @@ from engine.files import write_text  # noqa: E402
 from engine.metrics import read_metrics  # noqa: E402
 from engine.runfolder import git_revision  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
-from utils.errors import run_script  # noqa: E402
+from utils.errors import UserError, run_script  # noqa: E402
+from utils.log import format_seconds, log  # noqa: E402
 
 MODELS = ("mini_llama3", "mini_deepseekv3")
 ADAMW = ("--optimizer=adamw", "--lr_schedule=cosine", "--embed_lr_scale=1", "--min_lr=0", "--warmup_ratio=0.05")
 LIMIT = 0.65  # of the baseline's tokens, and of its seconds
+FIRST, RATIO, LARGEST = 0.5, 0.77, 1.2  # the share of the tokens tried first, the next smaller one, and the last
 
 
 @dataclass
 class Config:
     __doc__ = __doc__
     budget: int = opt(250_000, "training tokens of a baseline run")
-    rates: list[float] = opt([0.0005, 0.001, 0.002, 0.004], "learning rates of the baseline's sweep")
-    shares: list[float] = opt([0.65, 0.5, 0.38, 0.28], "of the budget, that ours is trained for: from the largest down")
+    rates: list[float] = opt([0.001, 0.002, 0.004], "learning rates of the baseline's sweep, rising; it goes on by "
+                             "their ratio while the best is the first or the last")
     seeds: list[int] = opt([1, 2, 3], "seeds; the sweep takes the first")
     models: list[str] = opt(list(MODELS), "architectures; each needs a preset configs/<model>_cpu.yaml")
     minutes: float = opt(0.0, "start no run that would end later than this; 0: no limit")
@@ -50,7 +55,7 @@ class Config:
     tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer")
     device: str = opt("auto", "where to train")
     picture: str = opt(str(ROOT / "docs/recipe.png"), "the picture")
-    results: str = opt(str(ROOT / "benchmarks/recipe.json"), "the figures; runs that are in it are not repeated")
+    results: str = opt(str(ROOT / "benchmarks/results/recipe.json"), "the figures; runs in it are not repeated")
 
 
 class OutOfTime(Exception):
@@ -58,29 +63,61 @@ class OutOfTime(Exception):
 
 
 class Runs:
-    """The runs of results.json; `get` trains what is not there yet."""
+    """The runs of results.json; `get` trains what is not there yet. All of them are of one commit and one budget."""
 
     def __init__(self, config):
         self.config, self.path, self.start = config, Path(config.results), time.monotonic()
-        self.done = json.loads(self.path.read_text(encoding="utf-8"))["runs"] if self.path.is_file() else {}
+        self.about = {"date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", *sys.argv]),
+                      "budget": config.budget, "commit": (git_revision() or "").rstrip("+"), "machine": machine(),
+                      "torch": torch.__version__, "python": platform.python_version(),
+                      "threads": torch.get_num_threads()}
+        self.done, before = {}, {}
+        if self.path.is_file():
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            self.done, before = kept["runs"], kept["about"]
+        for what in ("budget", "commit", "machine", "torch", "threads") if self.done else ():
+            if before.get(what) != self.about[what]:
+                raise UserError(f"{self.path} has runs of another {what} ({before.get(what)}, and this is "
+                                f"{self.about[what]}): move it away, or give another --results")
 
-    def get(self, model: str, seed: int, tokens: int, flags=()) -> dict:
-        """{"loss", "seconds", "tokens", "curve": [[tokens, held-out loss], ...]} of one training."""
-        name = " ".join([model, f"seed={seed}", f"tokens={tokens}", *flags])
+    def get(self, model: str, seed: int, tokens: int, flags=(), again: bool = False) -> dict:
+        """{"loss", "seconds", "tokens", "curve": [[tokens, held-out loss], ...]} of one training.
+
+        again: not the one there is with the same settings, but one trained now.
+        """
+        name = " ".join([model, f"seed={seed}", f"tokens={tokens}", *flags, *(["again"] if again else [])])
         if name not in self.done:
-            self._wait(model, tokens)
+            expected = self._expected(model, tokens)
+            spent = time.monotonic() - self.start
+            if self.config.minutes and spent + expected > 60 * self.config.minutes:
+                raise OutOfTime
+            log(f"\n--- {name} (about {format_seconds(expected) if expected else 'a minute or two'})")
             began = time.monotonic()
             self.done[name] = {**self._train(model, seed, tokens, flags), "wall": round(time.monotonic() - began, 1)}
-            about = {"budget": self.config.budget, "torch": torch.__version__, "cores": os.cpu_count(),
-                     "threads": torch.get_num_threads(), "commit": git_revision()}
-            write_text(self.path, json.dumps({"about": about, "runs": self.done}, indent=1) + "\n")
+            self.write()
         return self.done[name]
 
-    def _wait(self, model, tokens):
-        past = [run["wall"] / run["tokens"] for name, run in self.done.items() if name.startswith(model + " ")]
-        needed = max(past, default=0.0) * tokens
-        if self.config.minutes and time.monotonic() - self.start + needed > 60 * self.config.minutes:
-            raise OutOfTime
+    def write(self, results: dict | None = None) -> None:
+        """Keep what is there so far; `results` only when all runs are done."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {"about": self.about, **({"results": results} if results else {}), "runs": self.done}
+        write_text(self.path, json.dumps(kept, indent=1) + "\n")
+
+    def progress(self, model: str) -> None:
+        """Say how many runs are done, and about how long those of this model and the models after it will take."""
+        config, models = self.config, self.config.models
+        left = 0.0
+        for name in models[models.index(model):]:
+            tokens = config.budget * (len(config.rates) + len(config.seeds) * (1 + FIRST + FIRST * RATIO))
+            tokens -= sum(run["tokens"] for key, run in self.done.items() if key.startswith(name + " "))
+            left += self._expected(name, max(0, tokens))
+        log(f"\n=== {len(self.done)} runs done; about {format_seconds(left)} to go")
+
+    def _expected(self, model, tokens) -> float:
+        """Seconds for so many tokens, by the slowest run of the model, else of any, else nothing known: 0."""
+        def rates(start):
+            return [run["wall"] / run["tokens"] for name, run in self.done.items() if name.startswith(start)]
+        return max(rates(model + " ") or rates("") or [0.0]) * tokens
 
     def _train(self, model, seed, tokens, flags) -> dict:
         config = self.config
@@ -89,7 +126,8 @@ class Runs:
                 f"--config={ROOT / 'configs' / model}_cpu.yaml", f"--max_tokens={tokens}", f"--seed={seed}",
                 f"--pretrain_data_path={config.data_path}", f"--tokenizer_path={config.tokenizer_path}",
                 f"--device={config.device}", f"--output_path={folder}", "--sample_interval=0", "--save_interval=0",
-                "--eval_interval=16", "--eval_batches=4", "--eval_final_batches=40", "--skip_checks", *flags])
+                "--log_interval=50", "--eval_interval=16", "--eval_batches=4", "--eval_final_batches=40",
+                "--skip_checks", *flags])
             if summary["status"] != "finished":  # a run cut short would be kept, and taken for one of the whole budget
                 raise KeyboardInterrupt
             records = read_metrics(Path(summary["run"]) / "metrics.jsonl")
@@ -98,21 +136,25 @@ class Runs:
                 "curve": curve[:-1]}  # the last is over more rows: it is "loss"
 
 
+def machine() -> str:
+    """The processor's name and the number of cores."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
 def compare(runs: Runs, model: str) -> dict:
     """The figures of one model: the sweep, the baseline of each seed, and the shares that ours needs."""
     config = runs.config
-    sweep = {rate: runs.get(model, config.seeds[0], config.budget, (*ADAMW, f"--max_lr={rate}"))
-             for rate in config.rates}
-    best = min(sweep, key=lambda rate: sweep[rate]["loss"])
-    figures = {"sweep": {rate: round(run["loss"], 4) for rate, run in sweep.items()}, "best_lr": best, "seeds": {}}
+    best, sweep = best_rate(config.rates, lambda rate: runs.get(
+        model, config.seeds[0], config.budget, (*ADAMW, f"--max_lr={rate}"))["loss"])
+    figures = {"sweep": sweep, "best_lr": best, "seeds": {}}
     for seed in config.seeds:
-        # the sweep's run of the first seed is minutes older than ours: this is another one (and logs at other steps)
-        base = runs.get(model, seed, config.budget, (*ADAMW, f"--max_lr={best}", "--log_interval=50"))
-        ours = []
-        for share in config.shares:
-            ours.append(runs.get(model, seed, int(share * config.budget)))
-            if ours[-1]["loss"] > base["loss"]:
-                break
+        runs.progress(model)
+        # the sweep's run of the first seed is minutes older than ours
+        base = runs.get(model, seed, config.budget, (*ADAMW, f"--max_lr={best}"), again=True)
+        ours = bracket(lambda share, seed=seed: runs.get(model, seed, int(share * config.budget)), base["loss"])
         figures["seeds"][seed] = {
             "baseline": base, "ours": ours,
             "tokens": needed(ours, base["loss"], "tokens") / base["tokens"],
@@ -120,14 +162,40 @@ def compare(runs: Runs, model: str) -> dict:
     return figures
 
 
+def best_rate(rates: list[float], loss_of) -> tuple[float, dict[float, float]]:
+    """The rate with the lowest loss, and all losses; goes on at the end where the best one stands."""
+    losses = {rate: loss_of(rate) for rate in rates}
+    while True:
+        rates = sorted(losses)
+        best = min(losses, key=losses.get)
+        if best not in (rates[0], rates[-1]):
+            return best, losses
+        rate = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
+        losses[float(f"{rate:.3g}")] = loss_of(float(f"{rate:.3g}"))
+
+
+def bracket(run_of, loss: float) -> list[dict]:
+    """Runs of falling shares, the last the first that misses `loss`; from FIRST down, or up when that one misses."""
+    share = FIRST
+    ours = [run_of(share)]
+    while ours[-1]["loss"] <= loss and share > 0.1:
+        share *= RATIO
+        ours.append(run_of(share))
+    share = FIRST
+    while ours[0]["loss"] > loss and share / RATIO < LARGEST:
+        share /= RATIO
+        ours.insert(0, run_of(share))
+    return ours
+
+
 def needed(ours: list[dict], loss: float, what: str) -> float:
     """Tokens or seconds for `loss`: linear in the loss and the logarithm between the runs on both sides of it."""
-    reached = [run for run in ours if run["loss"] <= loss]
-    if not reached:
+    if ours[0]["loss"] > loss:
         return math.inf
-    if len(reached) == len(ours):
-        return reached[-1][what]  # and perhaps less: the smallest share tried still reaches it
-    above, below = ours[-1], reached[-1]
+    if ours[-1]["loss"] <= loss:
+        return ours[-1][what]  # and perhaps less: the smallest share tried still reaches it
+    number = next(i for i, run in enumerate(ours) if run["loss"] > loss)
+    above, below = ours[number], ours[number - 1]
     part = (loss - below["loss"]) / (above["loss"] - below["loss"])
     return below[what] ** (1 - part) * above[what] ** part
 
@@ -175,14 +243,19 @@ def main():
     try:
         results = {model: compare(runs, model) for model in config.models}
     except OutOfTime:
-        print(f"{len(runs.done)} runs are done; the same command goes on")
+        runs.progress(config.models[0])
+        print("out of --minutes: the same command goes on")
         return
-    print(table(results))
+    means = {model: {what: sum(seed[what] for seed in figures["seeds"].values()) / len(figures["seeds"])
+                     for what in ("tokens", "seconds")} for model, figures in results.items()}
+    runs.write({model: {"sweep": figures["sweep"], "best_lr": figures["best_lr"], "mean": means[model], "seeds": {
+        seed: {"loss": of["baseline"]["loss"], "tokens": of["tokens"], "seconds": of["seconds"]}
+        for seed, of in figures["seeds"].items()}} for model, figures in results.items()})
+    print("\n" + table(results))
     draw(results, Path(config.picture))
-    worst = max(figure for figures in results.values() for what in ("tokens", "seconds")
-                for figure in [sum(seed[what] for seed in figures["seeds"].values()) / len(figures["seeds"])])
+    worst = max(share for mean in means.values() for share in mean.values())
     print(f"at most {LIMIT:.0%} of the tokens and of the seconds: {'yes' if worst <= LIMIT else 'NO'} "
-          f"(the largest mean is {worst:.0%}); picture: {config.picture}")
+          f"(the largest mean is {worst:.0%}); figures: {config.results}, picture: {config.picture}")
 
 
 if __name__ == "__main__":
