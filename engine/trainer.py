@@ -5,7 +5,7 @@ import inspect
 import json
 import math
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,17 +13,15 @@ import torch
 
 from engine import distributed, dry_run, memory
 from engine.checkpoint import load_training_state
-from engine.config import plan_batch, plan_steps, resolve_precision
+from engine.config import plan_batch, plan_steps
 from engine.files import write_text
 from engine.fit import fitting_rows
 from engine.guard import StepGuard
 from engine.health import Health
 from engine.heldout import characters_of, held_out_loss
 from engine.keeping import Saver, ensure_room
-from engine.loader import StepLoader, to_device
+from engine.loader import StepLoader
 from engine.metrics import RunLog, log_text
-from engine.optim import build_optimizer
-from engine.outputs import checked
 from engine.peak import Peak, synchronize
 from engine.runfolder import (
     choose_place,
@@ -36,8 +34,8 @@ from engine.runfolder import (
 )
 from engine.samples import write_samples
 from engine.schedule import learning_rate
+from engine.step import Stepper
 from engine.stopping import StopSignal
-from engine.zloss import with_z_loss
 from utils.log import Progress, format_count, format_seconds, log
 
 
@@ -52,7 +50,6 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     """
     # ---------------------------------------------------------------- 1. the plan: what this run is, and where it goes
     device = distributed.init(config.device)
-    precision = resolve_precision(config.precision, device)
     plan = plan_batch(config, train_rows.seq_len)
     total_steps, plan = plan_steps(config, plan, len(train_rows), train_rows.seq_len)
     model_source = Path(inspect.getfile(type(model)))
@@ -72,32 +69,23 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         torch.set_float32_matmul_precision("high")  # TF32; on a CPU it would trade exactness for nothing
     model.to(device).train()
     distributed.broadcast_weights(model)
-    optimizer = build_optimizer(model, config)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    stepper = Stepper(model, config, device)
+    optimizer, parameters, scaler = stepper.optimizer, stepper.parameters, stepper.scaler
+    compiled, forward = stepper.compiled, stepper.forward
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "bad_in_a_row": 0, "smooth_loss": 0.0}
     if place.checkpoint is not None:
         state = load_training_state(place.checkpoint, model, optimizer)
         scaler.load_state_dict(state.pop("scaler", {})) if scaler.is_enabled() else None
-    compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
     health = Health(model, hooks=not compiled)
-    forward = torch.compile(model, dynamic=False) if compiled else model
-    train_forward = checked(forward, type(model))
-    if config.z_loss:
-        train_forward = with_z_loss(train_forward, config.z_loss)
-
-    def autocast():
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        return torch.autocast(device.type, dtype) if dtype else nullcontext()
-
     if not config.max_batch_size or config.dry_run:
         model.before_step(0, total_steps)  # both look at a forward pass before the first step
     if not config.max_batch_size:  # the number goes to config.yaml, and a resumed run takes it from there
         config.max_batch_size = (place.checkpoint and micro_batch_of(folder)) or fitting_rows(
-            plan.micro_rows, model, optimizer, train_rows, device, autocast)
+            plan.micro_rows, model, optimizer, train_rows, device, stepper.autocast)
         total_steps, plan = plan_steps(config, plan_batch(config, train_rows.seq_len), len(train_rows),
                                        train_rows.seq_len)
-    peak, flops_per_token = Peak(device, precision, config.peak_tflops), model.flops_per_token(train_rows.seq_len)
+    peak = Peak(device, stepper.precision, config.peak_tflops)
+    flops_per_token = model.flops_per_token(train_rows.seq_len)
 
     def mfu(tokens: float, seconds: float) -> float:
         return round(peak.share(flops_per_token, tokens / max(seconds, 1e-9), distributed.world_size()), 4)
@@ -113,7 +101,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     run_log = RunLog(folder if main else None, state["step"])
     prompts = val_rows.openings(4) if main and val_rows is not None else []
     log(f"{stage} {config.model_name}: {format_count(params['total'])} parameters "
-        f"({format_count(params['active'])} active), {device.type} {precision}{' compiled' if compiled else ''}, "
+        f"({format_count(params['active'])} active), {device.type} "
+        f"{stepper.precision}{' compiled' if compiled else ''}, "
         f"{distributed.world_size()} process(es)")
     where = "a dry run: nothing is written" if config.dry_run else f"run folder {folder}"
     log(f"{len(train_rows)} rows of {train_rows.seq_len} tokens, {plan.global_rows} a step ({plan.micro_rows} x "
@@ -132,7 +121,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         limit = batches * plan.global_rows
         with optimizer.averaged():
             val.update(held_out_loss(model, forward, val_rows, tokenizer.characters, plan.micro_rows, limit, device,
-                                     autocast, trim=not compiled))
+                                     stepper.compute, trim=not compiled))
         bits = f", {val['val_bpc']:.4f} bits a character" if val["val_bpc"] is not None else ""
         progress.write(f"step {state['step']}: held-out loss {val['val_loss']:.4f}{bits}")
         val["step"] = state["step"]
@@ -141,7 +130,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     def sample() -> None:
         if prompts:
             with optimizer.averaged():
-                text = write_samples(folder / "samples.md", state["step"], model, tokenizer, prompts, autocast,
+                text = write_samples(folder / "samples.md", state["step"], model, tokenizer, prompts, stepper.compute,
                                      config.seed)
             run_log.text("samples", text, state["step"])
 
@@ -150,7 +139,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     loader = StepLoader(train_rows, step_plan, config.seed, state["step"], until, distributed.rank(),
                         distributed.world_size(), pin=device.type == "cuda", trim=not compiled)
     if config.dry_run:
-        activations = dry_run.saved_bytes(model, loader.make(0).batches[0], device, autocast)
+        activations = dry_run.saved_bytes(model, loader.make(0).batches[0], device, stepper.autocast)
     since_log = [0, 0.0]  # tokens and seconds of pure training since the last log line
     stopped_by = ""
     with leave_no_empty(folder), StopSignal() as stop, closing(loader), closing(progress):
@@ -173,19 +162,12 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             written = characters_of(tokenizer.characters, work.batches) if logged else 0
             targets, tokens, stopping, written = distributed.sum_numbers(
                 [sum(work.targets), work.tokens, stop.wanted, written])
-            micro_batches = len(work.batches) * distributed.world_size()
-            values: dict[str, torch.Tensor] = {}
-            for i, (batch, count) in enumerate(zip(work.batches, work.targets)):
-                number = i * distributed.world_size() + distributed.rank()  # in the step, whoever computes it
-                torch.manual_seed(((config.seed * 1_000_003 + step) * 65536 + number) % 2**63)
-                weight = count / max(1, targets)
-                with autocast():
-                    _, loss, other_vars = train_forward(**to_device(batch, device))
-                scaler.scale(loss * weight).backward()
-                for name, value in {"loss": loss, **other_vars}.items():
-                    share = weight if name.split("/")[0] == "loss" else 1 / micro_batches
-                    value = value.detach().float() * share
-                    values[name] = values[name] + value if name in values else value
+            # whoever computes it, a micro-batch has its number in the step, and by it its randomness
+            numbers = range(distributed.rank(), len(work.batches) * distributed.world_size(), distributed.world_size())
+            values = stepper.gradients(
+                work.batches, [count / max(1, targets) for count in work.targets],
+                [((config.seed * 1_000_003 + step) * 65536 + number) % 2**63 for number in numbers],
+                share=1 / (len(work.batches) * distributed.world_size()))
 
             # 4c. gradients of all processes, clipped; a step whose numbers are not to be trusted is not taken
             distributed.sum_gradients(parameters)
@@ -193,13 +175,11 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             values = distributed.sum_tensors(values)
             if logged:
                 health.before_update()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if config.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
-            loss_value, norm_value = torch.stack([values["loss"], norm.float()]).tolist()  # the one wait for the device
+            norm = stepper.clip()
+            loss_value, norm_value = torch.stack([values["loss"], norm]).tolist()  # the one wait for the device
             objection = guard.objection(loss_value, norm_value)
             if not objection:
-                scaler.step(optimizer)
+                stepper.update()
                 model.after_step({name: value for name, value in values.items() if name != "loss"})
                 guard.taken(loss_value, norm_value)
                 state["smooth_loss"] += (loss_value - state["smooth_loss"]) * max(0.1, 1 / (step + 1))

@@ -15,6 +15,7 @@ from torch import nn
 from .basemodel import BaseModel, BaseModelArgs, ModelError
 from .hf import Layout, interleaved_rows
 from .layers import (
+    Embedding,
     RMSNorm,
     RopeArgs,
     Rotary,
@@ -312,7 +313,7 @@ class DeepSeekV3Model(BaseModel):
 
     def __init__(self, args):
         super().__init__(args)
-        self.tok_embed = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embed = Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(
             Block(args, layer, moe=layer >= args.n_dense_layers) for layer in range(args.n_layers)
         )

@@ -24,7 +24,20 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)  # fused for one type only
+
+
+class Embedding(nn.Embedding):
+    """Rows of a table, (...) int64 -> (..., D); under autocast in its type, so that the stream they begin is, too."""
+
+    def forward(self, ids):
+        return super().forward(ids).to(compute_dtype(self.weight))
+
+
+def compute_dtype(x):
+    """Return the type in which matmuls with `x` are done: autocast's where it is on, else that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class SwiGLU(nn.Module):
@@ -262,9 +275,7 @@ def _slices(counts):
 
 def expert_matmul(x, weight, counts):
     """Multiply each expert's rows by its matrix: x (N, D) sorted by expert, weight (E, F, D), counts (E,) -> (N, F)."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight = x.to(compute_dtype(x)), weight.to(compute_dtype(x))
     if x.is_cuda and x.dtype == torch.bfloat16:  # one kernel, and no wait for the counts to reach the host
         return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
     return _expert_loop(x, weight, counts)
@@ -276,6 +287,9 @@ def _expert_loop(x, weight, counts):
 
 
 # ------------------------------------------------------------------- loss
+
+
+CACHE_BYTES = 2 << 20  # of fp32 numbers that a processor's core holds at hand from one pass over them to the next
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -290,25 +304,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grads = [(torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32))
                  for _ in range((1 + with_squares) if need_grad else 0)]
+        whole = hidden.is_cuda or torch.compiler.is_compiling()  # there, passes are fused or few are best
+        piece = chunk if whole else max(1, CACHE_BYTES // (4 * weight.shape[0]))
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            valid = targets[rows, None] != -100
-            index = targets[rows, None].clamp(min=0)
-            logits = (hidden[rows] @ weight.T).float()  # (chunk, V)
-            top = logits.max(dim=-1, keepdim=True).values
-            chosen = logits.gather(1, index) - top
-            normaliser = logits.sub_(top).exp_().sum(dim=-1, keepdim=True)  # logits now holds exp(logit - top)
-            log_z = normaliser.log()
-            entropy += ((log_z - chosen) * valid).sum()
-            if need_grad:  # d log Z / d logits = softmax
-                softmax = logits.mul_(valid / normaliser)
-            if with_squares:
-                log_z += top
+            logits = hidden[rows] @ weight.T  # (chunk, V)
+            by_squares = torch.empty_like(logits) if need_grad and with_squares else logits
+            for part, by_square, target in zip(*(x.split(piece) for x in (logits, by_squares, targets[rows]))):
+                valid, index = target[:, None] != -100, target[:, None].clamp(min=0)
+                log_p = part.log_softmax(dim=-1, dtype=torch.float32)
+                chosen = log_p.gather(1, index)
+                entropy -= (chosen * valid).sum()
+                log_z = part.gather(1, index) - chosen
                 squares += (log_z.square() * valid).sum()
-                if need_grad:
-                    _head_gradients(softmax * (2 * log_z), hidden, weight, rows, *grads[1])
-            if need_grad:
-                _head_gradients(softmax.scatter_add_(1, index, -valid.float()), hidden, weight, rows, *grads[0])
+                if need_grad:  # d log Z / d logits = softmax; the logits themselves are needed no more
+                    softmax = log_p.exp_().mul_(valid)
+                    if with_squares:
+                        by_square.copy_(softmax * (2 * log_z))
+                    part.copy_(softmax.scatter_(1, index, chosen.expm1() * valid))
+            for grad, (grad_hidden, grad_weight) in zip((logits, by_squares), grads):
+                torch.mm(grad, weight, out=grad_hidden[rows])
+                grad_weight += grad.T @ hidden[rows]
         ctx.save_for_backward(*(tensor for pair in grads for tensor in pair))
         return entropy, squares
 
@@ -320,16 +336,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden += saved[2] * incoming[1].to(saved[2].dtype)
             grad_weight += saved[3] * incoming[1]
         return grad_hidden, grad_weight, None, None, None
-
-
-def _head_gradients(grad, hidden, weight, rows, grad_hidden, grad_weight):
-    """From the gradient of a chunk's logits (chunk, V): write that of its hidden states, add to that of the weight."""
-    grad = grad.to(hidden.dtype)
-    torch.mm(grad, weight, out=grad_hidden[rows])
-    if grad_weight.dtype == grad.dtype:
-        grad_weight.addmm_(grad.T, hidden[rows])
-    else:
-        grad_weight += grad.T @ hidden[rows]
 
 
 _squares = None  # a list while `log_normalisers` is entered
@@ -354,9 +360,7 @@ def lm_loss(hidden, weight, targets, chunk_bytes=16 << 20):
     the mean over the valid targets in nats, 0 with a graph when none is valid. Three matmuls as with plain logits,
     no recomputation; the memory is `chunk_bytes` of logits in fp32 plus one gradient of the weight.
     """
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    dtype = compute_dtype(hidden)
     targets = targets.reshape(-1)
     chunk = max(1, chunk_bytes // (4 * weight.shape[0]))
     entropy, squares = _ChunkedCrossEntropy.apply(

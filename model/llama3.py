@@ -10,6 +10,7 @@ from torch import nn
 from .basemodel import BaseModel, BaseModelArgs, ModelError
 from .hf import Layout
 from .layers import (
+    Embedding,
     RMSNorm,
     RopeArgs,
     Rotary,
@@ -106,7 +107,7 @@ class Llama3Model(BaseModel):
 
     def __init__(self, args):
         super().__init__(args)
-        self.tok_embed = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embed = Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Block(args, layer) for layer in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.lm_head = nn.Linear(args.dim, args.vocab_size, bias=False)

@@ -1,0 +1,319 @@
+"""Training speed: ours beside transformers' implementation of the same model, with the same weights and the same batch.
+
+    python benchmarks/train.py                  dense and mixture, bf16 and fp32, eager and compiled
+    python benchmarks/train.py --device=cuda    the default sizes at 512 and 2048 tokens (benchmarks/gpu.sh)
+    python benchmarks/train.py --quick          tiny sizes, one round: does it all run?
+
+A step is forward, backward, clipping and AdamW. Ours is the trainer's own (engine/step.py); transformers is used as its
+documentation says: fp32 weights under autocast, SDPA, fused AdamW, the fastest of its expert implementations that run
+on the device. All take turns, step by step, in one process; a figure is the median over the rounds. Before it is timed,
+the two losses are compared. The FLOPs of `flops_per_token` (3 x forward, attention over the full square) are shown as a
+share of the rate of a large matmul of the same type, which takes its turn in the same rounds; on CUDA as a share of
+--peak_tflops (MFU). Peak memory is measured in processes of their own.
+Writes benchmarks/results/train.json (on CUDA train_cuda.json) and prints the table.
+"""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from engine.config import TrainConfig  # noqa: E402
+from engine.files import write_text  # noqa: E402
+from engine.runfolder import git_revision  # noqa: E402
+from engine.step import Stepper  # noqa: E402
+from model import get_model_and_args  # noqa: E402
+from utils.config import opt, parse  # noqa: E402
+from utils.errors import run_script  # noqa: E402
+
+DENSE, MIXTURE = "mini_llama3", "mini_deepseekv3"
+BOTH = {"dim": 384, "n_layers": 6, "n_heads": 6, "inter_dim": 1024, "vocab_size": 8192}
+CPU = {
+    DENSE: {**BOTH, "n_kv_heads": 2, "head_dim": 64},
+    MIXTURE: {**BOTH, "q_lora_rank": 192, "kv_lora_rank": 128, "n_routed_experts": 8, "n_shared_experts": 1,
+              "n_activated_experts": 2, "moe_inter_dim": 256, "n_dense_layers": 1, "n_mtp_layers": 0},
+}
+CUDA = {DENSE: {}, MIXTURE: {"n_mtp_layers": 0}}  # transformers trains without multi-token prediction
+QUICK = {
+    DENSE: {**CPU[DENSE], "dim": 48, "n_layers": 2, "head_dim": 16, "inter_dim": 64, "vocab_size": 128},
+    MIXTURE: {**CPU[MIXTURE], "dim": 48, "n_layers": 2, "inter_dim": 64, "vocab_size": 128, "q_lora_rank": 16,
+              "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+              "moe_inter_dim": 16},
+}
+EXPERTS = ("eager", "batched_mm", "grouped_mm")  # transformers' implementations of the experts
+
+
+@dataclass
+class Config:
+    __doc__ = __doc__
+    device: str = opt("cpu", "where to train", choices=("cpu", "cuda"))
+    models: list[str] = opt([DENSE, MIXTURE], "architectures")
+    precisions: list[str] = opt([], "default: bf16 and fp32, on CUDA bf16 alone")
+    seq_lens: list[int] = opt([], "tokens a row; default: 256, on CUDA 512 and 2048")
+    tokens: int = opt(0, "of a step; default: 2048, on CUDA 32768")
+    rounds: int = opt(7, "measured steps of each")
+    compiled: bool = opt(True, "compare the compiled models too")
+    memory: bool = opt(True, "measure peak memory: vocabulary 32,000, 16 rows of 512 tokens")
+    peak_tflops: float = opt(989.0, "CUDA: dense bf16 peak of the device; an H100 SXM's by its data sheet")
+    quick: bool = opt(False, "tiny sizes and one round, to see that everything runs")
+    only: str = opt("", "used by the script itself: `MODEL ours|theirs`, print the peak memory of one side")
+    results: str = opt("", "where the figures go")
+
+
+def our_model(name: str, sizes: dict, seq_len: int):
+    Model, ModelArgs = get_model_and_args(name)
+    torch.manual_seed(0)
+    return Model(ModelArgs(max_seq_len=seq_len, **sizes))
+
+
+def their_model(ours, experts: str):
+    """transformers' model with the weights of ours."""
+    from transformers import AutoModelForCausalLM
+
+    config, tensors = ours.to_hf()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa",
+                                                    experts_implementation=experts).train()
+
+
+def our_step(model, precision: str, compiled: bool, batch: dict, device):
+    """A function that takes one step as the trainer takes it, and returns the loss."""
+    config = TrainConfig(optimizer="adamw", precision=precision, compile="true" if compiled else "false", max_lr=3e-4,
+                         embed_lr_scale=1.0)
+    stepper = Stepper(model.to(device).train(), config, device)
+    stepper.optimizer.set_lr(config.max_lr)
+
+    def step() -> float:
+        values = stepper.gradients([batch], weights=[1.0], seeds=[0], share=1.0)
+        loss, _ = torch.stack([values["loss"], stepper.clip()]).tolist()
+        stepper.update()
+        model.after_step({name: value for name, value in values.items() if name != "loss"})
+        stepper.optimizer.zero_grad()
+        return loss
+    return step
+
+
+def their_step(model, precision: str, compiled: bool, batch: dict, device):
+    """The same for transformers, written as its users write it."""
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    ids, labels = batch["input_ids"].to(device), batch["input_ids"].to(device)
+
+    def step() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = forward(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss, _ = torch.stack([loss.detach(), norm]).tolist()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+    return step
+
+
+def make_batch(vocab_size: int, rows: int, seq_len: int) -> dict:
+    """Random tokens; as transformers shifts its labels itself, the last position of a row has no target."""
+    ids = torch.randint(0, vocab_size, (rows, seq_len), generator=torch.Generator().manual_seed(1))
+    targets = torch.cat((ids[:, 1:], torch.full((rows, 1), -100)), dim=1)
+    return {"input_ids": ids, "targets": targets}
+
+
+def matmul_step(precision: str, device, size: int = 2048):
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    out = torch.empty_like(a)
+
+    def step() -> float:
+        for _ in range(4):
+            torch.mm(a, b.T, out=out)
+        return 0.0
+    return step, 4 * 2 * size**3
+
+
+def timed(step, device) -> float:
+    """Seconds of one call, the device's work included."""
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def best_experts(ours, precision: str, batch: dict, device) -> tuple[str, dict]:
+    """The fastest of transformers' expert implementations here, and the seconds of each (None: it does not run)."""
+    seconds = {}
+    for experts in EXPERTS:
+        try:
+            step = their_step(their_model(ours, experts), precision, False, batch, device)
+            seconds[experts] = min(timed(step, device) for _ in range(3))
+        except Exception as error:  # whatever it is, a user would take another
+            print(f"transformers' {experts} does not run here: {str(error).splitlines()[0]}", file=sys.stderr)
+            seconds[experts] = None
+    return min((e for e in EXPERTS if seconds[e]), key=seconds.get), seconds
+
+
+def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens: int) -> dict:
+    """The figures of one model at one precision and length."""
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    batch = make_batch(sizes.get("vocab_size", 32000), tokens // seq_len, seq_len)
+    model = our_model(name, sizes, seq_len)
+    experts, tried = ("eager", {}) if name == DENSE else best_experts(model, precision, batch, device)
+    flops = model.flops_per_token(seq_len)
+    matmul, matmul_flops = matmul_step(precision, device, 256 if config.quick else 2048)
+    steps = {"matmul": matmul}
+    for compiled in (False, True) if config.compiled else (False,):
+        how = "compiled" if compiled else "eager"
+        model = our_model(name, sizes, seq_len)
+        steps[f"theirs {how}"] = their_step(their_model(model, experts), precision, compiled, batch, device)
+        steps[f"ours {how}"] = our_step(model, precision, compiled, batch, device)
+    memory, losses = {}, {}
+    for side, step in steps.items():  # warm: the first step compiles and allocates
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        losses[side] = [step() for _ in range(3)]
+        if device.type == "cuda":
+            memory[side] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    for side, loss in losses.items():
+        want = losses["theirs eager"][0]
+        if side != "matmul" and abs(loss[0] - want) > 0.01 * want:
+            raise RuntimeError(f"{name} {precision}: the loss of {side} is {loss[0]:.4f}, of theirs eager {want:.4f}")
+    seconds = {side: [] for side in steps}
+    for _ in range(config.rounds):
+        for side, step in steps.items():
+            seconds[side].append(timed(step, device))
+    figures = {"model": name, "precision": precision, "seq_len": seq_len, "rows": tokens // seq_len, "sizes": sizes,
+               "gflops_per_token": flops / 1e9, "first_losses": {s: v[0] for s, v in losses.items() if s != "matmul"},
+               "experts": experts, "experts_seconds": tried, "seconds": seconds,
+               "matmul_gflops": matmul_flops / statistics.median(seconds.pop("matmul")) / 1e9, "memory_mib": memory}
+    peak = config.peak_tflops * 1e3 if device.type == "cuda" else figures["matmul_gflops"]
+    figures["tokens_per_s"] = {side: tokens / statistics.median(s) for side, s in seconds.items()}
+    figures["flops_share"] = {side: rate * flops / 1e9 / peak for side, rate in figures["tokens_per_s"].items()}
+    for how in ("eager", "compiled") if config.compiled else ("eager",):
+        figures[f"ratio_{how}"] = statistics.median(
+            theirs / ours for theirs, ours in zip(seconds[f"theirs {how}"], seconds[f"ours {how}"]))
+    return figures
+
+
+def peak_memory(config, name: str, side: str) -> float:
+    """MiB by which two steps at a vocabulary of 32,000 with 16 rows of 512 tokens raise this process's peak memory."""
+    sizes = {**(QUICK if config.quick else CPU)[name], "vocab_size": 1024 if config.quick else 32000}
+    seq_len, rows = (64, 2) if config.quick else (512, 16)
+    batch, device = make_batch(sizes["vocab_size"], rows, seq_len), torch.device("cpu")
+    model = our_model(name, sizes, seq_len)
+    step = (our_step(model, "bf16", False, batch, device) if side == "ours"
+            else their_step(their_model(model, "grouped_mm"), "bf16", False, batch, device))
+    gc.collect()
+    warm_up(device)
+    before = peak_rss()
+    for _ in range(2):
+        step()
+    return peak_rss() - before
+
+
+def warm_up(device):
+    """Let the libraries allocate what they keep."""
+    a = torch.randn(64, 64, device=device, requires_grad=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        (a @ a).sum().backward()
+
+
+def peak_rss() -> float:
+    """MiB, of this process since it began."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def memory_of_both(config, name: str) -> dict:
+    """{"ours", "theirs": MiB, "share"}: each in a process of its own."""
+    figures = {}
+    for side in ("ours", "theirs"):
+        words = [sys.executable, __file__, f"--only={name} {side}", *(["--quick"] if config.quick else [])]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(words)}: {done.stderr[-2000:]}")
+        figures[side] = float(done.stdout.split()[-1])
+    return {**figures, "share": figures["ours"] / figures["theirs"]}
+
+
+def table(results: dict) -> str:
+    """Markdown, one row a model, precision and length."""
+    share = "MFU" if results["about"]["device"] == "cuda" else "of the matmul rate"
+    lines = [f"| | transformers eager | compiled | ours eager | compiled | ratio eager | compiled | {share} |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for row in results["speed"]:
+        rates = {side: f"{rate:,.0f}" for side, rate in row["tokens_per_s"].items()}
+        best = max(value for side, value in row["flops_share"].items() if side.startswith("ours"))
+        lines.append(f"| {row['model']}, {row['precision']}, {row['rows']} x {row['seq_len']} | "
+                     f"{rates['theirs eager']} | {rates.get('theirs compiled', '')} | {rates['ours eager']} | "
+                     f"{rates.get('ours compiled', '')} | {row['ratio_eager']:.2f} | "
+                     f"{row.get('ratio_compiled', 0):.2f} | {best:.0%} |")
+    for name, figures in results["memory"].items():
+        lines.append(f"\npeak memory of {name}: ours {figures['ours']:,.0f} MiB, transformers "
+                     f"{figures['theirs']:,.0f} MiB: {figures['share']:.0%}")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    config = parse(Config, argv)
+    if config.only:
+        print(peak_memory(config, *config.only.split()))
+        return
+    cuda = config.device == "cuda"
+    sizes = QUICK if config.quick else CUDA if cuda else CPU
+    seq_lens = config.seq_lens or ([32] if config.quick else [512, 2048] if cuda else [256])
+    tokens = config.tokens or (64 if config.quick else 32768 if cuda else 2048)
+    config.rounds = 1 if config.quick else config.rounds
+    about = {"date": str(date.today()), "command": " ".join(["python benchmarks/train.py", *(argv or sys.argv[1:])]),
+             "device": config.device, "processor": torch.cuda.get_device_name() if cuda else processor(),
+             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+             "torch": torch.__version__, "commit": git_revision(), "peak_tflops": config.peak_tflops if cuda else None}
+    import transformers
+    about["transformers"] = transformers.__version__
+    results = {"about": about, "speed": [], "memory": {}}
+    path = Path(config.results or ROOT / f"benchmarks/results/train{'_cuda' if cuda else ''}.json")
+    for name in config.models:
+        for precision in config.precisions or (["bf16"] if cuda else ["bf16", "fp32"]):
+            for seq_len in seq_lens:
+                results["speed"].append(compare(config, name, precision, sizes[name], seq_len, tokens))
+                torch._dynamo.reset()
+                gc.collect()
+                print(table(results).splitlines()[-1], flush=True)
+    if config.memory and not cuda:
+        results["memory"] = {name: memory_of_both(config, name) for name in config.models}
+    if not config.quick or config.results:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+def processor() -> str:
+    try:
+        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                 if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    run_script(main)

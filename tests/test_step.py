@@ -1,0 +1,83 @@
+"""The arithmetic of a step: low weights against autocast and fp32, and what the trainer's step leaves behind."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from engine_helpers import ROOT
+
+from checks import Subject
+from engine.config import TrainConfig
+from engine.step import LowWeights, Stepper
+from model import list_models
+
+CPU = torch.device("cpu")
+
+
+def stepper_of(model, precision):
+    return Stepper(model, TrainConfig(precision=precision, compile="false", optimizer="adamw"), CPU)
+
+
+def gradients(name, precision, parts=1):
+    """{parameter: gradient} of a step of four rows in `parts` micro-batches, and its values."""
+    subject = Subject(name)
+    model = subject.build().train()
+    stepper = stepper_of(model, precision)
+    ids = subject.tokens(rows=4)
+    batches = [{"input_ids": part, "targets": part.roll(-1, 1)} for part in ids.chunk(parts)]
+    values = stepper.gradients(batches, [1 / parts] * parts, [0] * parts, 1 / parts)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, values
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("parts", [1, 4])
+def test_bf16_gradients_are_fp32_and_point_where_those_of_fp32_do(name, parts):
+    want, want_values = gradients(name, "fp32")
+    got, values = gradients(name, "bf16", parts)
+    assert got.keys() == want.keys() and values.keys() == want_values.keys()
+    torch.testing.assert_close(values["loss"], want_values["loss"], atol=0.02, rtol=0.01)
+    flat = [torch.cat([g.flatten() for g in gradients.values()]) for gradients in (got, want)]
+    assert flat[0].dtype == torch.float32
+    assert torch.cosine_similarity(*flat, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_weights_and_gradients_come_back(name):
+    """After a step's passes the parameters are the same tensors with the same fp32 numbers, also when one fails."""
+    model = Subject(name).build().train()
+    before = {n: (p, p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
+    stepper = stepper_of(model, "bf16")
+    ids = Subject(name).tokens(rows=2)
+    stepper.gradients([{"input_ids": ids, "targets": ids}], [1.0], [0], 1.0)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    with pytest.raises(RuntimeError, match="stop"), stepper.compute():
+        assert any(p.dtype == torch.bfloat16 for p in model.parameters())
+        assert all(p.dtype == torch.float32 for p in model.param_groups()["scalar"])
+        raise RuntimeError("stop")
+    for n, p in model.named_parameters():
+        assert p is before[n][0] and p.data_ptr() == before[n][1] and torch.equal(p, before[n][2])
+        assert n not in grads or torch.equal(p.grad, grads[n])
+
+
+def test_sums_of_many_backward_passes_keep_their_digits():
+    """1 + 256 times 2^-8: in bf16 the sum would stay 1."""
+    param = torch.nn.Parameter(torch.ones(3))
+    low = LowWeights([param], torch.bfloat16)
+    with low.lowered():
+        for factor in [1.0] + [2.0**-8] * 256:
+            (param * factor).sum().backward()
+            low.collect()
+    assert torch.equal(param.grad, torch.full((3,), 2.0))
+
+
+@pytest.mark.slow
+def test_the_speed_benchmark_runs(tmp_path):
+    """All of benchmarks/train.py at tiny sizes: both models, both sides and their equal losses, compiled, memory."""
+    words = [sys.executable, str(ROOT / "benchmarks/train.py"), "--quick", f"--results={tmp_path}/train.json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "train.json").read_text())
+    assert len(results["speed"]) == 4 and all(row["ratio_compiled"] > 0 for row in results["speed"])
+    assert all(0 < figures["share"] for figures in results["memory"].values())
