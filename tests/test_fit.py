@@ -14,7 +14,7 @@ from engine.config import TrainConfig
 from engine.fit import fitting_rows, largest
 from engine.metrics import read_metrics
 from engine.optim import build_optimizer
-from utils.errors import UserError
+from utils.errors import UserError, run_script
 
 MB = 2**20
 
@@ -63,6 +63,13 @@ def test_running_out_of_memory_is_caught_and_other_errors_are_not():
     error = RuntimeError("shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="shapes"):
         largest(64, 1000, bytes_for)
+
+
+def test_a_run_that_takes_too_much_ends_in_one_line(world, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_script(lambda: world.run(model_class=Narrow, max_batch_size=8))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "error: out of memory (CUDA out of memory. Tried" in said and "--max_batch_size; 0 finds what fits" in said
 
 
 def test_the_smallest_device_decides(monkeypatch):

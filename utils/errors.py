@@ -11,8 +11,8 @@ class UserError(ValueError):
 
 
 def run_script(main) -> None:
-    """Call main() and end the process: 0; 2, with one line on stderr, after a user's error or for a path that cannot
-    be used; 130 after Ctrl-C."""
+    """Call main() and end the process: 0; 2, with one line on stderr, after a user's error, for a path that cannot be
+    used, or out of memory; 130 after Ctrl-C."""
     for out in (sys.stdout, sys.stderr):
         if hasattr(out, "reconfigure"):
             out.reconfigure(errors="replace")  # where the locale knows no Chinese, a ? and no UnicodeEncodeError
@@ -23,6 +23,13 @@ def run_script(main) -> None:
             raise
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except RuntimeError as error:  # PyTorch's own class is not imported here: it takes seconds
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
+            raise
+        said = str(error).partition("\n")[0]
+        print(f"error: out of memory ({said}): fewer rows at once (--max_batch_size; 0 finds what fits), shorter ones "
+              "(--max_seq_len), or a smaller model", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
