@@ -211,7 +211,7 @@ def table(results: dict) -> str:
         for what in ("tokens", "seconds"):
             values = [seed[what] for seed in seeds]
             shares.append(f"{sum(values) / len(values):.0%} ({min(values):.0%} to {max(values):.0%})")
-        lines.append(f"| {model} | {figures['best_lr']} | {loss:.3f} | {shares[0]} | {shares[1]} |")
+        lines.append(f"| `{model}` | {figures['best_lr']} | {loss:.3f} | {shares[0]} | {shares[1]} |")
     return "\n".join(lines)
 
 
