@@ -8,7 +8,9 @@ from engine.loader import collate, to_device
 from utils.errors import UserError
 from utils.log import format_bytes, log
 
-SHARE = 0.9  # of the free memory may be used: the rest is for fragments and for what the trials do not see
+# What part of the free memory may be used. The rest is for fragments: on a processor the allocator of the system keeps
+# much of what was freed, and after some steps a process holds up to 1.8 times what the trial took (docs/LOG.md).
+SHARES, SHARE_OF_HOST = {"cuda": 0.9}, 0.5
 
 
 def fitting_rows(at_most: int, model, optimizer, rows, device, autocast) -> int:
@@ -25,7 +27,7 @@ def fitting_rows(at_most: int, model, optimizer, rows, device, autocast) -> int:
                         "give a number of rows")
     weights, whole = checkpoint_bytes(model, optimizer)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    room = int(SHARE * free) - gradients - (whole - weights)
+    room = int(SHARES.get(device.type, SHARE_OF_HOST) * free) - gradients - (whole - weights)
     base = memory.held(device) + gradients
 
     def bytes_for(count: int) -> int:

@@ -56,7 +56,8 @@ def available(device: torch.device) -> int | None:
         return None
     free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
     limits = [group_limit(folder) for folder in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))]
-    return min([free, *(limit for limit in limits if limit is not None)]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = min([free, *(limit for limit in limits if limit is not None)])
+    return min(free // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), process_limit())
 
 
 def group_limit(folder: Path) -> int | None:
@@ -67,6 +68,14 @@ def group_limit(folder: Path) -> int | None:
         except (OSError, ValueError):  # no such group, or "max": no limit
             continue
     return None
+
+
+def process_limit() -> float:
+    """What `ulimit -v` leaves this process of its address space; infinite without a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return float("inf")
+    return limit - int((PROC / "self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def ran_out(error: RuntimeError) -> bool:
