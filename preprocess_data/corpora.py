@@ -5,35 +5,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preprocess_data import idioms, poems
-from preprocess_data.readers import Broken, Position, data_files, find_files, read_file
+from preprocess_data.chat_rows import to_messages
+from preprocess_data.readers import Broken, data_files, find_files, read_file
 from utils.errors import UserError
 from utils.paths import project_path
 
 CORPORA_PATH = "output/corpora"
 
 
-def field(name: str) -> Callable:
-    """A function that takes the text from this field of a record."""
+@dataclass(frozen=True)
+class Field:
+    """Takes the text from one field of a record."""
 
-    def take(record) -> str | Broken:
+    name: str
+
+    def __call__(self, record) -> str | Broken:
         if isinstance(record, str):
             return record
-        text = record.get(name) if isinstance(record, dict) else None
-        return text if isinstance(text, str) else Broken(f"no text in the field {name!r}")
-
-    return take
+        text = record.get(self.name) if isinstance(record, dict) else None
+        return text if isinstance(text, str) else Broken(f"no text in the field {self.name!r}")
 
 
-def row(document: Callable) -> Callable:
-    """A function that builds the text of a record whose fields are known."""
+@dataclass(frozen=True)
+class Row:
+    """Builds the text of a record whose fields are known."""
 
-    def take(record) -> str | Broken:
+    document: Callable
+
+    def __call__(self, record) -> str | Broken:
         try:
-            return document(record)
+            return self.document(record)
         except (KeyError, TypeError, AttributeError):
             return Broken("missing fields")
-
-    return take
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,10 @@ class Corpus:
 
 
 CORPORA = {
-    "wikipedia-cn": Corpus("wikipedia-cn", "bash preprocess_data/download_tokenizer_data.sh", field("completion")),
-    "seq-monkey": Corpus("seq-monkey", "bash preprocess_data/download_pretrain_data.sh", field("text")),
-    "poems": Corpus("poems.jsonl", "python preprocess_data/preprocess_data.py fetch poems", row(poems.document)),
-    "idioms": Corpus("idioms.jsonl", "python preprocess_data/preprocess_data.py fetch idioms", row(idioms.document)),
+    "wikipedia-cn": Corpus("wikipedia-cn", "bash preprocess_data/download_tokenizer_data.sh", Field("completion")),
+    "seq-monkey": Corpus("seq-monkey", "bash preprocess_data/download_pretrain_data.sh", Field("text")),
+    "poems": Corpus("poems.jsonl", "python preprocess_data/preprocess_data.py fetch poems", Row(poems.document)),
+    "idioms": Corpus("idioms.jsonl", "python preprocess_data/preprocess_data.py fetch idioms", Row(idioms.document)),
     "deepctrl-sft": Corpus("deepctrl-sft", "bash preprocess_data/download_sft_data.sh"),
     "demo-chat": Corpus("demo-chat.jsonl", "python preprocess_data/preprocess_data.py fetch demo-chat"),
 }
@@ -63,13 +66,19 @@ class Source:
     files: list[Path]
     take: Callable | None
 
-    def records(self, position: Position | None = None) -> Iterator:
-        for path in self.files:
-            yield from read_file(path, position)
-
     def texts(self) -> Iterator[str | Broken]:
-        for record in self.records():
-            yield record if isinstance(record, Broken) else self.take(record)
+        """What a tokenizer would see: documents, or the contents of chat rows."""
+        for path in self.files:
+            for part in read_file(path):
+                for _, record in part.records():
+                    if isinstance(record, Broken):
+                        yield record
+                    elif self.take is not None:
+                        yield self.take(record)
+                    elif isinstance(found := to_messages(record), Broken):
+                        yield found
+                    else:
+                        yield from (message["content"] for message in found[0])
 
 
 def find_sources(sources: str, corpora_path: Path, text_field: str = "text", chat: bool = False) -> list[Source]:
@@ -91,7 +100,7 @@ def find_sources(sources: str, corpora_path: Path, text_field: str = "text", cha
     return [
         _named(name, named, corpora_path)
         if name in CORPORA
-        else Source(name, find_files(project_path(name)), None if chat else field(text_field))
+        else Source(name, find_files(project_path(name)), None if chat else Field(text_field))
         for name in filter(None, map(str.strip, sources.split(",")))
     ]
 

@@ -1,127 +1,190 @@
-"""Documents to tokens on all cores, in the order of the input, holding only a few blocks at a time."""
+"""Parts of files to blocks of tokens: all that is done to a record, and the processes that do it."""
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from preprocess_data.readers import Broken
+from preprocess_data.chat_rows import to_messages
+from preprocess_data.dedup import Dedup, signature
+from preprocess_data.fast_encoder import REFERENCE, encode_documents, load_encoder
+from preprocess_data.filters import Filters
+from preprocess_data.readers import LONGEST, TOO_LONG, Broken, Part, quote
+from preprocess_data.write_tokens import token_dtype
 from utils.chat_template import encode_chats
-from utils.text import clean_text, is_held_out
-from utils.tokenizer import load_tokenizer
+from utils.errors import UserError
+from utils.text import clean_text, has_surrogates, is_held_out
 
-BLOCK_CHARACTERS = 1 << 20  # one unit of work; the output does not depend on it
+SPLITS = ("train", "val")
+EMPTY = Broken("empty")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One part of one file; `file` and `part` are its place in the input, `take` makes the text of a record."""
+
+    source: int
+    file: int
+    part: int
+    path: str
+    data: Part
+    take: Callable | None
 
 
 @dataclass
 class Encoded:
-    """Documents of one split out of one block: tokens (N,), the length of each document, characters, mask or None."""
+    """Documents of one split out of one block, one after another; all but tokens and mask have a number a document."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray  # (N,)
     lengths: np.ndarray
-    characters: int
-    mask: np.ndarray | None = None
+    characters: np.ndarray
+    places: np.ndarray  # in the block, over both splits
+    mask: np.ndarray | None = None  # (N,), 1 where a token carries loss
+    signatures: list[bytes] = field(default_factory=list)
+
+    def only(self, keep: np.ndarray) -> "Encoded":
+        """The documents for which keep is true."""
+        kept = np.repeat(keep, self.lengths)
+        mask = None if self.mask is None else self.mask[kept]
+        return Encoded(self.tokens[kept], self.lengths[keep], self.characters[keep], self.places[keep], mask)
 
 
 @dataclass
 class Block:
-    """What became of one block: its documents by split, and the dropped by reason."""
+    """What became of one part: its documents by split, the dropped by reason, the bad as (line, Broken)."""
 
     splits: dict[str, Encoded] = field(default_factory=dict)
     dropped: Counter = field(default_factory=Counter)
-    records: int = 0
+    bad: list[tuple[int, Broken]] = field(default_factory=list)
+    taken: int = 0  # records that --where let pass
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Documents outside these lengths, in characters, are dropped; 0 is no upper limit."""
+class Recipe:
+    """What is done to every part; small, and the same for all workers."""
 
-    min_characters: int = 1
-    max_characters: int = 0
+    chat: bool
+    tokenizer_path: Path
+    filters: Filters
+    where: str = ""
+    dedup: str = "none"
+    library: str = REFERENCE  # what encodes
+    fingerprint: str = ""  # of the tokenizer
 
-    def reason(self, characters: int) -> str | None:
-        if characters < max(1, self.min_characters):
-            return "too short" if characters else "empty"
-        return "too long" if 0 < self.max_characters < characters else None
 
+class Encoder:
+    """encoder(item) is its Block; with a limit, of the first `limit` records that --where lets pass."""
 
-class TextEncoder:
-    """Encodes a block of texts as `<s> text </s>`."""
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.tokenizer = recipe, load_encoder(recipe.tokenizer_path, recipe.library)
+        self.dtype = token_dtype(self.tokenizer.vocab_size)
+        self.key, _, wanted = recipe.where.partition("=")
+        self.values = set(wanted.split(","))
 
-    def __init__(self, tokenizer_path: Path, limits: Limits):
-        self.tokenizer, self.limits = load_tokenizer(tokenizer_path), limits
-
-    def __call__(self, texts: list[str | Broken]) -> Block:
-        block, kept = Block(records=len(texts)), {"train": [], "val": []}
-        for text in texts:
-            if isinstance(text, Broken):
-                block.dropped[text.reason] += 1
+    def __call__(self, item: Item, limit: int | None = None) -> Block:
+        block, kept = Block(), {split: ([], [], []) for split in SPLITS}
+        for line, record in item.data.records():
+            if self.key and isinstance(record, dict) and self.key in record:
+                if str(record[self.key]) not in self.values:
+                    block.dropped[f"not {self.recipe.where}"] += 1
+                    continue
+            if block.taken == limit:
+                break
+            block.taken += 1
+            found = record if isinstance(record, Broken) else self.read(record, item.take)
+            if isinstance(found, Broken):
+                block.bad.append((line, found if found.record else Broken(found.reason, quote(str(record)))))
                 continue
-            text = clean_text(text)
-            if reason := self.limits.reason(len(text)):
+            text, document, held_out = found
+            if reason := self.recipe.filters.reason(text):
                 block.dropped[reason] += 1
-            else:
-                kept["val" if is_held_out(text) else "train"].append(text)
-        for split, documents in kept.items():
-            bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
-            ids = [(bos, *row, eos) for row in self.tokenizer.encode_batch(documents)]
-            block.splits[split] = Encoded(_join(ids), _lengths(ids), sum(map(len, documents)))
+                continue
+            split = "val" if (is_held_out(text) if held_out is None else held_out) else "train"
+            documents, places, signatures = kept[split]
+            documents.append(document)
+            places.append(block.taken)
+            if self.recipe.dedup != "none":
+                signatures.append(signature(text, self.recipe.dedup))
+        for split, (documents, places, signatures) in kept.items():
+            block.splits[split] = self.encode(documents, np.array(places, np.int64))
+            block.splits[split].signatures = signatures
         return block
 
 
-class ChatEncoder:
-    """Encodes a block of conversations with the mask of what the assistant wrote.
+class TextEncoder(Encoder):
+    """Documents as `<s> text </s>`."""
 
-    A row is (messages, held_out); held_out None lets the hash of its contents decide.
-    """
+    def read(self, record, take: Callable) -> tuple[str, str, None] | Broken:
+        text = take(record)
+        if type(text) is Broken:
+            return text
+        if len(text) > LONGEST:
+            return TOO_LONG
+        cleaned = clean_text(text)
+        if cleaned is not text and has_surrogates(text):  # so come bytes that are not UTF-8 out of some readers
+            return Broken("not UTF-8")
+        return (cleaned, cleaned, None) if cleaned else EMPTY
 
-    def __init__(self, tokenizer_path: Path, limits: Limits):
-        self.tokenizer, self.limits = load_tokenizer(tokenizer_path), limits
-
-    def __call__(self, rows: list[tuple | Broken]) -> Block:
-        block, kept = Block(records=len(rows)), {"train": [], "val": []}
-        for row in rows:
-            if isinstance(row, Broken):
-                block.dropped[row.reason] += 1
-                continue
-            messages, held_out = row
-            text = "\n".join(message["content"] for message in messages)
-            if reason := self.limits.reason(len(text)):
-                block.dropped[reason] += 1
-                continue
-            kept["val" if (is_held_out(text) if held_out is None else held_out) else "train"].append(messages)
-        for split, conversations in kept.items():
-            encoded = encode_chats(self.tokenizer, conversations)
-            ids, masks = [ids for ids, _ in encoded], [mask for _, mask in encoded]
-            written = sum(len(m["content"].strip()) for row in conversations for m in row if m["role"] == "assistant")
-            block.splits[split] = Encoded(_join(ids), _lengths(ids), written, _join(masks))
-        return block
+    def encode(self, texts: list[str], places: np.ndarray) -> Encoded:
+        ids, lengths = encode_documents(self.tokenizer, texts)
+        return Encoded(ids.astype(self.dtype), lengths, _lengths(texts), places)
 
 
-def _join(rows: list) -> np.ndarray:
-    return np.concatenate([np.asarray(row, dtype=np.uint32) for row in rows]) if rows else np.zeros(0, np.uint32)
+class ChatEncoder(Encoder):
+    """Conversations, with the mask of what the assistant wrote. One that is not marked as held out goes by its hash."""
+
+    def read(self, record, take: None) -> tuple[str, list[dict], bool | None] | Broken:
+        found = to_messages(record)
+        if isinstance(found, Broken):
+            return found
+        messages, held_out = found
+        text = "\n".join(message["content"] for message in messages)
+        return (text, messages, held_out) if len(text) <= LONGEST else TOO_LONG
+
+    def encode(self, conversations: list[list[dict]], places: np.ndarray) -> Encoded:
+        encoded = encode_chats(self.tokenizer, conversations)
+        ids, masks = [ids for ids, _ in encoded], [mask for _, mask in encoded]
+        written = [sum(len(m["content"].strip()) for m in row if m["role"] == "assistant") for row in conversations]
+        return Encoded(
+            _join(ids, self.dtype),
+            _lengths(ids),
+            np.array(written, np.int64),
+            places,
+            _join(masks, np.uint8),
+        )
+
+
+def drop_duplicates(block: Block, seen: Dedup) -> list[bytes]:
+    """Take out of a block what has come before, in the order of the input; returns the signatures of what stays."""
+    places = [(p, split, i) for split, part in block.splits.items() for i, p in enumerate(part.places.tolist())]
+    keep = {split: np.ones(len(part.lengths), bool) for split, part in block.splits.items()}
+    new = []
+    for _, split, i in sorted(places):
+        found = block.splits[split].signatures[i]
+        if reason := seen.reason(found):
+            keep[split][i] = False
+            block.dropped[reason] += 1
+        else:
+            new.append(found)
+    block.splits = {split: part.only(keep[split]) for split, part in block.splits.items()}
+    return new
+
+
+def _join(rows: list, dtype) -> np.ndarray:
+    return np.concatenate([np.asarray(row, dtype=dtype) for row in rows]) if rows else np.zeros(0, dtype)
 
 
 def _lengths(rows: list) -> np.ndarray:
     return np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-
-
-def blocks(items: Iterable, size: Callable[[object], int]) -> Iterator[list]:
-    """Consecutive items in lists of about BLOCK_CHARACTERS."""
-    block, filled = [], 0
-    for item in items:
-        block.append(item)
-        filled += size(item) + 16
-        if filled >= BLOCK_CHARACTERS:
-            yield block
-            block, filled = [], 0
-    if block:
-        yield block
 
 
 def available_cores() -> int:
@@ -129,29 +192,68 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(make_encoder: Callable[[], Callable], work: Iterable, workers: int) -> Iterator[Block]:
-    """encoder(item) for every item, in order, on `workers` processes (0: all cores), a few items ahead at most."""
-    workers = workers or available_cores()
-    if workers == 1:
-        encoder = make_encoder()
-        yield from map(encoder, work)
-        return
-    # spawn: a forked copy of a process whose tokenizer has started its threads can hang
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (make_encoder,)) as pool:
+class Workers:
+    """Processes that encode, as many as asked for (0: one a core); 1 is this process itself. As a context it ends them.
+
+    They start at once, beside what this process has to do first.
+    """
+
+    def __init__(self, count: int):
+        self.count, self._pool = count or available_cores(), None
+        if self.count > 1:
+            # spawn: a forked copy of a process whose tokenizer has started its threads can hang
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.count, context, _start_worker)
+            for _ in range(self.count):
+                self._pool.submit(int)
+
+    def in_order(self, recipe: Recipe, items: Iterable[Item]) -> Iterator[tuple[Item, Block]]:
+        """Every item with its Block, in order; only a few items are held at a time."""
+        if self._pool is None:
+            for item in items:
+                yield item, encode(recipe, item)
+            return
         running: deque = deque()
-        for item in work:
-            running.append(pool.submit(_work, item))
-            if len(running) >= 2 * workers:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+        try:
+            for item in items:
+                running.append((item, self._pool.submit(encode, recipe, item)))
+                if len(running) >= 2 * self.count:
+                    item, block = running.popleft()
+                    yield item, block.result()
+            while running:
+                item, block = running.popleft()
+                yield item, block.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, for want of memory perhaps: run the same command again, it goes on from "
+                "here; with fewer --workers it needs less"
+            ) from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(make_encoder: Callable[[], Callable]) -> None:
-    global _encoder
+@lru_cache(1)
+def _encoder(recipe: Recipe) -> Encoder:
+    return (ChatEncoder if recipe.chat else TextEncoder)(recipe)
+
+
+def encode(recipe: Recipe, item: Item, limit: int | None = None) -> Block:
+    """What becomes of an item, or of its first `limit` records that --where lets pass."""
+    return _encoder(recipe)(item, limit)
+
+
+def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one core
-    _encoder = make_encoder()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _work(item):
-    return _encoder(item)
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

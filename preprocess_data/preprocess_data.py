@@ -8,31 +8,37 @@ python preprocess_data.py pretrain --sources=wikipedia-cn,my.jsonl --text_field=
 python preprocess_data.py sft --sources=deepctrl-sft
 """
 
+import hashlib
+import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 if not __package__:
     # Run as a script, Python looks in this folder first, where preprocess_data is this file and not the package.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from preprocess_data.chat_rows import to_messages
 from preprocess_data.corpora import CORPORA, CORPORA_PATH, Source, find_sources
+from preprocess_data.dedup import KINDS
 from preprocess_data.demo_chat import make_chat
-from preprocess_data.encode import ChatEncoder, Limits, TextEncoder, blocks, in_order
+from preprocess_data.encode import Block, Item, Recipe, Workers, encode
+from preprocess_data.fast_encoder import REFERENCE, choose_encoder, described
+from preprocess_data.filters import Filters
 from preprocess_data.idioms import fetch_idioms
 from preprocess_data.poems import fetch_poems
-from preprocess_data.readers import Broken, Position
+from preprocess_data.readers import BLOCK, LONGEST, ROWS, Position, read_file
 from preprocess_data.report import write_report
-from preprocess_data.write_tokens import TokenWriter, write_jsonl
+from preprocess_data.resume import Run, State, reasons
+from preprocess_data.write_tokens import partial, write_jsonl
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
 from utils.log import Progress, format_count, format_seconds, log
-from utils.tokenizer import load_tokenizer
+from utils.tokenizer import Tokenizer, load_tokenizer
+
+SAVE_SECONDS = 2.0  # between two points from which a killed run can go on
 
 
 @dataclass
@@ -45,10 +51,18 @@ class PrepareConfig:
     max_documents: int = opt(0, "take only the first records of each source; 0 takes all")
     min_characters: int = opt(1, "drop shorter documents")
     max_characters: int = opt(0, "drop longer documents; 0 keeps all")
-    corpora_path: str = opt(CORPORA_PATH, "folder with the named corpora", path=True)
-    tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer", path=True)
-    data_path: str = opt("output/data", "folder to write", path=True)
-    workers: int = opt(0, "processes; 0 takes every core. The output is the same for any number")
+    language: str = opt("", "keep documents in these scripts, e.g. zh or zh,latin; empty keeps all")
+    dedup: str = opt("none", "drop documents that came before: exact, or near (most of the text)", ("none", *KINDS))
+    encoder: str = opt("auto", "auto: gigatoken where it gives the ids of tokenizers", ("auto", REFERENCE))
+    max_bad_ratio: float = opt(0.001, "stop when a larger share of the records is bad; 1 never stops", neutral=True)
+    corpora_path: str = opt(CORPORA_PATH, "folder with the named corpora", path=True, neutral=True)
+    tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer", path=True, neutral=True)
+    data_path: str = opt("output/data", "folder to write", path=True, neutral=True)
+    workers: int = opt(0, "processes; 0 takes every core. The output is the same for any number", neutral=True)
+
+    def __post_init__(self):
+        if not 0 <= self.max_bad_ratio <= 1:
+            raise UserError(f"--max_bad_ratio={self.max_bad_ratio}: must be between 0 and 1")
 
 
 @dataclass
@@ -70,37 +84,94 @@ def prepare(kind: str, config: PrepareConfig) -> dict[str, dict]:
     tokenizer_path, folder = Path(config.tokenizer_path), Path(config.data_path)
     tokenizer = load_tokenizer(tokenizer_path)
     log(f"{kind}: {', '.join(source.name for source in sources)} -> {config.data_path}")
-
-    limits = Limits(config.min_characters, config.max_characters)
-    make_encoder = partial(ChatEncoder if chat else TextEncoder, tokenizer_path, limits)
-    dropped, records = Counter(), 0
-    progress = ReadingProgress(kind, sources)
-    items = records_of(sources, config, progress.position, dropped)
-    with (
-        TokenWriter(folder, f"{kind}_train", tokenizer, chat) as train,
-        TokenWriter(folder, f"{kind}_val", tokenizer, chat) as val,
-    ):
-        for block in in_order(make_encoder, blocks(items, _size), config.workers):
-            for writer, split in ((train, "train"), (val, "val")):
-                part = block.splits[split]
-                writer.add(part.tokens, part.lengths, part.characters, part.mask)
-            dropped.update(block.dropped)
-            records += block.records
-            progress.update(train.tokens + val.tokens)
-        progress.close()
-        if not train.tokens:
-            lost = f"nothing left to write of {records} records ({_reasons(dropped)})"
-            raise UserError(f"{lost}: check --sources, --text_field and --where")
-        files = [str(file) for source in sources for file in source.files]
-        meta = {"kind": kind, "sources": files, "dropped": dict(sorted(dropped.items()))}
-        metas = {writer.name: writer.finish(**meta) for writer in (train, val)}
+    filters = Filters(config.min_characters, config.max_characters, config.language)
+    texts = (text for source in sources for text in source.texts() if isinstance(text, str))
+    with Workers(config.workers) as workers:  # they start while the encoder is chosen
+        library, why = choose_encoder(tokenizer, config.encoder, texts)
+        log(f"encoder: {library}, {why}")
+        recipe = Recipe(chat, tokenizer_path, filters, config.where, config.dedup, library, tokenizer.fingerprint)
+        with Run(folder, kind, tokenizer, fingerprint(kind, sources, config, tokenizer, library)) as run:
+            if not run.state.complete:
+                about = {"encoder": described(library), "encoder_because": why}
+                encode_all(run, recipe, workers, sources, config, about)
+            metas = run.publish()
     for name, meta in metas.items():
         count, what = meta["documents"], "conversations" if chat else "documents"
         tokens = format_count(meta["tokens"])
         log(f"{name}: {count} {what}, {tokens} tokens, {meta['tokens'] / max(1, count):.1f} each")
-    log(f"dropped: {_reasons(dropped)}. {format_seconds(progress.seconds())}")
+    dropped, bad = (metas[f"{kind}_train"][key] for key in ("dropped", "bad"))
+    log(f"dropped: {reasons(dropped)}")
+    if bad:
+        log(f"bad: {reasons(bad)}; each with its place in {folder / f'{kind}_rejects.jsonl'}")
     log(f"report: {write_report(folder, kind, tokenizer)}")
     return metas
+
+
+def encode_all(
+    run: Run, recipe: Recipe, workers: Workers, sources: list[Source], config: PrepareConfig, about: dict
+) -> None:
+    """Encode what the run has not encoded yet, and make it complete, with `about` in its meta files."""
+    state, most = run.state, config.max_documents
+    if records := sum(state.taken.values()):
+        log(f"{run.kind}: going on after {records} records")
+    progress = ReadingProgress(run.kind, sources)
+    items = items_of(sources, state, most, progress.position)
+    saved = time.time()
+    for item, block in workers.in_order(recipe, items):
+        left = most - state.taken.get(item.source, 0)
+        if most and block.taken > left:
+            block = encode(recipe, item, left) if left else Block()
+        run.add(item, block, config.dedup != "none")
+        too_bad = state.too_bad(config.max_bad_ratio, at_end=False)
+        if too_bad or time.time() - saved > SAVE_SECONDS:
+            run.save()
+            saved = time.time()
+        if too_bad:
+            break
+        progress.update(run.tokens)
+    run.save()
+    progress.close()
+    if not run.writers["train"].tokens:
+        lost = {**state.dropped, **state.bad}
+        run.discard()
+        raise UserError(
+            f"nothing left to write of {sum(state.taken.values())} records ({reasons(lost)}): "
+            "check --sources, --text_field and --where"
+        )
+    if state.too_bad(config.max_bad_ratio, at_end=True):
+        raise UserError(
+            f"{sum(state.bad.values())} of {sum(state.taken.values())} records are bad, more than "
+            f"--max_bad_ratio={config.max_bad_ratio:g} ({reasons(state.bad)}), see {partial(run.rejects_path)}: "
+            "mend the input, or raise --max_bad_ratio and it goes on from here"
+        )
+    run.finish(sources=[str(file) for source in sources for file in source.files], **about)
+    log(f"{run.kind}: {format_seconds(progress.seconds())}")
+
+
+def fingerprint(kind: str, sources: list[Source], config: PrepareConfig, tokenizer: Tokenizer, library: str) -> str:
+    """What the tokens depend on: a run goes on from where another stopped only where this is the same."""
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for s in sources for file in s.files]
+    settings = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata["neutral"]}
+    names = [source.name for source in sources]
+    what = json.dumps([kind, names, files, settings, tokenizer.fingerprint, library, BLOCK, LONGEST, ROWS])
+    return hashlib.sha256(what.encode()).hexdigest()
+
+
+def items_of(sources: list[Source], state: State, most: int, position: Position) -> Iterator[Item]:
+    """The parts of all files that are still to be encoded, with their places."""
+    number, first = -1, (state.file, state.part)
+    for source in sources:
+        for file in source.files:
+            number += 1
+            if number < first[0] or most and state.taken.get(source.name, 0) >= most:
+                position.done += file.stat().st_size
+                continue
+            skip = first[1] if number == first[0] else 0
+            for part, data in enumerate(read_file(file, position)):
+                if part >= skip:
+                    yield Item(source.name, number, part, str(file), data, source.take)
+                if most and state.taken.get(source.name, 0) >= most:
+                    break
 
 
 class ReadingProgress:
@@ -123,36 +194,6 @@ class ReadingProgress:
         self.bar.update(self.position.done >> 20, text)
 
 
-def records_of(sources: list[Source], config: PrepareConfig, position: Position, dropped: Counter) -> Iterator:
-    """Texts, or conversations, of all sources one after another, filtered as the config says."""
-    key, _, wanted = config.where.partition("=")
-    values = set(wanted.split(","))
-    for source in sources:
-        taken = 0
-        for record in source.records(position):
-            if key and isinstance(record, dict) and key in record and str(record[key]) not in values:
-                dropped[f"not {config.where}"] += 1
-                continue
-            if config.max_documents and taken >= config.max_documents:
-                break
-            taken += 1
-            if source.take is None:
-                yield to_messages(record)
-            else:
-                yield record if isinstance(record, Broken) else source.take(record)
-
-
-def _size(item) -> int:
-    """Characters of a text or a conversation, to cut the work into even blocks."""
-    if isinstance(item, Broken):
-        return 0
-    return len(item) if isinstance(item, str) else sum(len(message["content"]) for message in item[0])
-
-
-def _reasons(dropped: Counter) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "nothing"
-
-
 def fetch(name: str, config: FetchConfig) -> None:
     """Bring an embedded corpus and write it as jsonl."""
     folder, start = Path(config.corpora_path), time.time()
@@ -163,7 +204,7 @@ def fetch(name: str, config: FetchConfig) -> None:
     path = folder / CORPORA[name].files
     write_jsonl(path, rows)
     log(f"{name}: {len(rows)} rows in {config.corpora_path}/{path.name}. {format_seconds(time.time() - start)}")
-    log(f"dropped: {_reasons(dropped)}")
+    log(f"dropped: {reasons(dropped)}")
 
 
 FETCHERS = {"poems": fetch_poems, "idioms": fetch_idioms}

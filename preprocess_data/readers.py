@@ -1,31 +1,111 @@
-"""Files to records, one at a time: a reader is one short function, found by the file's suffix.
+"""Files to parts, parts to records: a reader is one short function, found by the file's suffix.
 
-A reader takes an open binary file and yields records (a dict, or a str where the format knows no fields). A record
-that cannot be read comes out as a `Broken`, so that it is counted and not lost.
+A reader takes an open binary file and cuts it into parts, each with the number of its first line. Cutting is cheap
+and stays in one process; the parts are read by the workers. A part's `records()` yields (line, record): a dict, or a
+str where the format knows no fields, or a `Broken` for what cannot be read, so that it is counted and not lost.
+Nothing holds a file whole, and no record is longer than LONGEST bytes.
 """
 
+import csv
 import glob
-import gzip
-import zlib
+import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import ijson
 import orjson
 
+from preprocess_data.unpack import PACKINGS, Unpacked, cut_off
 from utils.errors import UserError
 
+BLOCK = 1 << 20  # bytes of a part, about
+LONGEST = 8 << 20  # bytes of a record
+ROWS = 1024  # records of a part, where they have been read already
+QUOTED = 200  # characters that a list of rejects shows of a record
 _BOM = b"\xef\xbb\xbf"
-READERS: dict[str, Callable[[BinaryIO], Iterator]] = {}
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A record that could not be read, and why."""
+    """A record that cannot be used, why, and how it begins."""
 
     reason: str
+    record: str = ""
+
+
+TOO_LONG = Broken(f"longer than {LONGEST >> 20} MB")
+
+
+@dataclass(frozen=True)
+class Records:
+    """Records that had to be read where the file was cut."""
+
+    rows: list[tuple[int, object]]
+
+    def records(self) -> Iterator[tuple[int, object]]:
+        return iter(self.rows)
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """One JSON value a line."""
+
+    first: int
+    data: bytes
+
+    def records(self) -> Iterator[tuple[int, object]]:
+        for number, line in enumerate(self.data.split(b"\n"), self.first):
+            try:
+                record = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                if not line.strip():
+                    continue
+                record = Broken(_what_is_wrong(line), quote(line))
+            yield number, record
+
+
+@dataclass(frozen=True)
+class Paragraphs:
+    """Plain text: an empty line ends a document."""
+
+    first: int
+    data: bytes
+
+    def records(self) -> Iterator[tuple[int, object]]:
+        start, document = self.first, []
+        for number, line in enumerate([*self.data.split(b"\n"), b""], self.first):
+            if line.strip():
+                document.append(line)
+                continue
+            if document:
+                yield start, decode(b"\n".join(document))
+            start, document = number + 1, []
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of an Arrow table."""
+
+    first: int
+    batch: object
+
+    def records(self) -> Iterator[tuple[int, object]]:
+        try:
+            return enumerate(self.batch.to_pylist(), self.first)
+        except UnicodeDecodeError:
+            return enumerate(map(self._row, range(self.batch.num_rows)), self.first)
+
+    def _row(self, index: int):
+        try:
+            return self.batch.slice(index, 1).to_pylist()[0]
+        except UnicodeDecodeError:
+            return Broken("not UTF-8")
+
+
+Part = Records | JsonLines | Paragraphs | Table
+READERS: dict[str, Callable[[BinaryIO], Iterator[Part]]] = {}
 
 
 def reader(*suffixes: str):
@@ -39,60 +119,192 @@ def reader(*suffixes: str):
 
 
 @reader(".jsonl", ".ndjson")
-def read_jsonl(file: BinaryIO) -> Iterator:
-    """One JSON value a line."""
-    for number, line in enumerate(file):
-        if number == 0:
-            line = line.removeprefix(_BOM)
-        if line.strip():
-            try:
-                yield orjson.loads(line)
-            except orjson.JSONDecodeError:
-                yield Broken("broken JSON")
+def read_jsonl(file: BinaryIO) -> Iterator[Part]:
+    for first, data in whole_lines(file):
+        yield JsonLines(first, data) if isinstance(data, bytes) else Records([(first, data)])
+
+
+@reader(".txt", ".md")
+def read_text(file: BinaryIO) -> Iterator[Part]:
+    for first, data in whole_lines(file, (b"\n\n", b"\n\r\n")):
+        yield Paragraphs(first, data) if isinstance(data, bytes) else Records([(first, data)])
 
 
 @reader(".json")
-def read_json(file: BinaryIO) -> Iterator:
-    """One list of records, read as a stream: the file may be larger than the memory. Some such files hold lines."""
+def read_json(file: BinaryIO) -> Iterator[Part]:
+    """One list of records, read as a stream: the file may be larger than the memory. Some such files hold lines.
+
+    The place of a record is its number in the list.
+    """
+    import ijson
+
     if file.peek(1024).removeprefix(_BOM).lstrip()[:1] == b"{":
         yield from read_jsonl(file)
         return
     if file.peek(3).startswith(_BOM):
         file.read(3)
-    try:
-        yield from ijson.items(file, "item", use_float=True)
-    except ijson.JSONError:
-        yield Broken("broken JSON, the rest of the file is unread")
+    number, last = 0, None
+
+    def records():
+        nonlocal number, last
+        try:
+            for record in ijson.items(file, "item", use_float=True):
+                number += 1
+                yield number, record
+        except (ijson.JSONError, UnicodeDecodeError):
+            last = None if cut_off(file) else Broken("broken JSON, the rest of the file is unread")
+
+    yield from _in_parts(records())
+    if last:
+        yield Records([(number + 1, last)])
 
 
-@reader(".txt", ".md")
-def read_text(file: BinaryIO) -> Iterator:
-    """Plain text: an empty line ends a document."""
-    block: list[bytes] = []
-    for line in file:
-        if line.strip():
-            block.append(line)
-        elif block:
-            yield _decode(b"".join(block))
-            block = []
-    if block:
-        yield _decode(b"".join(block))
+@reader(".csv")
+def read_csv(file: BinaryIO, delimiter: str = ",") -> Iterator[Part]:
+    """Rows under a first line with the names of the columns."""
+    csv.field_size_limit(LONGEST)
+    too_long = [b"x" * (LONGEST + 1) + b"\n"]  # stands for a line that was not held, so that the library says so
+    lines = (
+        line.decode("utf-8", "surrogateescape")  # bytes that are not UTF-8 are found when the text is looked at
+        for _, data in whole_lines(file)
+        for line in (data.splitlines(True) if isinstance(data, bytes) else too_long)
+    )
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    names: list[str] = []
+
+    def records():
+        nonlocal names
+        while True:
+            line = rows.line_num + 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if "end of data" not in str(error) or not cut_off(file):
+                    yield line, TOO_LONG if "limit" in str(error) else Broken("broken CSV")
+                continue
+            if not names:
+                names = row
+            elif row:
+                fits = len(row) == len(names)
+                yield line, dict(zip(names, row)) if fits else Broken("another number of columns", quote(str(row)))
+
+    yield from _in_parts(records())
 
 
-def _decode(data: bytes) -> str | Broken:
+@reader(".tsv")
+def read_tsv(file: BinaryIO) -> Iterator[Part]:
+    return read_csv(file, "\t")
+
+
+@reader(".parquet")
+def read_parquet(file: BinaryIO) -> Iterator[Part]:
+    """Rows of a table; the place of a record is the number of its row. A packed file is unpacked to a temporary one."""
+    import shutil
+    import tempfile
+
+    import pyarrow
+    from pyarrow import parquet
+
+    first = 1
+    with tempfile.TemporaryFile() as plain:
+        if isinstance(file.raw, Unpacked):
+            shutil.copyfileobj(file, plain)
+            file = plain
+        try:
+            for batch in parquet.ParquetFile(file).iter_batches(ROWS):
+                yield Table(first, batch)
+                first += batch.num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            if not isinstance(error, pyarrow.ArrowException) and error.filename is not None:
+                raise
+            yield Records([(first, Broken("broken parquet, the rest of the file is unread"))])
+
+
+def whole_lines(file: BinaryIO, ends: tuple[bytes, ...] = (b"\n",)) -> Iterator[tuple[int, bytes | Broken]]:
+    """(number of the first line, bytes) of about BLOCK, cut only behind one of `ends`.
+
+    What is longer than LONGEST without an end is never held: a `Broken` stands for it. The end of a file that was cut
+    off is left out: it is half an item.
+    """
+    line, start, rest, lost = 1, 1, b"", False  # rest begins in `line`; what is lost, or too long so far, in `start`
+    while chunk := file.read(BLOCK):
+        data = rest + chunk
+        if line == 1:
+            data = data.removeprefix(_BOM)
+        if lost:
+            found = [at + len(end) for end in ends if (at := data.find(end)) >= 0]
+            keep = min(found) if found else max(0, len(data) - 2)  # an end may be cut in two
+            line += data.count(b"\n", 0, keep)
+            data = rest = data[keep:]
+            if not found:
+                continue
+            yield start, TOO_LONG
+            lost = False
+        cut = max(data.rfind(end) + len(end) if end in data else 0 for end in ends)
+        if cut:
+            yield line, data[:cut]
+            line += data.count(b"\n", 0, cut)
+        rest, lost, start = data[cut:], len(data) - cut > LONGEST, line
+    if lost:
+        yield start, TOO_LONG
+    elif rest and not cut_off(file):
+        yield line, rest
+
+
+def _in_parts(rows: Iterator[tuple[int, object]]) -> Iterator[Records]:
+    part, size = [], 0
+    for row in rows:
+        part.append(row)
+        size += sum(len(value) for value in row[1].values() if isinstance(value, str)) if type(row[1]) is dict else 0
+        if len(part) >= ROWS or size >= BLOCK:
+            yield Records(part)
+            part, size = [], 0
+    if part:
+        yield Records(part)
+
+
+def decode(data: bytes) -> str | Broken:
+    """Bytes of plain text as a str."""
+    if b"\0" in data:
+        return Broken("NUL bytes", quote(data))
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        return Broken("not UTF-8")
+        return Broken("not UTF-8", quote(data))
 
 
-def find_reader(path: Path) -> Callable[[BinaryIO], Iterator]:
-    """The reader for a file name, `.gz` aside; UserError when there is none."""
-    name = path.name.removesuffix(".gz")
+def _what_is_wrong(line: bytes) -> str:
+    if b"\0" in line:
+        return "NUL bytes"
     try:
-        return READERS[Path(name).suffix.lower()]
+        json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except (ValueError, RecursionError):
+        return "broken JSON"
+    return "lone surrogate" if b"\\u" in line else "broken JSON"  # what Python reads and the standard forbids
+
+
+def quote(record: bytes | str) -> str:
+    """How a record begins, as text that can be written."""
+    data = record[: 4 * QUOTED] if isinstance(record, bytes) else record[:QUOTED].encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")[:QUOTED]
+
+
+def _plain_name(path: Path) -> str:
+    return path.name.removesuffix(path.suffix) if path.suffix in PACKINGS else path.name
+
+
+def find_reader(path: Path) -> Callable[[BinaryIO], Iterator[Part]]:
+    """The reader for a file name, the packing aside; UserError when there is none."""
+    try:
+        return READERS[Path(_plain_name(path)).suffix.lower()]
     except KeyError:
-        raise UserError(f"no reader for {path}: a file is one of {' '.join(sorted(READERS))}, each also .gz") from None
+        raise UserError(
+            f"no reader for {path}: a file is one of {' '.join(sorted(READERS))}, each also {' '.join(PACKINGS)}"
+        ) from None
 
 
 class Position:
@@ -101,17 +313,18 @@ class Position:
     done = 0
 
 
-def read_file(path: Path, position: Position | None = None) -> Iterator:
-    """The records of one file. A gzip file that was cut off ends with a `Broken`."""
+def read_file(path: Path, position: Position | None = None) -> Iterator[Part]:
+    """The parts of one file. One that was cut off gives what can be read, then a `Broken`."""
     read, before = find_reader(path), position.done if position else 0
-    with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-        try:
-            for record in read(file):
-                if position:
-                    position.done = before + raw.tell()
-                yield record
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            yield Broken("truncated gzip, the rest of the file is unread")
+    packing = PACKINGS.get(path.suffix)
+    with open(path, "rb", buffering=0 if packing is None else -1) as raw:
+        file = io.BufferedReader(raw if packing is None else Unpacked(raw, *packing), BLOCK)
+        for part in read(file):
+            if position:
+                position.done = before + raw.tell()
+            yield part
+        if broken := cut_off(file):
+            yield Records([(0, Broken(broken))])
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -121,7 +334,7 @@ def data_files(folder: Path) -> list[Path]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and not any(part[0] == "." for part in path.relative_to(folder).parts)
-        and Path(path.name.removesuffix(".gz")).suffix.lower() in READERS
+        and Path(_plain_name(path)).suffix.lower() in READERS
     ]
 
 

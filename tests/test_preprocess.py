@@ -1,15 +1,18 @@
 import gzip
 import hashlib
 import json
+import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from preprocess_data.preprocess_data import main
-from preprocess_data.write_tokens import TokenWriter
 from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
 from utils.chat_template import encode_chat
 from utils.errors import UserError
@@ -25,9 +28,8 @@ def tokenizer(tmp_path_factory):
 
 
 def run(kind: str, tokenizer, source, out: Path, *flags: str) -> tuple[dict, dict]:
-    main(
-        [kind, f"--sources={source}", f"--tokenizer_path={tokenizer.path}", f"--data_path={out}", "--workers=1", *flags]
-    )
+    paths = [f"--sources={source}", f"--tokenizer_path={tokenizer.path}", f"--data_path={out}"]
+    main([kind, *paths, "--workers=1", "--max_bad_ratio=1", *flags])
     return tuple(json.loads((out / f"{kind}_{split}.meta.json").read_text()) for split in ("train", "val"))
 
 
@@ -66,7 +68,7 @@ def test_texts_come_back_split_as_the_design_says(tokenizer, tmp_path):
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocess_data.encode.BLOCK_CHARACTERS", 2000)
+    monkeypatch.setattr("preprocess_data.readers.BLOCK", 2000)
     source = write_lines(tmp_path / "my.jsonl", [{"text": text} for text in some_texts(600)])
     for workers in (1, 2):
         run("pretrain", tokenizer, source, tmp_path / str(workers), f"--workers={workers}")
@@ -97,7 +99,18 @@ def test_what_cannot_be_used_is_counted_by_reason(tokenizer, tmp_path):
         "--min_characters=2",
         "--max_characters=40",
     )
-    assert train["dropped"] == {"broken JSON": 2, "empty": 1, "no text in the field 'text'": 3, "too long": 1}
+    assert train["dropped"] == {"too long": 1}
+    assert train["bad"] == {"broken JSON": 1, "empty": 1, "no text in the field 'text'": 3, "not UTF-8": 1}
+    rejects = [json.loads(line) for line in (tmp_path / "out/pretrain_rejects.jsonl").open()]
+    assert {row["file"] for row in rejects} == {str(tmp_path / "my.jsonl")}
+    assert [(row["line"], row["reason"]) for row in rejects] == [
+        (2, "broken JSON"),
+        (3, "not UTF-8"),
+        (4, "no text in the field 'text'"),
+        (5, "no text in the field 'text'"),
+        (6, "empty"),
+        (8, "no text in the field 'text'"),
+    ]
     assert train["documents"] + val["documents"] == 2
 
 
@@ -125,7 +138,7 @@ def test_truncated_gzip_keeps_what_was_read(tokenizer, tmp_path):
     )
     (tmp_path / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     train, _ = run("pretrain", tokenizer, tmp_path / "cut.jsonl.gz", tmp_path / "out")
-    assert train["documents"] > 100 and train["dropped"]["truncated gzip, the rest of the file is unread"] == 1
+    assert train["documents"] > 100 and train["bad"] == {"truncated gzip, the rest of the file is unread": 1}
 
 
 def test_folder_glob_where_and_limit(tokenizer, tmp_path):
@@ -133,7 +146,7 @@ def test_folder_glob_where_and_limit(tokenizer, tmp_path):
         rows = [{"text": f"{name}{i}", "kind": ("x", "y")[i % 2]} for i in range(10)]
         write_lines(tmp_path / "in" / f"{name}.jsonl", rows)
     (tmp_path / "in" / ".unfinished.jsonl").write_text("{")
-    (tmp_path / "in" / "notes.csv").write_text("not read")
+    (tmp_path / "in" / "notes.pdf").write_text("not read")
     folder, _ = run("pretrain", tokenizer, tmp_path / "in", tmp_path / "1")
     globbed, _ = run("pretrain", tokenizer, tmp_path / "in" / "*.jsonl", tmp_path / "2")
     assert folder["sha256"] == globbed["sha256"] and len(folder["sources"]) == 2
@@ -147,10 +160,60 @@ def test_a_failure_leaves_the_old_files_and_no_half_ones(tokenizer, tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(UserError, match="nothing left to write"):
         run("pretrain", tokenizer, write_lines(tmp_path / "bad.jsonl", ["{"]), tmp_path / "out")
-    with pytest.raises(RuntimeError), TokenWriter(tmp_path / "out", "pretrain_train", tokenizer) as writer:
-        writer.add(np.array([1, 2]), np.array([2]), 0)
-        raise RuntimeError
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def slowly_cleaned(text: str) -> str:
+    """What clean_text promises, one step after another."""
+    for newline in ("\r\n", "\r", "\x85", "\u2028", "\u2029"):
+        text = text.replace(newline, "\n")
+    gone = [*range(9), *range(11, 32), *range(127, 133), *range(134, 160), 0xFEFF, *range(0xD800, 0xE000)]
+    gone += [*range(0xFDD0, 0xFDF0), 0xFFFE, 0xFFFF]
+    text = unicodedata.normalize("NFC", text.translate(dict.fromkeys(gone)))
+    text = "\n".join(line.rstrip(" \t\u3000") for line in text.split("\n"))
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.strip()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("ab中 \t\n\r\u3000\x00\x85\u2028\ufeffe\u0301\ud800\uffff\x1c\xa0"), max_size=12))
+def test_clean_text_and_its_short_cut(text):
+    assert clean_text(text) == slowly_cleaned(text) == clean_text(clean_text(text))
+
+
+def test_too_many_bad_records_stop_the_run_and_an_option_lets_it_go_on(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocess_data.resume.JUDGED", 100)
+    monkeypatch.setattr("preprocess_data.readers.BLOCK", 500)
+    good = [{"text": text} for text in some_texts(1000) if clean_text(text)]
+    source = write_lines(tmp_path / "a.jsonl", [*good[:400], "{", "{", *good[400:]])
+    said = "2 of 4.. records are bad, more than --max_bad_ratio=0.001 .2 broken JSON"
+    with pytest.raises(UserError, match=said) as error:
+        run("pretrain", tokenizer, source, tmp_path / "out", "--max_bad_ratio=0.001")
+    assert "\n" not in str(error.value) and not list((tmp_path / "out").glob("[!.]*"))
+    rejects = Path(re.search(r"see (\S+):", str(error.value))[1])
+    assert [json.loads(line)["line"] for line in rejects.open()] == [401, 402]
+    train, val = run("pretrain", tokenizer, source, tmp_path / "out", "--max_bad_ratio=0.005")
+    assert train["documents"] + val["documents"] == len(good) and train["bad"] == {"broken JSON": 2}
+    assert not list((tmp_path / "out").glob(".*"))
+    few = write_lines(tmp_path / "few.jsonl", [*good[:9], "{"])  # judged at the end in any case
+    with pytest.raises(UserError, match="1 of 10 records are bad"):
+        run("pretrain", tokenizer, few, tmp_path / "few", "--max_bad_ratio=0.001")
+    for ratio in ("-1", "2"):
+        with pytest.raises(UserError, match="between 0 and 1"):
+            run("pretrain", tokenizer, few, tmp_path / "few", f"--max_bad_ratio={ratio}")
+
+
+def test_the_limit_is_exact_for_any_workers(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocess_data.readers.BLOCK", 500)
+    for name in "ab":
+        write_lines(tmp_path / f"{name}.jsonl", ["{"] + [{"text": f"{name}{i}"} for i in range(500)])
+    sources = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}"
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        run("pretrain", tokenizer, sources, out, "--max_documents=120", f"--workers={workers}")
+        found = sum((documents_of(out, f"pretrain_{split}", tokenizer) for split in ("train", "val")), [])
+        assert sorted(found) == sorted(f"{name}{i}" for name in "ab" for i in range(119))
 
 
 def test_large_vocabulary_takes_four_bytes():
@@ -218,7 +281,7 @@ def test_chat_tokens_and_mask_are_those_of_encode_chat(tokenizer, tmp_path):
     ]
     train, val = run("sft", tokenizer, write_lines(tmp_path / "chat.jsonl", rows + bad), tmp_path / "out")
     assert (train["documents"], val["documents"], train["kind"]) == (90, 10, "sft")
-    assert train["dropped"] == {
+    assert train["bad"] == {
         "broken JSON": 1,
         "empty turn": 1,
         "missing or mistyped fields": 3,

@@ -1,0 +1,205 @@
+"""How fast does preprocessing turn jsonl into tokens, and how much memory does it take?
+
+    python benchmarks/preprocess.py                   both parts: about 12 minutes of two CPU cores
+    python benchmarks/preprocess.py --parts=speed     one of them: what the other found is kept
+
+speed: the poems as jsonl to .bin + .docs.npy + .meta.json, whole processes from start to end, one contender after the
+other in every round, the median counts. Against ours, with the fast encoder and with the reference, stand two scripts
+as a careful user writes them, neither of which cleans, splits, checks or hashes: one encodes batches by
+`encode_batch_fast` on all cores, the other line by line. Ours includes the data report.
+memory: the highest sum of resident memory of all processes of a run, looked at every 20 ms, on the poems and on a
+corpus of --large_gb made by varying them, which is deleted afterwards.
+Writes benchmarks/results/preprocess.json and prints the tables.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from preprocess_data.encode import available_cores  # noqa: E402
+from preprocess_data.poems import document  # noqa: E402
+from preprocess_data.write_tokens import write_atomically  # noqa: E402
+from utils.config import opt, parse  # noqa: E402
+from utils.errors import UserError, run_script  # noqa: E402
+
+OURS, REFERENCE, BATCHES, LINES = "ours", "ours, --encoder=tokenizers", "encode_batch_fast", "line by line"
+LIBRARIES = ("tokenizers", "gigatoken", "orjson", "numpy")
+PLAIN = '''
+import json, sys
+import numpy as np
+from tokenizers import Tokenizer
+source, path, out, size = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+tokenizer = Tokenizer.from_file(path + "/tokenizer.json")
+tokenizer.encode_special_tokens = True
+bos, eos = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
+starts, tokens = [], 0
+def write(texts, file):
+    global tokens
+    if size > 1:
+        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    else:
+        encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    for one in encoded:
+        ids = [bos, *one.ids, eos]
+        np.array(ids, np.uint16).tofile(file)
+        starts.append(tokens)
+        tokens += len(ids)
+with open(source, encoding="utf-8") as lines, open(out + ".bin", "wb") as file:
+    batch = []
+    for line in lines:
+        batch.append(json.loads(line)["text"])
+        if len(batch) == size:
+            write(batch, file)
+            batch = []
+    if batch:
+        write(batch, file)
+np.save(out + ".docs.npy", np.array(starts, np.uint64))
+json.dump({"tokens": tokens, "documents": len(starts)}, open(out + ".meta.json", "w"))
+'''
+
+
+@dataclass
+class Config:
+    __doc__ = __doc__
+    corpus: str = opt("output/corpora/poems.jsonl", "what preprocess_data.py fetch poems writes", path=True)
+    tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer", path=True)
+    parts: list[str] = opt(["speed", "memory"], "what is measured")
+    rounds: int = opt(5, "runs of each contender")
+    large_gb: float = opt(2.0, "GB of the large corpus")
+    results: str = opt(str(ROOT / "benchmarks/results/preprocess.json"), "the figures")
+
+
+def make_corpus(poems: Path, out: Path, size: float) -> None:
+    """Documents of the poems as jsonl {"text"}, whole; then, up to `size` bytes, with their characters exchanged."""
+    with open(poems, encoding="utf-8") as lines:
+        texts = [document(json.loads(line)) for line in lines]
+    usual = sorted({char for text in texts[:20_000] for char in text if "\u4e00" <= char <= "\u9fff"})
+    written, shift = 0, 0
+    with open(out, "w", encoding="utf-8") as file:
+        while True:
+            turned = str.maketrans("".join(usual), "".join(usual[shift:] + usual[:shift]))
+            for text in texts:
+                line = json.dumps({"text": text.translate(turned) if shift else text}, ensure_ascii=False) + "\n"
+                written += len(line.encode())
+                file.write(line)
+                if shift and written >= size:
+                    return
+            if written >= size:
+                return
+            shift += 7
+
+
+def command(contender: str, source: Path, tokenizer_path: str, out: Path) -> list[str]:
+    if contender in (BATCHES, LINES):
+        size = "1000" if contender == BATCHES else "1"
+        return [sys.executable, "-c", PLAIN, str(source), tokenizer_path, str(out / "plain"), size]
+    ours = [sys.executable, str(ROOT / "preprocess_data/preprocess_data.py"), "pretrain", f"--sources={source}"]
+    ours += [f"--tokenizer_path={tokenizer_path}", f"--data_path={out}"]
+    return [*ours, "--encoder=tokenizers"] if contender == REFERENCE else ours
+
+
+def run(contender: str, source: Path, tokenizer_path: str, watch: bool = False) -> dict:
+    """One run, start to end: seconds, tokens, the encoder that it chose, and with `watch` the peak memory in MB."""
+    with tempfile.TemporaryDirectory(dir=source.parent) as out:
+        began, peak = time.perf_counter(), 0
+        argv = command(contender, source, tokenizer_path, Path(out))
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while watch and process.poll() is None:
+            peak = max(peak, resident(process.pid))
+            time.sleep(0.02)
+        said = process.communicate()[0]
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            raise UserError(f"{contender} failed: {said.strip().splitlines()[-1]}")
+        metas = [json.loads(path.read_text()) for path in Path(out).glob("*.meta.json")]
+    tokens, documents = (sum(meta[key] for meta in metas) for key in ("tokens", "documents"))
+    encoder = metas[0].get("encoder", "")
+    found = {"seconds": seconds, "tokens": tokens, "documents": documents, "encoder": encoder}
+    return found | ({"peak_mb": peak / 1e6} if watch else {})
+
+
+def resident(pid: int) -> int:
+    """Bytes of resident memory of a process and all that it started, summed; what two share counts twice."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (OSError, IndexError):  # it has just ended
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE") + sum(resident(int(child)) for child in children)
+
+
+def speed(source: Path, config: Config) -> dict:
+    contenders = (OURS, BATCHES, REFERENCE, LINES)
+    runs: dict[str, list[dict]] = {name: [] for name in contenders}
+    megabytes = source.stat().st_size / 1e6
+    for number in range(config.rounds):
+        for name in contenders:
+            runs[name].append(run(name, source, config.tokenizer_path))
+            print(f"round {number + 1}: {name} {runs[name][-1]['seconds']:.1f} s", flush=True)
+    middle = {name: statistics.median(found["seconds"] for found in runs[name]) for name in contenders}
+    rows = {
+        name: {
+            "seconds": [round(found["seconds"], 2) for found in runs[name]],
+            "mb_per_second": round(megabytes / middle[name], 2),
+            "times_line_by_line": round(middle[LINES] / middle[name], 2),
+            "times_encode_batch_fast": round(middle[BATCHES] / middle[name], 2),
+            **{key: runs[name][0][key] for key in ("tokens", "documents", "encoder")},
+        }
+        for name in contenders
+    }
+    print("\n| | MB/s | against line by line | against `encode_batch_fast` |\n| --- | --- | --- | --- |")
+    for name, row in rows.items():
+        ratios = f"{row['times_line_by_line']:.1f}x | {row['times_encode_batch_fast']:.1f}x"
+        print(f"| {name} | {row['mb_per_second']:.1f} | {ratios} |")
+    return {"megabytes": round(megabytes, 1), "rounds": config.rounds, "contenders": rows}
+
+
+def memory(source: Path, config: Config) -> dict:
+    rows = {}
+    large = source.with_name("large.jsonl")
+    make_corpus(Path(config.corpus), large, config.large_gb * 1e9)
+    for path in (source, large):
+        found = run(OURS, path, config.tokenizer_path, watch=True)
+        megabytes = path.stat().st_size / 1e6
+        rows[f"{megabytes:.0f} MB"] = {
+            "peak_mb": round(found["peak_mb"]),
+            "seconds": round(found["seconds"], 1),
+            "mb_per_second": round(megabytes / found["seconds"], 1),
+            "tokens": found["tokens"],
+        }
+        print(f"{megabytes:.0f} MB: peak {found['peak_mb']:.0f} MB, {found['seconds']:.1f} s", flush=True)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, argv)
+    if not Path(config.corpus).is_file():
+        raise UserError(f"no poems in {config.corpus}: run python preprocess_data/preprocess_data.py fetch poems")
+    path = Path(config.results)
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    with tempfile.TemporaryDirectory(prefix="preprocess_benchmark_") as folder:
+        source = Path(folder) / "poems.jsonl"
+        make_corpus(Path(config.corpus), source, 0)
+        for part, measure in (("speed", speed), ("memory", memory)):
+            if part in config.parts:
+                results[part] = measure(source, config) | {"date": time.strftime("%Y-%m-%d")}
+    results["command"] = "python benchmarks/preprocess.py"
+    results["machine"] = f"{available_cores()} cores, {platform.machine()}, {platform.system()}"
+    results["versions"] = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    write_atomically(path, (json.dumps(results, ensure_ascii=False, indent=2) + "\n").encode())
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,142 @@
+"""The fast encoder: the library gigatoken, where its ids are those of `tokenizers`, and only there."""
+
+import json
+import random
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from utils.text import clean_text
+from utils.tokenizer import Tokenizer, load_tokenizer
+
+REFERENCE, FAST = "tokenizers", "gigatoken"
+CHECKED_CHARACTERS = 50_000  # of the first documents
+# Two control characters, which no cleaned text holds, are made the names of <s> and </s>, and the special tokens lose
+# theirs: so a whole block of documents is one string to the library, and what a document says is never a special token.
+_BOS, _EOS = "\x01", "\x02"
+
+
+class FastTokenizer(Tokenizer):
+    """A tokenizer that encodes with gigatoken; its texts must be cleaned (`utils.text.clean_text`)."""
+
+    def __init__(self, reference: Tokenizer):
+        super().__init__(reference.path, reference.backend)
+        import gigatoken
+
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        settings = json.loads((self.path / "tokenizer.json").read_text(encoding="utf-8"))
+        names = {self.bos_id: _BOS, self.eos_id: _EOS}
+        settings["added_tokens"] = [{"id": i, "content": name, **plain} for i, name in names.items()]
+        settings["truncation"] = settings["padding"] = settings["post_processor"] = None
+        self._fast = gigatoken.Tokenizer.from_json(json.dumps(settings))
+
+    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) the ids of every text as <s> text </s>, one after another, and the length of each."""
+        if not texts:
+            return np.zeros(0, np.uint32), np.zeros(0, np.int64)
+        ids = self._fast.encode(f"{_BOS}{f'{_EOS}{_BOS}'.join(texts)}{_EOS}")
+        starts = np.flatnonzero(ids == self.bos_id)
+        if len(starts) != len(texts):
+            raise ValueError("a text that is not cleaned")
+        return ids, np.diff(starts, append=len(ids))
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        ids, lengths = self.encode_documents(texts)
+        ends = np.cumsum(lengths).tolist()
+        ids = ids.tolist()
+        return [ids[end - length + 1 : end - 1] for end, length in zip(ends, lengths.tolist())]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+
+def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) the ids of every text as <s> text </s>, one after another, and the length of each."""
+    if isinstance(tokenizer, FastTokenizer):
+        return tokenizer.encode_documents(texts)
+    rows = [(tokenizer.bos_id, *row, tokenizer.eos_id) for row in tokenizer.encode_batch(texts)]
+    ids = np.concatenate([np.asarray(row, np.uint32) for row in rows]) if rows else np.zeros(0, np.uint32)
+    return ids, np.fromiter(map(len, rows), np.int64, len(rows))
+
+
+def load_encoder(path: Path, name: str) -> Tokenizer:
+    """The tokenizer of a folder, encoding with the library of this name."""
+    reference = load_tokenizer(path)
+    return FastTokenizer(reference) if name == FAST else reference
+
+
+def choose_encoder(reference: Tokenizer, wanted: str, documents: Iterable[str]) -> tuple[str, str]:
+    """The library to encode with, and why: the fast one if its ids are the reference's on all that is compared.
+
+    documents: cleaned texts of the run, of which the first are compared.
+    """
+    if wanted == REFERENCE:
+        return REFERENCE, "asked for"
+    try:
+        fast = FastTokenizer(reference)
+    except ImportError:
+        return REFERENCE, f"{FAST} is not installed"
+    except BaseException as error:  # the library has its own, and panics are no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        return REFERENCE, f"{FAST} does not take this tokenizer ({str(error).splitlines()[0][:80]})"
+    for what, texts in (("of the hard texts", hard_texts(reference)), ("of the documents", first(documents))):
+        if (text := first_difference(reference, fast, texts)) is not None:
+            return REFERENCE, f"{FAST} gives other ids for one {what}, {text[:20]!r}"
+    return FAST, f"the same ids as {REFERENCE} on the first documents and on a set of hard texts"
+
+
+def first(documents: Iterable[str]) -> list[str]:
+    """The first documents, up to CHECKED_CHARACTERS; of one that is longer, its beginning."""
+    texts, left = [], CHECKED_CHARACTERS
+    for text in documents:
+        texts.append(clean_text(text[:left]))
+        left -= len(text)
+        if left <= 0:
+            break
+    return texts
+
+
+def first_difference(reference: Tokenizer, fast: Tokenizer, texts: list[str]) -> str | None:
+    """The first text that the two encode differently, alone or in a batch."""
+    try:
+        batch = fast.encode_batch(texts)
+        for text, expected, found in zip(texts, reference.encode_batch(texts), batch, strict=True):
+            if expected != found:
+                return text
+        return None
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        return str(error)
+
+
+_PIECES = [
+    *("a", "B", "ß", "é", "e\u0301", "\u0301", "中", "文字", "𠮷", "の", "カ", "한국", "ا", "हिन्दी", "ไทย", "Ж", "ﷺ"),
+    *("1", "12", "12345", "１", "٣", "①", "Ⅷ", "½", "〇", "々", "2026年", "3.14", "1,000"),
+    *(" ", "  ", "   ", "\n", "\n\n", " \n", "\t", "\u00a0", "\u3000", "\u2003", "\u200b", "\u200d", "\ufe0f"),
+    *(".", "...", "，", "。", "！？", "_", "$", "#a", "'s", "'LL", "don't", "“”", "-", "//", "<|", "|>", "{}", "\\"),
+    *("🙂", "👍🏽", "👩\u200d👩\u200d👧", "🇨🇳", "☃", "\U0001d54f", "\U000f0000", "\ufffd"),
+]
+_LONG = ["x" * 300, "的" * 300, "9" * 100, " " * 50, "\n" * 50, "é" * 70, "。" * 40]
+
+
+def hard_texts(tokenizer: Tokenizer) -> list[str]:
+    """Texts on which encoders have been seen to differ: every pair of odd pieces, each token of the vocabulary, and
+    long mixtures of both, the names of special and added tokens among them. The same for the same tokenizer."""
+    random_ = random.Random(1)
+    added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
+    step = max(1, tokenizer.vocab_size // 2000)
+    tokens = [tokenizer.decode([i], skip_special=False) for i in range(0, tokenizer.vocab_size, step)]
+    pieces = [*_PIECES, *added]
+    texts = [first + second for first in pieces for second in pieces] + tokens + _LONG
+    for pool in (pieces, tokens, [*pieces, *tokens, *_LONG]):
+        texts += ["".join(random_.choices(pool, k=random_.randrange(3, 60))) for _ in range(300)]
+    return [text for text in map(clean_text, texts) if text]
+
+
+def described(name: str) -> str:
+    """The library with its version, for the meta file."""
+    return f"{name} {version(name)}"

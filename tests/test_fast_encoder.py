@@ -1,0 +1,153 @@
+"""gigatoken is taken where its ids are those of tokenizers, and refused by every tokenizer on which they are not."""
+
+import copy
+import json
+import os
+import random
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+
+from preprocess_data.fast_encoder import FAST, REFERENCE, FastTokenizer, choose_encoder, encode_documents
+from preprocess_data.preprocess_data import main
+from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, random_text, write_lines
+from utils.text import clean_text
+from utils.tokenizer import load_tokenizer
+
+pytest.importorskip("gigatoken")
+TEXTS = int(os.environ.get("TEXTS", 2000))
+GPT2 = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), 1000)
+
+
+def altered(tokenizer, folder, change):
+    """The tokenizer with another tokenizer.json."""
+    data = copy.deepcopy(json.loads((tokenizer.path / "tokenizer.json").read_text(encoding="utf-8")))
+    change(data)
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def at(*keys, value):
+    def change(data):
+        for key in keys[:-1]:
+            data = data[key]
+        data[keys[-1]] = value
+
+    return change
+
+
+def added(data):
+    token = {"id": len(data["model"]["vocab"]), "content": "明月", "single_word": False, "lstrip": False}
+    data["added_tokens"].append({**token, "rstrip": False, "normalized": True, "special": False})
+
+
+splits = ("pre_tokenizer", "pretokenizers")
+OTHERS = {
+    "prefix space in the sequence": at(*splits, 3, "add_prefix_space", value=True),
+    "prefix space, no regex": at("pre_tokenizer", value={**GPT2, "add_prefix_space": True, "use_regex": False}),
+    "no regex": at("pre_tokenizer", value={**GPT2, "add_prefix_space": False, "use_regex": False}),
+    "no pre-tokenizer": at("pre_tokenizer", value=None),
+    "another regex": at(*splits, 0, "pattern", value={"Regex": r"\p{N}"}),
+    "matches removed": at(*splits, 0, "behavior", value="Removed"),
+    "lower case": at("normalizer", value={"type": "Lowercase"}),
+    "replacing": at("normalizer", value={"type": "Replace", "pattern": {"String": " "}, "content": "_"}),
+    "prepending": at("normalizer", value={"type": "Prepend", "prepend": "_"}),
+    "dropout": at("model", "dropout", value=0.1),
+    "byte fallback": at("model", "byte_fallback", value=True),
+    "end of word": at("model", "end_of_word_suffix", value="</w>"),
+    "an added token": added,
+}
+# Not of the tokenizer's own kind, but harmless on cleaned text: the fast encoder may take them, with the same ids.
+HARMLESS = {
+    "nothing": lambda data: None,
+    "unk": at("model", "unk_token", value="<unk>"),
+    "NFC": at("normalizer", value={"type": "NFC"}),
+    "GPT-2's regex": at("pre_tokenizer", value={**GPT2, "add_prefix_space": False}),
+    "GPT-2's regex and prefix space": at("pre_tokenizer", value={**GPT2, "add_prefix_space": True}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_tokenizer_on_which_it_differs_is_left_to_the_reference(tokenizer, tmp_path, name):
+    library, why = choose_encoder(altered(tokenizer, tmp_path, OTHERS[name]), "auto", SENTENCES)
+    assert library == REFERENCE and ("gives other ids for" in why or "does not take" in why)
+
+
+def same(tokenizer, texts):
+    fast = FastTokenizer(tokenizer)
+    expected = [Backend.encode(tokenizer.backend, text, add_special_tokens=False).ids for text in texts]
+    assert fast.encode_batch(texts) == expected == [fast.encode(text) for text in texts]
+    ids, lengths = encode_documents(fast, texts)
+    reference = encode_documents(tokenizer, texts)
+    assert (ids == reference[0]).all() and (lengths == reference[1]).all() and lengths.sum() == len(ids)
+    starts = np.cumsum([0, *lengths[:-1]])
+    for start, length, one in zip(starts, lengths, expected):
+        assert ids[start : start + length].tolist() == [tokenizer.bos_id, *one, tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_where_it_is_taken_the_ids_are_the_same(tokenizer, tmp_path, name):
+    other = altered(tokenizer, tmp_path, HARMLESS[name])
+    assert choose_encoder(other, "auto", SENTENCES)[0] == FAST
+    same(other, [text for text in map(clean_text, [*HOSTILE, *SENTENCES]) if text])
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts=st.lists(st.text() | st.sampled_from(HOSTILE), min_size=1, max_size=5))
+def test_random_texts_have_the_same_ids(tokenizer, texts):
+    texts = [text for text in map(clean_text, texts) if text]
+    same(tokenizer, texts or ["x"])
+
+
+def test_random_texts_come_back(tokenizer):
+    """Any Unicode for the reference; cleaned, as every document is, for both."""
+    random_, fast = random.Random(TEXTS), FastTokenizer(tokenizer)
+    for _ in range(TEXTS // 500):
+        texts = [random_text(random_, random_.randrange(1, 60)) for _ in range(500)]
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            assert tokenizer.decode(ids, skip_special=False) == text
+        texts = [text for text in map(clean_text, texts) if text]
+        ids = fast.encode_batch(texts)
+        assert ids == tokenizer.encode_batch(texts)
+        assert [tokenizer.decode(row, skip_special=False) for row in ids] == texts
+
+
+def test_choice_by_documents_by_wish_and_without_the_library(tokenizer, monkeypatch):
+    assert choose_encoder(tokenizer, REFERENCE, []) == (REFERENCE, "asked for")
+    real = FastTokenizer.encode_batch
+    monkeypatch.setattr(FastTokenizer, "encode_batch", lambda self, texts: [
+        [*ids, 5] if text == SENTENCES[0] else ids for text, ids in zip(texts, real(self, texts))
+    ])  # fmt: skip
+    library, why = choose_encoder(tokenizer, "auto", ["x", SENTENCES[0]])
+    assert library == REFERENCE and "other ids for one of the documents, '床前" in why
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    assert choose_encoder(tokenizer, "auto", [])[1] == "gigatoken is not installed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_any_workers_and_both_encoders_write_the_same_bytes(tokenizer, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("preprocess_data.readers.BLOCK", 5000)
+    texts = [f"{SENTENCES[i % len(SENTENCES)]}{i}{HOSTILE[i % len(HOSTILE)]}" for i in range(3000)]
+    rows = [{"text": text} if kind == "pretrain" else {"q": text, "a": text[::-1]} for text in texts]
+    source, metas = write_lines(tmp_path / "my.jsonl", [*rows, "{"]), []
+    for encoder in ("auto", REFERENCE):
+        for workers in (1, 2, 4):
+            out = tmp_path / f"{encoder}{workers}"
+            main([kind, f"--sources={source}", f"--tokenizer_path={tokenizer.path}", f"--data_path={out}",
+                  "--max_bad_ratio=1", f"--workers={workers}", f"--encoder={encoder}"])  # fmt: skip
+            metas.append([json.loads((out / f"{kind}_{split}.meta.json").read_text()) for split in ("train", "val")])
+            assert metas[-1][0]["encoder"].startswith(FAST if encoder == "auto" else REFERENCE)
+            for name in ("train.docs.npy", "val.docs.npy", "rejects.jsonl"):
+                first = (tmp_path / "auto1" / f"{kind}_{name}").read_bytes()
+                assert (out / f"{kind}_{name}").read_bytes() == first and first
+    assert len({tuple(meta["sha256"] for meta in pair) for pair in metas}) == 1
