@@ -2,24 +2,33 @@
 
 import json
 import random
+import re
 from collections.abc import Iterable
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
 from utils.text import clean_text
-from utils.tokenizer import Tokenizer, load_tokenizer
+from utils.tokenizer import BYTE_OF, Tokenizer, load_tokenizer
 
 REFERENCE, FAST = "tokenizers", "gigatoken"
 CHECKED_CHARACTERS = 50_000  # of the first documents
 # Two control characters, which no cleaned text holds, are made the names of <s> and </s>, and the special tokens lose
 # theirs: so a whole block of documents is one string to the library, and what a document says is never a special token.
 _BOS, _EOS = "\x01", "\x02"
+_CUT = 3  # another one, an ordinary byte to the tokenizer
+_TWO_CHINESE = re.compile(rb"[\x80-\xbf][\xe4-\xe9]")  # where one ends and the next begins, in UTF-8
 
 
 class FastTokenizer(Tokenizer):
-    """A tokenizer that encodes with gigatoken; its texts must be cleaned (`utils.text.clean_text`)."""
+    """A tokenizer that encodes with gigatoken; its texts must be cleaned (`utils.text.clean_text`).
+
+    Where no token holds the end of one Chinese character and the beginning of the next, as with --split_han, no merge
+    crosses from one to the other, and the text may be cut there. The library remembers the pieces it has encoded:
+    characters come again, whole clauses do not. That makes it three times as fast.
+    """
 
     def __init__(self, reference: Tokenizer):
         super().__init__(reference.path, reference.backend)
@@ -30,13 +39,20 @@ class FastTokenizer(Tokenizer):
         names = {self.bos_id: _BOS, self.eos_id: _EOS}
         settings["added_tokens"] = [{"id": i, "content": name, **plain} for i, name in names.items()]
         settings["truncation"] = settings["padding"] = settings["post_processor"] = None
+        tokens = {bytes(map(BYTE_OF.get, t, repeat(0))): i for t, i in reference.backend.get_vocab(False).items()}
+        self._cut_id = None if any(map(_TWO_CHINESE.search, tokens)) else tokens.get(bytes([_CUT]))
         self._fast = gigatoken.Tokenizer.from_json(json.dumps(settings))
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(N,) the ids of every text as <s> text </s>, one after another, and the length of each."""
         if not texts:
             return np.zeros(0, np.uint32), np.zeros(0, np.int64)
-        ids = self._fast.encode(f"{_BOS}{f'{_EOS}{_BOS}'.join(texts)}{_EOS}")
+        text = f"{_BOS}{f'{_EOS}{_BOS}'.join(texts)}{_EOS}"
+        if self._cut_id is None:
+            ids = self._fast.encode(text)
+        else:
+            ids = self._fast.encode(cut_between_chinese(text))
+            ids = ids[ids != self._cut_id]
         starts = np.flatnonzero(ids == self.bos_id)
         if len(starts) != len(texts):
             raise ValueError("a text that is not cleaned")
@@ -50,6 +66,15 @@ class FastTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
+
+
+def cut_between_chinese(text: str) -> str:
+    """The text with _CUT between every two Chinese characters that stand together."""
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    chinese = (codes >= 0x4E00) & (codes <= 0x9FA5)
+    pairs = np.stack([codes, np.full_like(codes, _CUT)], axis=1)
+    wanted = np.stack([np.ones_like(chinese), chinese & np.append(chinese[1:], False)], axis=1)
+    return pairs[wanted].tobytes().decode("utf-32-le")
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

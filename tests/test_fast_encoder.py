@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import re
 import sys
 
 import numpy as np
@@ -12,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
-from preprocess_data.fast_encoder import FAST, REFERENCE, FastTokenizer, choose_encoder, encode_documents
+from preprocess_data.fast_encoder import (
+    FAST,
+    REFERENCE,
+    FastTokenizer,
+    choose_encoder,
+    cut_between_chinese,
+    encode_documents,
+)
 from preprocess_data.preprocess_data import main
 from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, random_text, write_lines
 from utils.text import clean_text
@@ -23,9 +31,9 @@ TEXTS = int(os.environ.get("TEXTS", 2000))
 GPT2 = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), 1000)
+@pytest.fixture(scope="module", params=[False, True], ids=["", "split_han"])
+def tokenizer(tmp_path_factory, request):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), 1000, request.param)
 
 
 def altered(tokenizer, folder, change):
@@ -99,6 +107,15 @@ def test_where_it_is_taken_the_ids_are_the_same(tokenizer, tmp_path, name):
     other = altered(tokenizer, tmp_path, HARMLESS[name])
     assert choose_encoder(other, "auto", SENTENCES)[0] == FAST
     same(other, [text for text in map(clean_text, [*HOSTILE, *SENTENCES]) if text])
+
+
+def test_cut_only_where_no_token_crosses(tokenizer):
+    crossing = [i for i in range(tokenizer.vocab_size) if re.search("[一-龥]{2}", tokenizer.decode([i]))]
+    assert (FastTokenizer(tokenizer)._cut_id is None) == bool(crossing)
+    texts = ["床前", "床a前", "前", "a床前，明月b", "床前\n明月 光", "𠮷床𠮷"]
+    cut = ["床\x03前", "床a前", "前", "a床\x03前，明\x03月b", "床\x03前\n明\x03月 光", "𠮷床𠮷"]
+    assert list(map(cut_between_chinese, texts)) == cut
+    same(tokenizer, texts)
 
 
 @settings(max_examples=50, deadline=None)
