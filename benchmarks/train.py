@@ -9,7 +9,7 @@ documentation says: fp32 weights under autocast, SDPA, fused AdamW, the fastest 
 on the device. All take turns, step by step, in one process; a figure is the median over the rounds. Before it is timed,
 the two losses are compared. The FLOPs of `flops_per_token` (3 x forward, attention over the full square) are shown as a
 share of the rate of a large matmul of the same type, which takes its turn in the same rounds; on CUDA as a share of
---peak_tflops (MFU). Peak memory is measured in processes of their own.
+the device's published peak (MFU, engine/peak.py). Peak memory: on CUDA of each step, else in processes of their own.
 Writes benchmarks/results/train.json (on CUDA train_cuda.json) and prints the table.
 """
 
@@ -34,6 +34,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from engine.config import TrainConfig  # noqa: E402
 from engine.files import write_text  # noqa: E402
+from engine.peak import Peak, synchronize  # noqa: E402
 from engine.runfolder import git_revision  # noqa: E402
 from engine.step import Stepper  # noqa: E402
 from model import get_model_and_args  # noqa: E402
@@ -68,7 +69,7 @@ class Config:
     rounds: int = opt(7, "measured steps of each")
     compiled: bool = opt(True, "compare the compiled models too")
     memory: bool = opt(True, "measure peak memory: vocabulary 32,000, 16 rows of 512 tokens")
-    peak_tflops: float = opt(989.0, "CUDA: dense bf16 peak of the device; an H100 SXM's by its data sheet")
+    peak_tflops: float = opt(0.0, "CUDA: dense peak of the device; 0: as published, see engine/peak.py")
     quick: bool = opt(False, "tiny sizes and one round, to see that everything runs")
     only: str = opt("", "used by the script itself: `MODEL ours|theirs`, print the peak memory of one side")
     results: str = opt("", "where the figures go")
@@ -151,8 +152,7 @@ def timed(step, device) -> float:
     """Seconds of one call, the device's work included."""
     start = time.perf_counter()
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -205,7 +205,10 @@ def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens
                "gflops_per_token": flops / 1e9, "first_losses": {s: v[0] for s, v in losses.items() if s != "matmul"},
                "experts": experts, "experts_seconds": tried, "seconds": seconds,
                "matmul_gflops": matmul_flops / statistics.median(seconds.pop("matmul")) / 1e9, "memory_mib": memory}
-    peak = config.peak_tflops * 1e3 if device.type == "cuda" else figures["matmul_gflops"]
+    peak = figures["matmul_gflops"]
+    if device.type == "cuda":
+        best = Peak(device, precision, config.peak_tflops)
+        peak, figures["peak"] = best.flops / 1e9, str(best)
     figures["tokens_per_s"] = {side: tokens / statistics.median(s) for side, s in seconds.items()}
     figures["flops_share"] = {side: rate * flops / 1e9 / peak for side, rate in figures["tokens_per_s"].items()}
     for how in ("eager", "compiled") if config.compiled else ("eager",):
@@ -286,7 +289,7 @@ def main(argv=None):
     about = {"date": str(date.today()), "command": " ".join(["python benchmarks/train.py", *(argv or sys.argv[1:])]),
              "device": config.device, "processor": torch.cuda.get_device_name() if cuda else processor(),
              "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-             "torch": torch.__version__, "commit": git_revision(), "peak_tflops": config.peak_tflops if cuda else None}
+             "torch": torch.__version__, "commit": git_revision()}
     import transformers
     about["transformers"] = transformers.__version__
     results = {"about": about, "speed": [], "memory": {}}

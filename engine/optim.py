@@ -1,6 +1,7 @@
 """Optimizers: Muon for the matrices inside the network, AdamW for everything else, behind one interface."""
 
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -15,20 +16,43 @@ POLAR_EXPRESS = (
 )
 
 
+SAFETY = 1.01  # bf16 may round a singular value up to where the quintics grow fast: they are drawn out by a hundredth
+CACHE_BYTES = 1 << 20  # matrices orthogonalized at a time off CUDA: they stay in the cache from product to product
+
+
 def orthogonalize(matrices):
     """Return about the nearest semi-orthogonal matrices, U V^T of the singular value decomposition, by five quintics.
 
-    matrices (n, rows, cols) with rows <= cols. bf16 on CUDA, where it is several times faster; elsewhere fp32.
+    matrices (n, rows, cols) with rows <= cols. In bf16 where the device multiplies it faster than fp32, else in fp32.
     """
-    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.float()
+    size = len(matrices) if matrices.is_cuda else max(1, CACHE_BYTES // (4 * matrices[0].numel()))
+    return torch.cat([_orthogonalize(piece) for piece in matrices.split(size)])
+
+
+def _orthogonalize(matrices):
+    x = matrices.float()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)  # singular values in [0, 1), rounding allowed for
     rows, cols = x.shape[-2:]
-    if x.dtype == torch.float32 and 2 * cols > 3 * rows:
-        return _orthogonalize_wide(x).to(matrices.dtype)
-    for a, b, c in POLAR_EXPRESS:
+    if not fast_bf16(x.device):
+        return (_orthogonalize_wide if 2 * cols > 3 * rows else _orthogonalize_directly)(x)
+    drawn_out = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS[:-1]]
+    return _orthogonalize_directly(x.bfloat16(), [*drawn_out, POLAR_EXPRESS[-1]]).to(matrices.dtype)
+
+
+def _orthogonalize_directly(x, quintics=POLAR_EXPRESS):
+    for a, b, c in quintics:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.to(matrices.dtype)
+    return x
+
+
+@cache
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions that multiply bf16 matrices."""
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("arm_bf16"))
+    return device.type == "cuda"
 
 
 def _orthogonalize_wide(x):

@@ -192,11 +192,55 @@ def attention_mask(positions, state=None, doc_ids=None):
     return None
 
 
+SHORT = 256  # keys; up to there PyTorch's fused kernel for CPUs takes twice the time of three matmuls in bf16
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Attention that keeps its probabilities, (B, H, T, S) in the type of q. bias (T, S) or (B, 1, 1, T, S)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, scale):
+        groups = k.shape[2]
+        q, k, v = (_heads_first(x, groups) for x in (q, k, v))  # (B * G, H / G * T, K), (B * G, S, K)
+        scores = torch.bmm(q, k.mT)
+        by_head = (-1, groups, q.shape[1] // bias.shape[-2], *bias.shape[-2:])  # (B, G, H / G, T, S)
+        probs = torch.add(bias, scores.view(by_head), alpha=scale).softmax(dim=-1).view_as(scores)
+        ctx.save_for_backward(q, k, v, probs)
+        ctx.sizes, ctx.scale = (groups, *bias.shape[-2:]), scale
+        return _heads_last(torch.bmm(probs, v), groups, bias.shape[-2])
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, probs = ctx.saved_tensors
+        groups, n_queries, n_keys = ctx.sizes
+        grad = _heads_first(grad, groups)
+        grad_probs = torch.bmm(grad, v.mT)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+        grad_q = _heads_last(torch.bmm(grad_scores, k) * ctx.scale, groups, n_queries)
+        grad_k = _heads_last(torch.bmm(grad_scores.mT, q) * ctx.scale, groups, n_keys)
+        return grad_q, grad_k, _heads_last(torch.bmm(probs.mT, grad), groups, n_keys), None, None
+
+
+def _heads_first(x, groups):
+    """(B, T, H, K) -> (B * G, H / G * T, K): the heads that share keys and values, one after the other."""
+    return x.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).reshape(x.shape[0] * groups, -1, x.shape[-1])
+
+
+def _heads_last(x, groups, n_tokens):
+    """The way back from `_heads_first`."""
+    return x.unflatten(0, (-1, groups)).unflatten(2, (-1, n_tokens)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 def attention(q, k, v, mask=None, scale=None):
     """Softmax attention with grouped heads. q (B, T, H, K), k (B, S, G, K), v (B, S, G, Kv) -> (B, T, H, Kv).
 
     mask None means causal with S == T; else bool (B, 1, T, S). scale defaults to 1 / sqrt(K).
     """
+    short = k.shape[1] <= SHORT and q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if short and torch.is_grad_enabled():
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril() if mask is None else mask[:, :, None]
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        return _ShortAttention.apply(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
     v_dim = v.shape[-1]
     if v_dim < q.shape[-1]:  # the fused kernels want one head size; zero columns change nothing
         v = F.pad(v, (0, q.shape[-1] - v_dim))

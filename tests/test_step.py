@@ -73,6 +73,34 @@ def test_sums_of_many_backward_passes_keep_their_digits():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_twenty_steps_compile_nothing_after_the_first(name, precision, monkeypatch):
+    """Packed rows whose documents, and in a mixture whose loads, differ from step to step, under one compiled model."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compile(model, backend="aot_eager", **how))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    subject = Subject(name)
+    model = subject.build().train()
+    stepper = Stepper(model, TrainConfig(precision=precision, compile="true"), CPU)
+    graphs = []
+    for step in range(20):
+        ids = subject.tokens(rows=4, seed=step)
+        starts = torch.rand(ids.shape, generator=torch.Generator().manual_seed(step)) < 0.2
+        batch = {"input_ids": ids, "targets": ids.roll(-1, 1), "doc_ids": starts.cumsum(dim=1)}
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            values = stepper.gradients([batch], [1.0], [0], 1.0)
+        stepper.clip()
+        stepper.update()
+        stepper.optimizer.zero_grad()
+        model.after_step({name: value for name, value in values.items() if name != "loss"})
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert graphs[0] > 0 and graphs == [graphs[0]] * 20
+
+
+@pytest.mark.slow
 def test_the_speed_benchmark_runs(tmp_path):
     """All of benchmarks/train.py at tiny sizes: both models, both sides and their equal losses, compiled, memory."""
     words = [sys.executable, str(ROOT / "benchmarks/train.py"), "--quick", f"--results={tmp_path}/train.json"]
