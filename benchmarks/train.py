@@ -10,7 +10,8 @@ on the device. All take turns, step by step, in one process; a figure is the med
 the two losses are compared. The FLOPs of `flops_per_token` (3 x forward, attention over the full square) are shown as a
 share of the rate of a large matmul of the same type, which takes its turn in the same rounds; on CUDA as a share of
 the device's published peak (MFU, engine/peak.py). Peak memory: on CUDA of each step, else in processes of their own.
-Writes benchmarks/results/train.json (on CUDA train_cuda.json) and prints the table.
+Writes benchmarks/results/train.json (on CUDA train_cuda.json) and prints the table. A row is written when it is done,
+with what it was measured on; rows that a call does not measure stay.
 """
 
 import gc
@@ -259,17 +260,15 @@ def memory_of_both(config, name: str) -> dict:
 
 
 def table(results: dict) -> str:
-    """Markdown, one row a model, precision and length."""
-    share = "MFU" if results["about"]["device"] == "cuda" else "of the matmul rate"
-    lines = [f"| | transformers eager | compiled | ours eager | compiled | ratio eager | compiled | {share} |",
+    """Markdown, one row a model, precision and length; 0: not measured."""
+    lines = ["| | transformers eager | compiled | ours eager | compiled | ratio eager | compiled | FLOPs: share |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for row in results["speed"]:
-        rates = {side: f"{rate:,.0f}" for side, rate in row["tokens_per_s"].items()}
+    for name, row in results["speed"].items():
+        sides = [f"{row['tokens_per_s'].get(f'{side} {how}', 0):,.0f}" for side in ("theirs", "ours")
+                 for how in ("eager", "compiled")]
+        ratios = [f"{row.get(f'ratio_{how}', 0):.2f}" for how in ("eager", "compiled")]
         best = max(value for side, value in row["flops_share"].items() if side.startswith("ours"))
-        lines.append(f"| {row['model']}, {row['precision']}, {row['rows']} x {row['seq_len']} | "
-                     f"{rates['theirs eager']} | {rates.get('theirs compiled', '')} | {rates['ours eager']} | "
-                     f"{rates.get('ours compiled', '')} | {row['ratio_eager']:.2f} | "
-                     f"{row.get('ratio_compiled', 0):.2f} | {best:.0%} |")
+        lines.append(f"| {name} | {' | '.join(sides + ratios)} | {best:.0%} |")
     for name, figures in results["memory"].items():
         lines.append(f"\npeak memory of {name}: ours {figures['ours']:,.0f} MiB, transformers "
                      f"{figures['theirs']:,.0f} MiB: {figures['share']:.0%}")
@@ -292,20 +291,24 @@ def main(argv=None):
              "torch": torch.__version__, "commit": git_revision()}
     import transformers
     about["transformers"] = transformers.__version__
-    results = {"about": about, "speed": [], "memory": {}}
     path = Path(config.results or ROOT / f"benchmarks/results/train{'_cuda' if cuda else ''}.json")
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"speed": {}, "memory": {}}
+
+    def keep(what: str, name: str, figures: dict):
+        results[what][name] = {**figures, "about": about}
+        if not config.quick or config.results:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(results, indent=1) + "\n")
+
     for name in config.models:
         for precision in config.precisions or (["bf16"] if cuda else ["bf16", "fp32"]):
             for seq_len in seq_lens:
-                results["speed"].append(compare(config, name, precision, sizes[name], seq_len, tokens))
+                figures = compare(config, name, precision, sizes[name], seq_len, tokens)
+                keep("speed", f"{name}, {precision}, {figures['rows']} x {seq_len}", figures)
                 torch._dynamo.reset()
                 gc.collect()
-                print(table(results).splitlines()[-1], flush=True)
-    if config.memory and not cuda:
-        results["memory"] = {name: memory_of_both(config, name) for name in config.models}
-    if not config.quick or config.results:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(results, indent=1) + "\n")
+        if config.memory and not cuda:
+            keep("memory", name, memory_of_both(config, name))
     print(table(results))
 
 
