@@ -179,8 +179,7 @@ class MoE(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         load = torch.bincount(chosen.flatten(), minlength=a.n_routed_experts)  # (E,) tokens an expert
-        pairs = tokens[:, None].expand(-1, a.n_activated_experts, -1).reshape(-1, a.dim)  # (N * A, D)
-        h = permute_rows(pairs, order, inverse)
+        h = permute_rows(tokens, order, inverse, a.n_activated_experts)  # (N * A, D)
         h = F.silu(expert_matmul(h, self.gate_proj, load)) * expert_matmul(h, self.up_proj, load)
         h = permute_rows(expert_matmul(h, self.down_proj, load), inverse, order).unflatten(0, chosen.shape)
         out = (h * weight[..., None].to(h.dtype)).sum(dim=1).view_as(x)  # (B, T, D)

@@ -268,22 +268,29 @@ def cache_append(state, layer, name, new):
 
 
 class _Permute(torch.autograd.Function):
-    """x[order] for a permutation: its gradient is a gather by the inverse, much cheaper than the usual scatter-add."""
+    """x[order // copies]: its gradient is a gather by the inverse, much cheaper than the usual scatter-add."""
 
     @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(order, inverse)
-        return x[order]
+    def forward(ctx, x, order, inverse, copies):
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x[order // copies if copies > 1 else order]
 
     @staticmethod
     def backward(ctx, grad):
-        order, inverse = ctx.saved_tensors
-        return grad[inverse], None, None
+        (inverse,) = ctx.saved_tensors
+        grad = grad[inverse]
+        if ctx.copies > 1:
+            grad = grad.unflatten(0, (-1, ctx.copies)).sum(dim=1)
+        return grad, None, None, None
 
 
-def permute_rows(x, order, inverse):
-    """Return x[order] for x (N, D); `order` is a permutation of N and `inverse` its inverse."""
-    return _Permute.apply(x, order, inverse)
+def permute_rows(x, order, inverse, copies=1):
+    """Return the rows of x (N, D), each `copies` times in a row, in the order `order`: (N * copies, D).
+
+    order (N * copies,) is a permutation and `inverse` its inverse.
+    """
+    return _Permute.apply(x, order, inverse, copies)
 
 
 class _ExpertMatmul(torch.autograd.Function):
@@ -343,10 +350,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, with_squares):
+    def forward(ctx, hidden, full_weight, targets, chunk, with_squares):
+        weight = full_weight.to(hidden.dtype)
         entropy, squares = hidden.new_zeros(2, dtype=torch.float32)
         need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grads = [(torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32))
+        like = torch.empty_like if len(hidden) else torch.zeros_like
+        grads = [(torch.empty_like(hidden), like(full_weight, dtype=torch.float32))
                  for _ in range((1 + with_squares) if need_grad else 0)]
         whole = hidden.is_cuda or torch.compiler.is_compiling()  # there, passes are fused or few are best
         piece = chunk if whole else max(1, CACHE_BYTES // (4 * weight.shape[0]))
@@ -368,7 +377,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     part.copy_(softmax.scatter_(1, index, chosen.expm1() * valid))
             for grad, (grad_hidden, grad_weight) in zip((logits, by_squares), grads):
                 torch.mm(grad, weight, out=grad_hidden[rows])
-                grad_weight += grad.T @ hidden[rows]
+                grad_weight.add_(grad.T @ hidden[rows]) if start else grad_weight.copy_(grad.T @ hidden[rows])
         ctx.save_for_backward(*(tensor for pair in grads for tensor in pair))
         return entropy, squares
 
@@ -397,18 +406,18 @@ def log_normalisers():
         _squares = before
 
 
-def lm_loss(hidden, weight, targets, chunk_bytes=16 << 20):
+def lm_loss(hidden, weight, targets, chunk_bytes=32 << 20):
     """Mean cross-entropy of the next token, never holding the logits of more than a chunk of tokens.
 
     hidden (B, T, D), weight (V, D) of the output head, targets (B, T) with -100 = ignored. Returns a 0-d fp32 tensor:
     the mean over the valid targets in nats, 0 with a graph when none is valid. Three matmuls as with plain logits,
-    no recomputation; the memory is `chunk_bytes` of logits in fp32 plus one gradient of the weight.
+    no recomputation; the memory is `chunk_bytes` of logits, in the compute type, plus one gradient of the weight.
     """
     dtype = compute_dtype(hidden)
     targets = targets.reshape(-1)
-    chunk = max(1, chunk_bytes // (4 * weight.shape[0]))
+    chunk = max(1, chunk_bytes // (dtype.itemsize * weight.shape[0]))
     entropy, squares = _ChunkedCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), targets, chunk, _squares is not None
+        hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight, targets, chunk, _squares is not None
     )
     count = (targets != -100).sum().clamp(min=1)
     if _squares is not None:
