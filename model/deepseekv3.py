@@ -178,7 +178,8 @@ class MoE(nn.Module):
         # Sort the N * A (token, expert) pairs by expert, run each expert on its own stretch, and sort back.
         order = chosen.flatten().argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        load = torch.bincount(chosen.flatten(), minlength=a.n_routed_experts)  # (E,) tokens an expert
+        experts = torch.arange(a.n_routed_experts, device=x.device)
+        load = (chosen[..., None] == experts).sum(dim=(0, 1))  # (E,) tokens an expert; bincount waits for the device
         h = permute_rows(tokens, order, inverse, a.n_activated_experts)  # (N * A, D)
         h = F.silu(expert_matmul(h, self.gate_proj, load)) * expert_matmul(h, self.up_proj, load)
         h = permute_rows(expert_matmul(h, self.down_proj, load), inverse, order).unflatten(0, chosen.shape)

@@ -327,7 +327,8 @@ def _slices(counts):
 def expert_matmul(x, weight, counts):
     """Multiply each expert's rows by its matrix: x (N, D) sorted by expert, weight (E, F, D), counts (E,) -> (N, F)."""
     x, weight = x.to(compute_dtype(x)), weight.to(compute_dtype(x))
-    if x.is_cuda and x.dtype == torch.bfloat16:  # one kernel, and no wait for the counts to reach the host
+    fits = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # the kernel wants rows of a multiple of 16 bytes
+    if x.is_cuda and x.dtype == torch.bfloat16 and fits:  # and no wait for the counts to reach the host
         return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
     return _expert_loop(x, weight, counts)
 

@@ -1,6 +1,7 @@
 """What only an NVIDIA GPU can show; skipped without one. benchmarks/gpu.sh runs these tests."""
 
 import subprocess
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -59,6 +60,8 @@ def test_grouped_experts_equal_the_loop():
 def test_compiled_steps_learn_and_never_wait_for_the_device(name):
     """Thirty steps on one batch, as the trainer takes them; from the third on a wait inside a step is an error."""
     subject = Subject(name)
+    wide = {f.name: 48 for f in fields(subject.args) if f.name.endswith("inter_dim")}  # a width for the grouped experts
+    subject.args = replace(subject.args, **wide)
     model = subject.build()
     stepper = stepper_of(model, "bf16", "cuda", compile="true")
     stepper.optimizer.set_lr(0.01)
