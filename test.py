@@ -8,21 +8,23 @@ import json
 import os
 import sys
 import typing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from utils.config import convert, opt, parse
 from utils.errors import UserError, run_script
 from utils.logo import print_logo
 from utils.talk_options import SAMPLING, TalkOptions
-from utils.terminal import harmless, line_history, paint, prompt
+from utils.terminal import harmless, line_history, paint, prompt, speak_utf8
 
 HELP = """\
   /reset               forget the conversation
   /system TEXT         set the system prompt (without TEXT: remove it) and forget the conversation
-  /set NAME VALUE      change a setting, e.g. /set temperature 0.7 (without NAME: show them)
+  /set NAME VALUE      change a setting, e.g. /set temperature 0.7
+  /show                the settings as they are
   /save FILE           append the conversation to FILE, one JSON line as the fine-tuning data has them
-  /quit                leave (Ctrl-D does too); Ctrl-C stops an answer
-  For a base model, \\n in a line is a line break."""
+  /quit                leave (Ctrl-D does too); Ctrl-C stops an answer, and at the prompt it leaves
+  \"\"\" begins a text of several lines, the next \"\"\" ends it; what is pasted may have several lines anyway."""
+QUOTES = '"' * 3
 SETTABLE = ("max_new_tokens", *SAMPLING)
 
 
@@ -36,7 +38,7 @@ class TestConfig(TalkOptions):
 
 def main():
     config = parse(TestConfig)
-    sys.stdin.reconfigure(errors="replace")         # a stray byte in a pipe is no reason to stop
+    speak_utf8()
     config.prompt = config.prompt.encode(errors="replace").decode()     # the same for a stray byte in an argument
     one_shot = config.prompt or ("" if sys.stdin.isatty() else sys.stdin.read().strip())
     if not one_shot and not sys.stdin.isatty():
@@ -71,26 +73,33 @@ class Session:
     def loop(self):
         while True:
             try:
-                line = prompt("› ", "bold", "green").strip()
-            except KeyboardInterrupt:
-                print(paint("  (/quit leaves)", "dim"))
-                continue
-            except EOFError:
+                line = self.read()
+            except (EOFError, KeyboardInterrupt):
                 print()
                 return
             if line == "/quit":
                 return
             try:
-                if line.startswith("/"):
+                if line.startswith("/") and "\n" not in line:
                     self.command(*line[1:].split(None, 1))
                 elif line:
-                    self.ask(line.replace("\\n", "\n") if self.speaker.is_base else line)
+                    self.ask(line)
             except KeyboardInterrupt:               # before the first token, or between two of our own lines
                 print()
             except ValueError as error:
                 if not getattr(error, "user_error", False):
                     raise
                 print(paint(f"error: {error}", "red"))
+
+    def read(self):
+        """What is typed next: a line, or, from one pair of three quotation marks to the other, several."""
+        text = prompt("› ", "bold", "green").strip()
+        if not text.startswith(QUOTES):
+            return text
+        text = text.removeprefix(QUOTES)
+        while not text.endswith(QUOTES):
+            text += "\n" + prompt("… ", "dim")
+        return text.removesuffix(QUOTES).strip("\n")
 
     def command(self, name="", rest=""):
         if name == "help":
@@ -104,20 +113,22 @@ class Session:
             print(paint("  system prompt set" if rest.strip() else "  no system prompt", "dim"))
         elif name == "set":
             self.set(*rest.replace("=", " ").split())
+        elif name == "show":
+            self.show()
         elif name == "save":
             self.save(rest.strip())
         else:
             raise UserError(f"no command /{harmless(name)}: /help lists them")
 
     def set(self, name="", value="", *more):
-        if name:
-            if name not in SETTABLE or not value or more:
-                raise UserError(f"/set takes a name and a value; the names are {', '.join(SETTABLE)}")
-            field = next(f for f in fields(self.config) if f.name == name)
-            value = convert(value, typing.get_type_hints(type(self.config))[name], name,
-                            field.metadata.get("choices", ()))
-            self.speaker.check(**{**self.settings(), name: value})
-            setattr(self.config, name, value)
+        if name not in SETTABLE or not value or more:
+            raise UserError(f"/set takes a name and a value; the names are {', '.join(SETTABLE)}")
+        value = convert(value, typing.get_type_hints(type(self.config))[name], name)
+        self.speaker.check(**{**self.settings(), name: value})
+        setattr(self.config, name, value)
+        self.show()
+
+    def show(self):
         print(paint("  " + "  ".join(f"{key} {value}" for key, value in self.settings().items()), "dim"))
 
     def settings(self):

@@ -330,10 +330,12 @@ def expert_matmul(x, weight, counts):
     fits = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # the kernel wants rows of a multiple of 16 bytes
     if x.is_cuda and x.dtype == torch.bfloat16 and fits:  # and no wait for the counts to reach the host
         return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
-    return _expert_loop(x, weight, counts)
+    # The counts are Python numbers: compiled, every new load would be a new program. And the compiler takes as long to
+    # import as torch, so only who compiles asks it.
+    loop = torch.compiler.disable(_expert_loop) if torch.compiler.is_compiling() else _expert_loop
+    return loop(x, weight, counts)
 
 
-@torch.compiler.disable  # the counts are Python numbers: compiled, every new load would be a new program
 def _expert_loop(x, weight, counts):
     return _ExpertMatmul.apply(x, weight, counts.tolist())
 

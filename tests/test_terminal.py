@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments, stdin=subprocess.DEVNULL, **more):
-    return subprocess.run([sys.executable, "test.py", *arguments], cwd=ROOT, stdin=stdin, capture_output=True,
-                          encoding="utf-8", timeout=60, **more)
+    stdin = {} if "input" in more else {"stdin": stdin}
+    return subprocess.run([sys.executable, "test.py", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8",
+                          timeout=60, **stdin, **more)
 
 
 def base_run():
@@ -62,6 +63,24 @@ def test_help_is_quick():
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
     assert "--temperature=0.7" in shown.stdout and "--run" in shown.stdout
+
+
+def test_the_compiler_is_not_imported_to_talk():
+    """It takes as long as torch itself; and with a mixture, which asks the compiler to leave its experts alone."""
+    code = "import sys\nfrom engine.chat import open_speaker\n" \
+           "assert ''.join(open_speaker(sys.argv[1], 'cpu').answer([{'role': 'user', 'content': 'x'}], 3))\n" \
+           "print('torch._dynamo' in sys.modules, 'matplotlib' in sys.modules)"
+    for path in small_runs().glob("*_*"):
+        done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.stdout == "False False\n", done.stderr
+
+
+@pytest.mark.parametrize("locale", ({"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+                                    {"PYTHONIOENCODING": "latin-1"}))
+def test_utf8_whatever_the_locale(locale):
+    told = run(f"--output_path={small_runs()}", "--temperature=0", input="谁写的\n",
+               env={**os.environ, **locale})
+    assert (told.returncode, told.stdout, told.stderr) == (0, CHAT["谁写的"] + "\n", "")
 
 
 def test_one_shot_and_pipe():
@@ -197,7 +216,8 @@ def test_a_chat_on_a_terminal(terminal, tmp_path):
     assert saved == [{"role": role, "content": text} for role, text in (
         ("user", "背一首春晓"), ("assistant", CHAT["背一首春晓"]), ("user", "谁写的"), ("assistant", CHAT["谁写的"]))]
     for line, told in (("/set temperature 0.5", "temperature 0.5"), ("/set top_p 7", "out of range"),
-                       ("/set temperature warm", "expected float"), ("/set", "temperature 0.5"),
+                       ("/set temperature warm", "expected float"), ("/set", "takes a name and a value"),
+                       ("/show", "temperature 0.5"), ("/set seed none", "seed None"),
                        ("/set device cuda", "the names are"), ("/nonsense", "no command /nonsense"),
                        ("/help", "/system TEXT"), ("/system be brief", "system prompt set"),
                        ("/save /no/such/folder/x", "cannot write"), ("/save", "takes a file name")):
@@ -217,14 +237,50 @@ def test_ctrl_c_stops_the_answer_only(terminal):
     chat.until("春眠不觉晓，处处")
     os.write(chat.master, b"\x03")
     assert "stopped" in chat.until("› ")
-    time.sleep(1)  # readline waits for the next key when a signal comes between its prompt and its select
-    os.write(chat.master, b"\x03")
-    chat.until("/quit leaves")
-    chat.say("夜来风雨声，花落知多少。\\n春眠")                   # typed as \\n, since Enter sends the line
+    chat.say('"""夜来风雨声，花落知多少。')                  # several lines
+    chat.until("… ")
+    chat.say('春眠"""')
     chat.until("花落知多少。\n春眠")
     chat.until("不觉晓，处处")
     os.write(chat.master, b"\x03")
     assert "stopped" in chat.until("› ")
-    time.sleep(1)
+    time.sleep(1)  # readline waits for the next key when a signal comes between its prompt and its select
+    os.write(chat.master, b"\x03")                          # at the prompt it leaves
+    assert chat.process.wait(20) == 0
+
+
+def test_every_setting_can_be_set(terminal):
+    chat = terminal(f"--output_path={small_runs()}")
+    chat.say("/help")
+    told = chat.until("may have several lines")
+    assert all(f"/{name}" in told for name in ("reset", "system", "set", "show", "save", "quit"))
+    for name, value in (("temperature", "0.35"), ("top_k", "7"), ("top_p", "0.85"), ("min_p", "0.15"),
+                        ("repetition_penalty", "1.25"), ("frequency_penalty", "0.45"), ("presence_penalty", "0.65"),
+                        ("seed", "11"), ("max_new_tokens", "33")):
+        chat.say(f"/set {name} {value}")
+        chat.until(f"{name} {value}")
+        chat.until("› ")
     os.write(chat.master, b"\x04")                          # Ctrl-D at the empty prompt
     assert chat.process.wait(20) == 0
+
+
+def test_pasted_lines_and_wide_characters(terminal, tmp_path, monkeypatch):
+    """A paste of two lines is one message; and one backspace takes one character, though the locale knows none."""
+    for name in ("LC_ALL", "LANG", "LC_CTYPE"):
+        monkeypatch.setenv(name, "C")
+    chat = terminal("--run", base_run(), "--temperature=0", "--max_new_tokens=5")
+    os.write(chat.master, "\x1b[200~/花\n春眠错\x1b[201~\x7f\n".encode())
+    chat.until("tokens/s")
+    chat.say(f"/save {tmp_path / 'chat.jsonl'}")
+    chat.until("2 messages appended")
+    saved = json.loads((tmp_path / "chat.jsonl").read_text(encoding="utf-8"))["messages"]
+    assert saved[0]["content"] == "/花\n春眠"
+
+
+def test_a_terminal_without_colours(terminal, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("INPUTRC", os.devnull)
+    chat = terminal(f"--output_path={small_runs()}", "--temperature=0")
+    chat.say("谁写的")
+    told = chat.until("tokens/s") + chat.until("› ")
+    assert CHAT["谁写的"] in told and "\x1b[" not in re.sub(r"\x1b\[\?2004[hl]", "", told)   # bracketed paste on, off

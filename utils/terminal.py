@@ -1,4 +1,5 @@
 """What a terminal needs: colours where they are wanted, and text that cannot command it."""
+import locale
 import os
 import sys
 import unicodedata
@@ -36,6 +37,19 @@ def prompt(text, *styles):
     if not colourful():
         return input(text)
     return input(f"\001{_start(styles)}\002{text}\001{RESET}\002")
+
+
+def speak_utf8():
+    """UTF-8 in and out, whatever the locale says; a stray byte, or a half character, is shown as one that is none.
+
+    The C library has to know as well: readline counts the columns of a line by it, where a Chinese character takes two,
+    and it asks the environment before every line.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    if "utf" not in (locale.setlocale(locale.LC_CTYPE) or "").lower():
+        os.environ["LC_ALL"] = "C.UTF-8"
 
 
 def line_history(name):
