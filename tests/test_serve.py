@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 import openai
 import pytest
 import torch
@@ -176,7 +176,8 @@ def test_what_users_write_is_text(server, client):
 
 @pytest.mark.parametrize("field, message", (
     ({"temperature": 9}, "temperature"), ({"n": 0}, "n:"), ({"n": 17}, "n:"), ({"max_tokens": 0}, "max_tokens"),
-    ({"top_p": 0}, "top_p"), ({"seed": -1}, "seed"), ({"top_logprobs": 3}, "needs logprobs"),
+    ({"top_p": 0}, "top_p"), ({"repetition_penalty": 5e-324}, "penalty"),
+    ({"seed": -1}, "seed"), ({"top_logprobs": 3}, "needs logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"stop": ["a"] * 5}, "stop"), ({"stop": ""}, "stop"),
     ({"frequency_penalty": float("nan")}, "frequency_penalty"), ({"presence_penalty": float("inf")}, "presence"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"), ({"messages": []}, "messages"),
@@ -225,12 +226,14 @@ def test_errors_of_the_official_client(server, client):
     ("GET", "/v1/models", 403, {"headers": {"Host": "evil.example"}}),
     ("GET", "/health", 403, {"headers": {"Host": "127.0.0.1.evil.example:80"}}),
     ("GET", "/v1/models", 200, {"headers": {"Host": "localhost:1234"}}),
+    ("POST", "/v1/completions", 400, {"content": rb'{"\ud83d": 1}', "headers": {"Content-Type": "application/json"}}),
     ("GET", "/v1/models", 200, {"headers": {"Host": "[::1]:80"}}),
 ))
 def test_every_refusal_is_an_error_object(server, method, path, status, more):
     got = httpx.request(method, server.url + path, **more)
     assert got.status_code == status, got.text
-    assert got.headers["content-type"] == "application/json" and "access-control-allow-origin" not in got.headers
+    assert got.headers["content-type"] == "application/json" and got.headers["x-content-type-options"] == "nosniff"
+    assert "access-control-allow-origin" not in got.headers
     if status != 200:
         assert set(got.json()["error"]) == {"message", "type", "param", "code"}
 

@@ -55,5 +55,7 @@ def _invalid(error):
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is no JSON")
-    place = ".".join(str(part) for part in first["loc"][1:])[:200].encode("utf-8", "replace").decode()
-    return ApiError(400, f"{place or 'body'}: {first['msg'].removeprefix('Value error, ')}", param=place or None)
+    # Between the names of fields stand those of the types that were tried, such as "constrained-str".
+    parts = [part for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+    place = ".".join(map(str, parts)) or None
+    return ApiError(400, f"{place or 'body'}: {first['msg'].removeprefix('Value error, ')}", param=place)

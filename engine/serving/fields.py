@@ -12,15 +12,29 @@ from utils.talk_options import SAMPLING
 MOST_CHOICES = 16               # answers to one request
 MOST_TEXT = 2**20               # characters of a text; the body's own bound is what counts in practice
 
+
+def List(kind, most):
+    """A list type that ends at its first mistake: a body has room for a hundred thousand, each with its message."""
+    return Annotated[list[kind], Field(min_length=1, max_length=most, fail_fast=True)]
+
+
 Text = Annotated[str, Field(max_length=MOST_TEXT)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
-Ids = Annotated[list[Id], Field(min_length=1, max_length=MOST_TEXT)]
+Ids = List(Id, MOST_TEXT)
 Stop = Annotated[str, Field(min_length=1, max_length=128)]
 Tokens = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def known(cls, value):
+        """The first field that is not here is enough: pydantic would list them all."""
+        if isinstance(value, dict) and (unknown := next((key for key in value if key not in cls.model_fields), None)):
+            raise ValueError(f"{unknown[:64]!a} is no field that this server knows: leave it out")
+        return value
 
 
 class StreamOptions(Body):
@@ -33,7 +47,7 @@ class Settings(Body):
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(None, description="as in /v1/models")
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = Field(None, description="answers; the i-th has seed + i")
     max_tokens: Tokens | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | List(Stop, 4) | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -45,7 +59,7 @@ class Settings(Body):
     # Not in OpenAI's API; named as other servers name them.
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
 
     @model_validator(mode="after")
     def fit_together(self):
@@ -71,7 +85,7 @@ class TextPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=256)]
+    content: Text | List(TextPart, 256)
     name: Annotated[str, Field(max_length=64)] | None = Field(None, description="taken and not used")
 
     def plain(self):
@@ -81,7 +95,7 @@ class Message(Body):
 
 
 class ChatBody(Settings):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
+    messages: List(Message, 2048)
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="needs logprobs: true")
@@ -103,9 +117,7 @@ class ChatBody(Settings):
 
 
 class CompletionBody(Settings):
-    prompt: (Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_CHOICES)]
-             | Ids
-             | Annotated[list[Ids], Field(min_length=1, max_length=MOST_CHOICES)])
+    prompt: Text | List(Text, MOST_CHOICES) | Ids | List(Ids, MOST_CHOICES)
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="likeliest tokens beside each token")
 
     def top(self):

@@ -30,6 +30,7 @@ def make_server(app, service):
     """A server whose `run(sockets=[...])` returns after SIGINT or SIGTERM, or when `should_exit` is set."""
     return Server(service, uvicorn.Config(
         app, http=Protocol, ws="none", loop="asyncio", lifespan="off", log_level="error", server_header=False,
+        headers=[("X-Content-Type-Options", "nosniff")],
         proxy_headers=False, timeout_graceful_shutdown=END_SECONDS, h11_max_incomplete_event_size=MOST_HEAD_BYTES))
 
 
@@ -77,6 +78,9 @@ class Protocol(H11Protocol):
             self._timer = None
 
     def send_400_response(self, msg):
+        if self.cycle is not None:          # a request whose body broke off is as one whose client has left
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         body = json.dumps(ApiError(400, msg).body()).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
                    (b"connection", b"close")]
