@@ -17,15 +17,15 @@ from engine.serving.listening import listen, make_server
 from model import get_model_and_args, list_models
 from serve import ServeConfig
 
-NAME = "sft_tiny"
+NAME, MODEL = "sft_tiny", list_models()[-1]
 LONGEST = 128
 
 
 @functools.cache
-def make_speaker(name=None, stage="sft"):
+def make_speaker(name=MODEL, stage="sft"):
     """A Speaker whose model is far from uniform, so that its likeliest token is no matter of rounding."""
     tokenizer = make_tokenizer(Path(tempfile.mkdtemp(prefix="serving_")) / "tokenizer")
-    Model, ModelArgs = get_model_and_args(name or list_models()[-1])
+    Model, ModelArgs = get_model_and_args(name)
     known = ModelArgs.__dataclass_fields__
     torch.manual_seed(3)
     model = Model(ModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=LONGEST,

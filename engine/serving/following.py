@@ -47,6 +47,8 @@ class Following(Response):
             async with asyncio.timeout(self.server.config.request_timeout + SEND_SECONDS):
                 while not any(request.tokens or request.finish for request in self.requests):
                     await self._move()
+                if self.gone:
+                    return
                 if any(request.tokens for request in self.requests):
                     self.server.metrics.first_token.observe(time.monotonic() - start)
                 await (self._tell_in_chunks(send) if self.stream else self._tell_whole(scope, receive, send))
