@@ -1,5 +1,5 @@
 # Sourced by the download scripts. fetch NAME FOLDER PATTERN: files of a ModelScope dataset into output/corpora/FOLDER.
-# What is complete is not downloaded again; what was cut off goes on where it stopped.
+# The client shows progress, goes on where it was cut off, and checks every file, old or new, against the published sha256.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 corpora=output/corpora
@@ -15,9 +15,9 @@ fetch() {
     fi
     mkdir -p "$folder"
     say "downloading $pattern of $name into $folder ..."
-    if ! "$command" download --dataset "$name" --include "$pattern" --local_dir "$folder"; then
-        say "error: could not download $name: check the connection to modelscope.cn (or the free space), then run this"
-        say "       script again; it goes on where it stopped. By hand: https://modelscope.cn/datasets/$name, into $folder"
+    if ! "$command" download "$name" --repo-type dataset --include "$pattern" --local-dir "$folder"; then
+        say "error: could not download $name (see above): check the connection to modelscope.cn and the free space, then" \
+            "run this again, it goes on where it stopped; by hand: https://modelscope.cn/datasets/$name, into $folder"
         exit 2
     fi
     if [ -z "$(find "$folder" -name "$pattern" -size +0 -print -quit)" ]; then
