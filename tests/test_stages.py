@@ -167,6 +167,27 @@ def test_user_errors_are_one_line(stages, script, flags, says, monkeypatch):
     assert caught.value.user_error and says in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_published_bin_file_without_a_meta_file_trains_as_if_it_had_one(stages, capsys):
+    """The same tokens, the same losses: bounds of documents are found by <s>, and a warning says how it is read."""
+    (stages / "published").mkdir()
+    shutil.copy(stages / "output/data/pretrain_train.bin", stages / "published/mobvoi.bin")
+    losses = []
+    for path in ("output/data/pretrain_train.bin", "published/mobvoi.bin"):
+        summary = pretrain.main([f"--model_name={NAME}", *SMALL, f"--pretrain_data_path={path}", "--log_interval=1"])
+        lines = (stages / summary["run"] / "metrics.jsonl").read_text().splitlines()
+        losses.append([row["loss"] for row in map(json.loads, lines) if "loss" in row])
+        warned = "mobvoi.meta.json is missing: reading published/mobvoi.bin as uint16" in capsys.readouterr().err
+        assert warned == (path == "published/mobvoi.bin")
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_a_bin_file_of_an_odd_size_is_one_line(stages):
+    (stages / "odd.bin").write_bytes(bytes([1, 0] * 400 + [5]))
+    with pytest.raises(UserError, match="odd.bin is cut off in the middle of a token") as caught:
+        pretrain.main([f"--model_name={NAME}", *SMALL, "--pretrain_data_path=odd.bin"])
+    assert "\n" not in str(caught.value)
+
+
 def test_the_command_prints_one_line_and_fails(stages):
     command = [sys.executable, str(ROOT / "pretrain.py"), "--model_name=nothing",
                f"--tokenizer_path={stages / 'output/tokenizer'}"]
