@@ -1,14 +1,18 @@
 import errno
 import itertools
+import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as Backend
 
 import train_tokenizer
+from benchmarks import tokenizer_training
 from preprocess_data.tokenizer_report import known_tokenizers, of_folder, write_report
 from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, random_text, write_lines
 from train_tokenizer import main as train_main
@@ -101,19 +105,7 @@ def test_training_is_deterministic():
 def test_the_same_file_as_the_trainer_of_tokenizers(vocab_size, min_frequency, split_han):
     random_ = random.Random(3)
     texts = [*HOSTILE, *SENTENCES * 5, *(random_text(random_, random_.randrange(60)) for _ in range(300))] * 2
-    reference = Backend(models.BPE())
-    finer = (train_tokenizer._DIGIT, train_tokenizer._HAN)[: 1 + split_han]
-    reference.pre_tokenizer = train_tokenizer.pre_tokenizer(*finer)
-    special = [*SPECIAL_TOKENS, *(f"<|reserved_{i}|>" for i in range(N_SPECIAL - len(SPECIAL_TOKENS)))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        show_progress=False,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    reference.train_from_iterator(texts, trainer)
-    reference.pre_tokenizer, reference.decoder = train_tokenizer.pre_tokenizer(), decoders.ByteLevel()
+    reference = tokenizer_training.reference(texts, vocab_size, min_frequency, split_han)
     assert train(iter(texts), vocab_size, min_frequency, split_han).to_str() == reference.to_str()
 
 
@@ -124,6 +116,25 @@ def test_a_full_disk_while_counting_is_one_line(monkeypatch):
     monkeypatch.setattr(train_tokenizer, "write_words", full)
     with pytest.raises(UserError, match="No space left on device: make room.* TMPDIR"):
         train(iter(["a"]), 500)
+
+
+def test_ctrl_c_does_not_wait_for_the_library():
+    start = time.monotonic()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer.interruptible(lambda: time.sleep(20))
+    assert time.monotonic() - start < 15
+    with pytest.raises(ZeroDivisionError):
+        train_tokenizer.interruptible(lambda: 1 // 0)
+
+
+def test_the_benchmark_measures_both_trainers(tmp_path, capsys):
+    path = write_lines(tmp_path / "my.jsonl", [{"text": SENTENCES[i % len(SENTENCES)] + str(i)} for i in range(300)])
+    flags = [f"--sources={path}", "--vocab_size=400", "--compare=2000", f"--results_path={tmp_path / 'r.json'}"]
+    tokenizer_training.main(flags)
+    assert "the same file: True" in capsys.readouterr().out
+    theirs, ours, whole = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert theirs["characters"] == ours["characters"] <= 2000 < whole["characters"]
 
 
 def test_the_report_against_counts_by_hand(tmp_path, tokenizer):
