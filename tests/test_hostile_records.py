@@ -73,7 +73,7 @@ def prepare(kind, folder, tokenizer, lines, end=b"\n"):
     source = folder / "hostile.jsonl"
     source.write_bytes(end.join([b'{"q": "x", "a": "y", "text": "first"}', *lines]))
     main([kind, f"--sources={source}", f"--tokenizer_path={tokenizer.path}", f"--data_path={folder}", "--workers=1",
-          "--max_bad_ratio=1"])  # fmt: skip
+          "--max_bad_ratio=1", "--encoder=tokenizers"])  # fmt: skip
     metas = [json.loads((folder / f"{kind}_{split}.meta.json").read_text()) for split in ("train", "val")]
     rejects = folder / f"{kind}_rejects.jsonl"
     rows = [json.loads(line) for line in rejects.open("rb")] if rejects.exists() else []

@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory):
 
 def run(kind: str, tokenizer, source, out: Path, *flags: str) -> tuple[dict, dict]:
     paths = [f"--sources={source}", f"--tokenizer_path={tokenizer.path}", f"--data_path={out}"]
-    main([kind, *paths, "--workers=1", "--max_bad_ratio=1", *flags])
+    main([kind, *paths, "--workers=1", "--max_bad_ratio=1", "--encoder=tokenizers", *flags])
     return tuple(json.loads((out / f"{kind}_{split}.meta.json").read_text()) for split in ("train", "val"))
 
 

@@ -28,6 +28,12 @@ def tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """What is tested is finished before the report."""
+    monkeypatch.setattr(preprocess_data, "write_report", lambda *_: "none")
+
+
 def make_source(path: Path, count: int) -> Path:
     random_ = random.Random(1)
     texts = ("".join(random_.choices([*SENTENCES, *HOSTILE], k=6)) + str(i % (count // 2)) for i in range(count))
@@ -37,7 +43,7 @@ def make_source(path: Path, count: int) -> Path:
 
 def command(kind, source, tokenizer, out, *flags) -> list[str]:
     return [kind, f"--sources={source}", f"--tokenizer_path={tokenizer.path}", f"--data_path={out}",
-            "--max_bad_ratio=0.1", "--dedup=exact", *flags]  # fmt: skip
+            "--max_bad_ratio=0.1", "--dedup=exact", "--encoder=tokenizers", *flags]  # fmt: skip
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -50,6 +56,7 @@ def test_killed_at_any_moment_a_plain_rerun_gives_the_same_files(tokenizer, tmp_
 
     def start(out, workers):
         argv = [sys.executable, str(WORKER), *command("pretrain", source, tokenizer, out, f"--workers={workers}")]
+        argv.remove("--encoder=tokenizers")
         return subprocess.Popen(argv, start_new_session=True, stdout=subprocess.PIPE, text=True)
 
     began = time.time()
@@ -88,7 +95,6 @@ def test_a_crash_at_every_step_of_writing(tokenizer, tmp_path, monkeypatch):
     """Each call that changes the folder in turn is the last one that a run makes."""
     monkeypatch.setattr("preprocess_data.readers.BLOCK", 3000)
     monkeypatch.setattr(preprocess_data, "SAVE_SECONDS", -1.0)
-    monkeypatch.setattr(preprocess_data, "write_report", lambda *_: "none")
     source, left = make_source(tmp_path / "a.jsonl", 120), None
 
     def counted(owner, name, half=None):
@@ -114,11 +120,11 @@ def test_a_crash_at_every_step_of_writing(tokenizer, tmp_path, monkeypatch):
     def attempt(out, kind, steps=None):
         nonlocal left
         left = steps
-        main(command(kind, source, tokenizer, out, "--workers=1", "--encoder=tokenizers"))
+        main(command(kind, source, tokenizer, out, "--workers=1"))
 
     attempt(tmp_path / "whole", "pretrain")
     expected, steps = contents(tmp_path / "whole"), 0
-    step = 1 if KILLS > 3 else 5
+    step = 1 if KILLS > 3 else 7
     while True:
         out = tmp_path / f"out{steps}"
         try:
@@ -214,7 +220,7 @@ def test_duplicates_are_dropped_in_the_order_of_the_input(tokenizer, tmp_path, m
         for workers in (1, 2):
             out = tmp_path / f"{kind}{workers}"
             main(["pretrain", f"--sources={source}", f"--tokenizer_path={tokenizer.path}", f"--data_path={out}",
-                  f"--dedup={kind}", f"--workers={workers}"])  # fmt: skip
+                  f"--dedup={kind}", f"--workers={workers}", "--encoder=tokenizers"])  # fmt: skip
             metas.append([json.loads((out / f"pretrain_{s}.meta.json").read_text()) for s in ("train", "val")])
         assert metas[0] == metas[1] and metas[0][0]["dropped"] == expected
         assert sum(meta["documents"] for meta in metas[0]) == 120 - sum(expected.values())
