@@ -15,7 +15,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from engine.distributed import is_main
 from engine.files import whole_folder, write_file
+from engine.sharding import is_part, is_sharded, part_of, whole
 from model import get_model_and_args
 from utils.config import load_yaml, typed_model_values
 from utils.errors import UserError
@@ -24,6 +26,7 @@ from utils.log import warn
 from utils.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------- one checkpoint folder
@@ -33,18 +36,24 @@ def canonical_names(model: torch.nn.Module) -> dict[str, str]:
     """{name in the state dict: the name its storage is saved under}: tied weights share one entry."""
     first, names = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        plain = tensor.numel() and not is_part(tensor)
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if plain else id(tensor)
         names[name] = first.setdefault(key, name)
     return names
 
 
 def weights_bytes(model: torch.nn.Module) -> bytes:
-    """The content of model.safetensors: fp32 (integers as they are), one copy of tied weights."""
+    """The content of model.safetensors: fp32 (integers as they are), one copy of tied weights.
+
+    Of a model that is shared out all processes ask for it, and only the main one gets it.
+    """
     kept, tensors = set(canonical_names(model).values()), {}
     for name, tensor in model.state_dict().items():
         if name in kept:
             dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-            tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
+            tensor = whole(tensor.detach())
+            if is_main() or not is_sharded(model):
+                tensors[name] = tensor.to("cpu", dtype).contiguous()
     return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
 
@@ -55,32 +64,63 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from None
+    source = matching(path, model, {name: tensor.shape for name, tensor in tensors.items()})
+    for name, target in model.state_dict().items():
+        target.copy_(part_of(tensors[source[name]], target))
+
+
+def restore_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Copy the weights of a checkpoint folder, in one file or in parts, into the model; UserError as `load_weights`."""
+    if (folder / WEIGHTS).is_file():
+        return load_weights(model, folder / WEIGHTS)
+    from engine.shards import load_parts, stored  # slow to import, and few runs need it
+
+    source = matching(folder, model, stored(folder, "model."))
+    own = {f"model.{source[name]}": tensor.detach() for name, tensor in model.state_dict().items()}
+    load_parts(folder, own, together=is_sharded(model))
+
+
+def matching(path: Path, model: torch.nn.Module, shapes: dict) -> dict[str, str]:
+    """{name in the state dict: the name in a file that holds these shapes}; UserError when they do not fit."""
     own, names = model.state_dict(), canonical_names(model)
-    unknown = sorted(set(tensors) - set(own))
+    unknown = sorted(set(shapes) - set(own))
     if unknown:
         raise UserError(f"{path} holds {unknown[0]}, which this model has not: "
                         "the architecture or its file has changed")
+    source = {name: name if name in shapes else names[name] for name in own}
     for name, target in own.items():
-        source = tensors.get(name, tensors.get(names[name]))
-        if source is None:
+        shape = shapes.get(source[name])
+        if shape is None:
             raise UserError(f"{path} lacks {name}: the architecture or its file has changed")
-        if source.shape != target.shape:
-            raise UserError(f"{path}: {name} is {tuple(source.shape)} there and {tuple(target.shape)} in this model: "
+        if shape != target.shape:
+            raise UserError(f"{path}: {name} is {tuple(shape)} there and {tuple(target.shape)} in this model: "
                             "the architecture's fields must stay as they were")
-        target.copy_(source)
+    return source
 
 
-def save_checkpoint(folder: Path, model, optimizer, state: dict, about: dict) -> None:
-    """Write one checkpoint (main process only); OSError when it cannot be written, and then nothing is left behind.
+def save_checkpoint(folder: Path, model, optimizer, state: dict, about: dict, weights: bytes | None = None) -> None:
+    """Write one checkpoint; OSError when it cannot be written, and then nothing is left behind.
 
-    state: plain numbers and tensors. about: goes into the manifest.
+    optimizer: None for the weights alone. state: plain numbers and tensors. about: goes into the manifest. weights: the
+    content of model.safetensors where it has been gathered already. The main process alone calls it, but all of them
+    for model and optimizer of a model that is shared out: each writes its part.
     """
-    with whole_folder(folder) as place:
-        files = [write_file(place / "model.safetensors", lambda file: file.write(weights_bytes(model)))]
-        if optimizer is not None:
-            files.append(write_file(place / "optimizer.pt", lambda file: torch.save(optimizer.state_dict(), file)))
+    def write_rest(place, files, optimizer_state):
+        if optimizer_state is not None:
+            files.append(write_file(place / "optimizer.pt", lambda file: torch.save(optimizer_state, file)))
         files.append(write_file(place / "trainer_state.pt", lambda file: torch.save(state, file)))
         write_file(place / MANIFEST, lambda file: file.write(manifest_bytes({**about, "files": files})))
+
+    if optimizer is not None and is_sharded(model):
+        from engine.shards import save_parts, without_parts
+
+        plain, parts = without_parts(optimizer.state_dict())
+        own, kept = model.state_dict(), set(canonical_names(model).values())
+        parts |= {f"model.{name}": tensor for name, tensor in own.items() if name in kept}
+        return save_parts(folder, parts, lambda place, files: write_rest(place, files, plain))
+    with whole_folder(folder) as place:
+        files = [write_file(place / WEIGHTS, lambda file: file.write(weights or weights_bytes(model)))]
+        write_rest(place, files, None if optimizer is None else optimizer.state_dict())
 
 
 def manifest_bytes(about: dict) -> bytes:
@@ -112,7 +152,7 @@ def damage(folder: Path, sizes_only: bool = False) -> str | None:
     if manifest is None:
         return "it has no readable manifest.json"
     files = {Path(str(entry.get("name"))).name: entry for entry in manifest["files"]}
-    if not {"model.safetensors", "trainer_state.pt"} <= set(files):
+    if "trainer_state.pt" not in files or not weights_files(manifest):
         return "its manifest.json names no weights"
     try:
         for name, entry in files.items():
@@ -124,6 +164,17 @@ def damage(folder: Path, sizes_only: bool = False) -> str | None:
     except OSError as error:  # a bad sector
         return f"{name} cannot be read ({error.strerror})"
     return None
+
+
+def weights_files(manifest: dict) -> list[dict]:
+    """The entries of a manifest that are weights: one file, or one a process."""
+    return [entry for entry in manifest["files"] if str(entry.get("name")).startswith("model")]
+
+
+def weights_sha256(folder: Path) -> str:
+    """What tells the weights of a valid checkpoint from any others."""
+    sums = [entry["sha256"] for entry in weights_files(read_manifest(folder))]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def step_of(folder: Path) -> int:
@@ -151,11 +202,16 @@ def load_training_state(folder: Path, model, optimizer) -> dict:
     """Restore model and optimizer in place and return the trainer's state, from a checkpoint found valid."""
     if not (folder / "optimizer.pt").is_file():
         raise UserError(f"{folder} has no optimizer state to go on from: give a run folder that has checkpoints/")
-    load_weights(model, folder / "model.safetensors")
+    restore_weights(model, folder)
     # to the cpu first: load_state_dict then puts each tensor beside its parameter
     try:
-        optimizer.load_state_dict(read_plain(folder / "optimizer.pt"))
-    except (ValueError, KeyError, TypeError) as error:
+        saved = read_plain(folder / "optimizer.pt")
+        if is_sharded(model) or not (folder / WEIGHTS).is_file():
+            from engine.shards import with_parts
+
+            saved = with_parts(saved, optimizer, folder, together=is_sharded(model))
+        optimizer.load_state_dict(saved)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         if getattr(error, "user_error", False):
             raise
         raise UserError(f"{folder}/optimizer.pt does not fit this optimizer ({error}): --optimizer and the "
@@ -228,7 +284,7 @@ def load_run(path, device="cpu", dtype=torch.float32, overrides: dict | None = N
         model = Model(ModelArgs(**(config["model"] | overrides)))
     except TypeError as error:
         raise UserError(f"{path}/config.yaml does not fit {config['model_name']} as it is now: {error}") from None
-    load_weights(model, checkpoint / "model.safetensors")
+    restore_weights(model, checkpoint)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     tokenizer = load_tokenizer(path / "tokenizer")

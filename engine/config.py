@@ -21,6 +21,8 @@ class TrainConfig:
     precision: str = opt("auto", "compute type; weights stay fp32; auto: bf16 on cuda that has it, else fp32",
                          choices=("auto", "bf16", "fp16", "fp32"))
     compile: str = opt("auto", "torch.compile the model; auto: on cuda only", choices=SWITCH, neutral=True)
+    parallel: str = opt("ddp", "of several processes each keeps the whole model (ddp), or a part of it (fsdp), of its "
+                        "gradients and optimizer state", choices=("ddp", "fsdp"), neutral=True)
     # the batch
     max_batch_size: int = opt(16, "rows in one forward pass of one process; 0: as many as fit the device, found "
                               "by trying", neutral=True)
@@ -96,6 +98,10 @@ class TrainConfig:
                 raise UserError(f"--{name}={getattr(self, name)}: a share of the run lies between 0 and 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas={self.betas}: each must be at least 0 and below 1")
+        if self.parallel == "fsdp" and (self.dry_run or not self.max_batch_size):
+            flag = "--dry_run" if self.dry_run else "--max_batch_size=0"
+            raise UserError(f"{flag} measures a whole model, each process by itself: it does not go with "
+                            "--parallel=fsdp, leave one of the two out")
         if not 0 <= self.ema < 1:
             raise UserError(f"--ema={self.ema}: must be at least 0 and below 1, e.g. 0.999")
         if self.global_batch_size and self.global_batch_tokens:

@@ -11,6 +11,7 @@ import os
 import time
 import uuid
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -138,6 +139,15 @@ def broadcast_object(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def refuse_unless_shared(folder: Path) -> None:
+    """UserError on all processes unless all of them see a folder that the main one sees."""
+    barrier()
+    blind = sum_numbers([float(not folder.is_dir())])[0]
+    if blind:
+        raise UserError(f"{int(blind)} of {world_size()} processes do not see {folder}: put --output_path on a disk "
+                        "that all machines share")
 
 
 @torch.no_grad()

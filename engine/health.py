@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from engine.sharding import whole
 from utils.log import warn
 
 EXPLODES = 10  # a norm is too large at so many times its running mean
@@ -101,4 +102,4 @@ class Health:
 
 def norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Euclidean norm over all numbers of all tensors, fp32 0-d."""
-    return torch.nn.utils.get_total_norm(tensors).float()
+    return whole(torch.nn.utils.get_total_norm(tensors)).float()

@@ -9,8 +9,17 @@ from pathlib import Path
 import torch
 
 from engine import distributed
-from engine.checkpoint import canonical_names, damage, find_checkpoints, read_manifest, save_checkpoint, step_of
+from engine.checkpoint import (
+    canonical_names,
+    damage,
+    find_checkpoints,
+    read_manifest,
+    save_checkpoint,
+    step_of,
+    weights_bytes,
+)
 from engine.files import folder_bytes, remove, remove_folder
+from engine.sharding import is_sharded, local
 from utils.errors import UserError
 from utils.log import format_bytes, warn
 
@@ -18,7 +27,10 @@ PAUSE_SECONDS = 2.0  # before a failed save is tried again: what filled the disk
 
 
 class Saver:
-    """Saves the checkpoints of a run. Every process calls its methods; the main one writes."""
+    """Saves the checkpoints of a run. Every process calls its methods; the main one writes.
+
+    Of a model that is shared out each process writes its part of a step checkpoint, but final/ is one whole file.
+    """
 
     def __init__(self, run: Path, config, model, optimizer, about: dict):
         self.run, self.config, self.model, self.optimizer, self.about = run, config, model, optimizer, about
@@ -70,27 +82,31 @@ class Saver:
     def _save(self, target: Path, optimizer, state: dict, measured: dict) -> str | None:
         """What went wrong on the main process, told to all, or None. A failed save is tried a second time."""
         refuse_broken(self.model, state["step"])
-        problem = None
-        if distributed.is_main():
+        problem, together = None, is_sharded(self.model) and optimizer is not None
+        weights = weights_bytes(self.model) if is_sharded(self.model) and optimizer is None else None
+        if distributed.is_main() or together:
             try:
-                self._write(target, optimizer, state, measured)
-            except OSError as error:
+                self._write(target, optimizer, state, measured, weights)
+            except OSError as error:  # the same on all processes that write together
                 warn(f"saving {target} failed ({error}): making room, and trying again")
                 time.sleep(PAUSE_SECONDS)
-                prune_checkpoints(self.run, 1, self.config.keep_every, self.config.keep_best)
+                if distributed.is_main():
+                    prune_checkpoints(self.run, 1, self.config.keep_every, self.config.keep_best)
                 try:
-                    self._write(target, optimizer, state, measured)
+                    self._write(target, optimizer, state, measured, weights)
                 except OSError as again:
                     problem = str(again)
         return distributed.broadcast_object(problem)  # the others wait here until it is written
 
-    def _write(self, target: Path, optimizer, state: dict, measured: dict) -> None:
+    def _write(self, target: Path, optimizer, state: dict, measured: dict, weights: bytes | None) -> None:
         need, free = self.bytes if optimizer else self.weights_bytes, shutil.disk_usage(self.run).free
+        if is_sharded(self.model) and optimizer:
+            free = distributed.broadcast_object(free)  # one answer for all
         if free < need:
             raise OSError(errno.ENOSPC, f"{format_bytes(need)} needed, {format_bytes(free)} free on the disk")
         about = {**self.about, "step": state["step"], "tokens": state["tokens"], **measured}
-        save_checkpoint(target, self.model, optimizer, state, about)
-        if optimizer:
+        save_checkpoint(target, self.model, optimizer, state, about, weights)
+        if optimizer and distributed.is_main():
             self.bytes = folder_bytes(target)
             prune_checkpoints(self.run, self.config.keep_last, self.config.keep_every, self.config.keep_best, target)
 
@@ -137,8 +153,12 @@ def best_of(folders: list[Path]) -> Path | None:
 @torch.no_grad()
 def refuse_broken(model, step: int) -> None:
     """UserError when the weights or a saved buffer hold a NaN: they must not take a good checkpoint's place."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+    tensors = {name: local(tensor) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    broken = {name: torch.isnan(tensor).any().float() for name, tensor in tensors.items()}
+    if is_sharded(model):  # a process sees its own part only, and all must say the same
+        broken = distributed.sum_tensors(broken)
+    for name, count in broken.items():
+        if count:
             raise UserError(f"step {step}: {name} holds a NaN, so this state is not saved: lower --max_lr or use "
                             "--precision=fp32; the last checkpoint is kept")
 

@@ -108,11 +108,13 @@ class StepLoader:
 def held_out_batches(rows, batch_rows: int, limit: int, rank: int = 0, world_size: int = 1, trim: bool = False):
     """Batches for evaluation: the first `limit` (0: all) of a fixed shuffle, dealt to the ranks in turn.
 
-    The last batch is filled up with empty rows, so that every batch has one shape and nothing is compiled twice.
+    Missing rows are empty ones: every batch has one shape, so that nothing is compiled twice, and every rank gets as
+    many batches, for the ranks of a model that is shared out compute each one together.
     """
     count = min(limit or len(rows), len(rows))
     order = shuffled(np.arange(count, dtype=np.int64), len(rows), seed=0, epoch=0)
-    for start in range(rank * batch_rows, count, world_size * batch_rows):
+    for first in range(0, count, world_size * batch_rows):
+        start = first + rank * batch_rows
         chosen = [rows.row(int(n)) for n in order[start : start + batch_rows]]
         chosen += [empty_row(rows.seq_len, rows.file.pad_id)] * (batch_rows - len(chosen))
         yield collate(chosen, rows.with_doc_ids, rows.file.pad_id, trim=trim)

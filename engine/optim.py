@@ -5,6 +5,8 @@ from functools import cache
 
 import torch
 
+from engine.sharding import is_part, local, part_of, whole
+
 # Coefficients of odd quintics x -> a x + b x^3 + c x^5, one a step, that together bring every singular value near 1:
 # each is best for the interval that the steps before it leave (Amsel et al. 2025, "The Polar Express", section 4).
 POLAR_EXPRESS = (
@@ -77,7 +79,8 @@ class Muon(torch.optim.Optimizer):
 
     A stack of experts (E, F, D) counts as E matrices. The update has the root mean square of a typical AdamW update,
     0.2 (Liu et al. 2025, "Muon is Scalable for LLM Training", equation 4), so both share one learning rate and one
-    decoupled weight decay.
+    decoupled weight decay. Of a model that is shared out, a stack is dealt out by whole matrices, and each process
+    updates its own; any other matrix is gathered, one at a time, and orthogonalized by every process.
     """
 
     def __init__(self, params, lr=1e-3, weight_decay=0.0, momentum=0.95):
@@ -91,8 +94,9 @@ class Muon(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     rows, cols = param.shape[-2:]
-                    by_shape.setdefault((min(rows, cols), max(rows, cols)), []).append(param)
-            for shape, params in by_shape.items():
+                    alone = id(param) if is_part(param) else None  # gathered with others, they would fill the memory
+                    by_shape.setdefault((min(rows, cols), max(rows, cols), alone), []).append(param)
+            for (*shape, _), params in by_shape.items():
                 self._step_batch(params, shape, group)
 
     def _step_batch(self, params, shape, group):
@@ -103,6 +107,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(param)
             state["momentum"].lerp_(param.grad, 1 - group["momentum"])
             nesterov = param.grad.lerp(state["momentum"], group["momentum"])
+            nesterov = whole(nesterov) if param.ndim == 2 else local(nesterov)
             wide = nesterov if param.shape[-2] <= param.shape[-1] else nesterov.mT
             directions.append(wide.reshape(-1, *shape))
         updates = orthogonalize(torch.cat(directions))
@@ -110,8 +115,11 @@ class Muon(torch.optim.Optimizer):
         for param, update in zip(params, updates.split([len(d) for d in directions]), strict=True):
             if param.shape[-2] > param.shape[-1]:
                 update = update.mT
-            param.mul_(1 - group["lr"] * group["weight_decay"])
-            param.add_(update.reshape(param.shape), alpha=-group["lr"] * scale)
+            mine = local(param)
+            if param.ndim == 2:
+                update = local(part_of(update.reshape(param.shape), param))
+            mine.mul_(1 - group["lr"] * group["weight_decay"])
+            mine.add_(update.reshape(mine.shape), alpha=-group["lr"] * scale)
 
 
 class Average(torch.optim.Optimizer):

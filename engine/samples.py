@@ -9,7 +9,8 @@ from utils.log import warn
 
 def write_samples(path, step: int, model, tokenizer, prompts: list[list[int]], autocast, seed: int,
                   tokens: int = 64) -> str:
-    """Append one generation a prompt under a heading of the step, and return the text (Markdown)."""
+    """Append one generation a prompt under a heading of the step, and return the text (Markdown). path: None, no file.
+    """
     try:
         with torch.no_grad(), autocast():
             answers = [generate(model, tokenizer, [prompt], tokens, temperature=0.8, top_p=0.95, seed=seed)[0]
@@ -22,6 +23,8 @@ def write_samples(path, step: int, model, tokenizer, prompts: list[list[int]], a
         shown, written = (tokenizer.decode(ids, skip_special=True).strip() for ids in (prompt, answer))
         # indented, so that nothing a model writes is taken for Markdown
         text += "\n".join("    " + line for line in f"{shown} ⟶ {written}".splitlines()) + "\n\n"
+    if path is None:
+        return text
     try:
         before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         write_text(path, before.partition(head)[0] + text)  # an earlier process may have come here before it died

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import find_weights, load_run, newest_run, read_manifest
+from engine.checkpoint import find_weights, load_run, newest_run, weights_sha256
 from model import get_model_and_args, list_models
 from utils.errors import UserError
 from utils.log import log, warn
@@ -56,9 +56,7 @@ def pretrained_model(config):
     run_folder, checkpoint = find_weights(run)
     if checkpoint.name != "final" and run_folder == Path(run):
         warn(f"{run} has not finished its training: starting from its {checkpoint.name}")
-    files = read_manifest(checkpoint)["files"]
-    weights = next(file["sha256"] for file in files if file["name"] == "model.safetensors")
-    return model, tokenizer, seq_len, weights
+    return model, tokenizer, seq_len, weights_sha256(checkpoint)
 
 
 def val_path(given: str, train_path: str) -> str | None:

@@ -8,7 +8,12 @@ from engine.config import resolve_precision
 from engine.loader import to_device
 from engine.optim import build_optimizer
 from engine.outputs import checked
+from engine.sharding import is_sharded, whole
 from engine.zloss import with_z_loss
+
+
+def wants_compile(config, device: torch.device) -> bool:
+    return config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
 
 
 class Stepper:
@@ -24,10 +29,11 @@ class Stepper:
         self.optimizer = build_optimizer(model, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
-        self.compiled = config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
-        self.forward = torch.compile(model, dynamic=False) if self.compiled else model
+        self.compiled, sharded = wants_compile(config, device), is_sharded(model)
+        self.forward = torch.compile(model, dynamic=False) if self.compiled and not sharded else model  # layer by layer
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        self.weights = LowWeights(model.param_groups()["matrix"] if self.precision == "bf16" else [], self.dtype)
+        low = self.precision == "bf16" and not sharded  # whole matrices do not live long enough there
+        self.weights = LowWeights(model.param_groups()["matrix"] if low else [], self.dtype)
         self._train_forward = checked(self.forward, type(model))
         if config.z_loss:
             self._train_forward = with_z_loss(self._train_forward, config.z_loss)
@@ -62,7 +68,7 @@ class Stepper:
 
     def clip(self) -> torch.Tensor:
         """Scale the gradients down to the largest norm allowed; return the norm that they had, 0-d fp32."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         return norm.float()

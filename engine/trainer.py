@@ -5,15 +5,15 @@ import inspect
 import json
 import math
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from engine import distributed, dry_run, memory
+from engine import distributed, dry_run, memory, sharding
 from engine.checkpoint import load_training_state
-from engine.config import plan_batch, plan_steps
+from engine.config import plan_batch, plan_steps, resolve_precision
 from engine.files import write_text
 from engine.fit import fitting_rows
 from engine.guard import StepGuard
@@ -34,7 +34,7 @@ from engine.runfolder import (
 )
 from engine.samples import write_samples
 from engine.schedule import learning_rate
-from engine.step import Stepper
+from engine.step import Stepper, wants_compile
 from engine.stopping import StopSignal
 from utils.log import Progress, format_count, format_seconds, log
 
@@ -67,13 +67,20 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     # ---------------------------------------------------------------- 2. model, optimizer, and the state to go on from
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32; on a CPU it would trade exactness for nothing
-    model.to(device).train()
-    distributed.broadcast_weights(model)
+    if config.parallel == "fsdp" and distributed.world_size() > 1:  # never whole on the device, which may not hold it
+        distributed.broadcast_weights(model.train())
+        sharding.shard(model, device, resolve_precision(config.precision, device), wants_compile(config, device))
+    else:
+        distributed.broadcast_weights(model.to(device).train())
+    sharded = sharding.is_sharded(model)
+    if config.parallel == "fsdp" and not sharded:  # as when one of two machines is left
+        log("--parallel=fsdp: there is one process, which keeps the whole model")
     stepper = Stepper(model, config, device)
     optimizer, parameters, scaler = stepper.optimizer, stepper.parameters, stepper.scaler
     compiled, forward = stepper.compiled, stepper.forward
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "bad_in_a_row": 0, "smooth_loss": 0.0}
     if place.checkpoint is not None:
+        distributed.refuse_unless_shared(place.checkpoint)
         state = load_training_state(place.checkpoint, model, optimizer)
         scaler.load_state_dict(state.pop("scaler", {})) if scaler.is_enabled() else None
     health = Health(model, hooks=not compiled)
@@ -98,12 +105,14 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     lock = lock_folder(folder) if main else None
     if main:
         write_run_files(folder, config, stage, who, model, tokenizer, model_source)
+    if sharded:
+        distributed.refuse_unless_shared(folder)
     run_log = RunLog(folder if main else None, state["step"])
-    prompts = val_rows.openings(4) if main and val_rows is not None else []
+    prompts = val_rows.openings(4) if (main or sharded) and val_rows is not None else []
     log(f"{stage} {config.model_name}: {format_count(params['total'])} parameters "
         f"({format_count(params['active'])} active), {device.type} "
         f"{stepper.precision}{' compiled' if compiled else ''}, "
-        f"{distributed.world_size()} process(es)")
+        f"{distributed.world_size()} process(es){', fsdp' if sharded else ''}")
     where = "a dry run: nothing is written" if config.dry_run else f"run folder {folder}"
     log(f"{len(train_rows)} rows of {train_rows.seq_len} tokens, {plan.global_rows} a step ({plan.micro_rows} x "
         f"{plan.accumulation} x {distributed.world_size()}), {total_steps} steps; {where}"
@@ -117,9 +126,15 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         "data": train_rows.file.fingerprint})
     val: dict = {}
 
+    @contextmanager
+    def averaged():
+        with optimizer.averaged():
+            yield
+            sharding.let_go(model)
+
     def evaluate(batches: int) -> None:
         limit = batches * plan.global_rows
-        with optimizer.averaged():
+        with averaged():
             val.update(held_out_loss(model, forward, val_rows, tokenizer.characters, plan.micro_rows, limit, device,
                                      stepper.compute, trim=not compiled))
         bits = f", {val['val_bpc']:.4f} bits a character" if val["val_bpc"] is not None else ""
@@ -129,9 +144,9 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
 
     def sample() -> None:
         if prompts:
-            with optimizer.averaged():
-                text = write_samples(folder / "samples.md", state["step"], model, tokenizer, prompts, stepper.compute,
-                                     config.seed)
+            with averaged(), sharding.one_voice(model):
+                text = write_samples(folder / "samples.md" if main else None, state["step"], model, tokenizer, prompts,
+                                     stepper.compute, config.seed)
             run_log.text("samples", text, state["step"])
 
     # ---------------------------------------------------------------- 4. the loop
@@ -170,7 +185,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                 share=1 / (len(work.batches) * distributed.world_size()))
 
             # 4c. gradients of all processes, clipped; a step whose numbers are not to be trusted is not taken
-            distributed.sum_gradients(parameters)
+            if not sharded:  # those of a shared model are summed in its backward pass
+                distributed.sum_gradients(parameters)
             scaler.unscale_(optimizer)
             values = distributed.sum_tensors(values)
             if logged:

@@ -1,4 +1,5 @@
-"""One process of test_distributed.py: trains the tiny model on unevenly masked rows. Started by torchrun or alone.
+"""One process of test_distributed.py: trains the tiny model, or a registered one made small, on unevenly masked rows.
+Started by torchrun or alone.
 
 The environment makes trouble in one step (counted from 1): STOP_AT sends SIGTERM to the first rank, KILL_AT SIGKILL to
 the last one unless it has been restarted, NAN_AT spoils the loss of the last one alone. Beyond ROWS_FIT rows the last
@@ -8,6 +9,7 @@ one runs out of memory.
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from engine_helpers import TinyModel, TinyModelArgs  # noqa: E402
 
+from checks.shrink import tiny_args  # noqa: E402
 from engine import distributed  # noqa: E402
 from engine.config import TrainConfig  # noqa: E402
 from engine.data import DocumentRows, TokenFile  # noqa: E402
 from engine.trainer import train  # noqa: E402
+from model import get_model_and_args  # noqa: E402
 from utils.config import parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
 from utils.tokenizer import load_tokenizer  # noqa: E402
@@ -56,8 +60,12 @@ def main():
     tokenizer = load_tokenizer(config.tokenizer_path)
     distributed.init("cpu")
     torch.manual_seed(config.seed + distributed.rank())  # every rank starts elsewhere: rank 0's weights must win
-    dropout = config.model.get("dropout", 0.0)
-    model = RankModel(TinyModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=32, dropout=float(dropout)))
+    if config.model_name == RankModel.model_name:
+        dropout = config.model.get("dropout", 0.0)
+        model = RankModel(TinyModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=32, dropout=float(dropout)))
+    else:
+        Model, ModelArgs = get_model_and_args(config.model_name)
+        model = Model(replace(tiny_args(Model, ModelArgs)[0], vocab_size=tokenizer.vocab_size, max_seq_len=32))
     rows = {name: DocumentRows(TokenFile(data / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, long="drop")
             for name in ("train", "val")}
     train(config, "sft", model, tokenizer, rows["train"], rows["val"], "python next.py")

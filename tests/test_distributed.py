@@ -34,7 +34,7 @@ def train(folder: Path, processes: int, output="output", trouble=None, restarts=
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(trouble or {})}
     done = subprocess.run(launch + flags, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    run = folder / output / "sft_tiny"
+    run = folder / output / f"sft_{settings['model_name']}"
     final = run / "final/model.safetensors"
     return read_metrics(run / "metrics.jsonl"), load_file(final) if final.exists() else None, done.stdout + done.stderr
 

@@ -1,0 +1,273 @@
+"""A model shared out over processes trains as a whole one does, and its checkpoints are as safe."""
+
+import itertools
+import os
+import random
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from engine_helpers import TinyModel, TinyModelArgs
+from test_distributed import figures, folder, train, two_ranks  # noqa: F401
+from test_hostile import raw_pickle, torch_file
+from test_save_faults import CONFIG, FaultyOS
+
+from engine import keeping, sharding
+from engine.checkpoint import (
+    MANIFEST,
+    damage,
+    file_sha256,
+    find_checkpoints,
+    load_training_state,
+    manifest_bytes,
+    newest_checkpoint,
+    read_manifest,
+    restore_weights,
+    step_of,
+    weights_bytes,
+)
+from engine.config import TrainConfig
+from engine.keeping import Saver
+from engine.optim import build_optimizer
+from model import list_models
+from utils.errors import UserError
+
+FLIPS = int(os.environ.get("FLIPS", "60"))
+FSDP = {"parallel": "fsdp"}
+
+
+def close(ours, theirs, rel=1e-5):
+    """Whether two runs have the same records, numbers to `rel`."""
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for a, b in zip(ours, theirs):
+        for key in ("loss", "grad_norm", "val_loss", "val_bpc", "tokens", "val_targets"):
+            assert (key in a) == (key in b) and (key not in a or a[key] == pytest.approx(b[key], rel=rel)), (a, b, key)
+
+
+@pytest.fixture(scope="module")
+def shared_out(folder):  # noqa: F811
+    """Two processes, fsdp, saving at step 4 and at the end; (metrics, weights, what it said, run folder)."""
+    return *train(folder, 2, "shared", save_interval=4, ema=0.9, sample_interval=4, **FSDP), folder / "shared/sft_tiny"
+
+
+def test_it_is_the_run_of_one_process(folder, shared_out):  # noqa: F811
+    """The curve, the average of the weights, and the samples; one parameter is touched by one of the processes only."""
+    records, weights, said, run = shared_out
+    one, theirs, _ = train(folder, 1, "alone", save_interval=4, ema=0.9, sample_interval=4)
+    assert "2 process(es), fsdp" in said
+    close(records, one)
+    for name, value in theirs.items():
+        assert (value - weights[name]).abs().max() < 1e-4, name
+    assert torch.equal(weights["bias"], theirs["bias"])
+    assert (run / "samples.md").read_text() == (folder / "alone/sft_tiny/samples.md").read_text()
+
+
+def test_one_process_reads_its_parts(shared_out):
+    """Weights and optimizer state of step 8 are those that, averaged, became final/."""
+    _, final, _, run = shared_out
+    newest, before = find_checkpoints(run)
+    assert {path.name for path in newest.iterdir()} == {
+        "manifest.json", "optimizer.pt", "trainer_state.pt", "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors", "optimizer-00001-of-00002.safetensors",
+        "optimizer-00002-of-00002.safetensors"}
+    sizes = [(newest / f"optimizer-0000{n}-of-00002.safetensors").stat().st_size for n in (1, 2)]
+    assert max(sizes) < 1.1 * min(sizes)  # each its part
+    model = tiny(272, 32)
+    optimizer = build_optimizer(model, TrainConfig(ema=0.9))
+    state = load_training_state(newest, model, optimizer)
+    assert state["step"] == 8
+    with optimizer.averaged():
+        assert all(torch.equal(value, final[name]) for name, value in model.state_dict().items() if name != "unused")
+    for path in (newest / "model-00002-of-00002.safetensors", newest / "optimizer.pt"):
+        content = path.read_bytes()
+        path.unlink()
+        assert damage(newest) == f"{path.name} is missing" and newest_checkpoint(run) == before
+        path.write_bytes(content)
+    assert damage(newest) is None
+
+
+@pytest.mark.slow
+def test_processes_and_kind_may_change_on_resume(folder):  # noqa: F811
+    """1 -> 2 (fsdp) -> 2 (ddp) -> 2 (fsdp) -> 1 processes, stopped in between: the curve of one, dropout included."""
+    settings = {"model.dropout": 0.1, "max_steps": 9, "eval_interval": 0, "ema": 0.9}
+    for processes, stop, parallel in ((1, "2", "ddp"), (2, "4", "fsdp"), (2, "5", "ddp"), (2, "7", "fsdp"),
+                                      (1, "", "fsdp")):
+        changed, weights, _ = train(folder, processes, "changing", {"STOP_AT": stop}, parallel=parallel, **settings)
+    steady, theirs, _ = train(folder, 1, "unchanging", **settings)
+    close(changed, steady)
+    assert all((value - theirs[name]).abs().max() < 1e-4 for name, value in weights.items())
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_restarted_and_the_run_is_the_same_to_the_bit(folder, shared_out):  # noqa: F811
+    records, weights, said = train(folder, 2, "shared_killed", {"KILL_AT": "6"}, restarts=1, save_interval=4, ema=0.9,
+                                   sample_interval=4, **FSDP)
+    assert "from step 4" in said
+    assert figures(records) == figures(shared_out[0])
+    assert all(torch.equal(value, shared_out[1][name]) for name, value in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_however_a_step_is_dealt_out(folder, name):  # noqa: F811
+    """8 rows a step: 1 x 8, 2 x 4 and 8 x 1 on one process, 4 x 1 and 1 x 4 on each of two, ddp and fsdp.
+
+    Not to the bit: the sums over the tokens of a step are taken in another order.
+    """
+    def run(processes, rows, **more):
+        return train(folder, processes, f"{name}_{processes}_{rows}_{more}", model_name=name, max_batch_size=rows,
+                     max_steps=4, max_lr=0.003, **more)[:2]
+    whole, weights = run(1, 8)
+    for records, theirs in (run(1, 4), run(1, 1), run(2, 4), run(2, 1), run(2, 4, **FSDP), run(2, 1, **FSDP)):
+        close(records, whole, rel=2e-5)
+        for key, value in weights.items():
+            if key.endswith("routing_bias"):
+                assert torch.equal(value, theirs[key]) and value.abs().max() > 0, key
+            assert (value - theirs[key]).abs().max() < 2e-4, key
+
+
+# ------------------------------------------------------------------- a group of one process: all of it within the test
+
+
+def tiny(vocab_size=32, max_seq_len=8):
+    return TinyModel(TinyModelArgs(vocab_size=vocab_size, max_seq_len=max_seq_len))
+
+
+@pytest.fixture(scope="module")
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def trained(seed=0):
+    """A tiny model that is shared out, and its optimizer, after a step."""
+    torch.manual_seed(seed)
+    model = tiny()
+    sharding.shard(model, torch.device("cpu"), "fp32", compiled=False)
+    optimizer = build_optimizer(model, CONFIG)
+    ids = torch.randint(32, (2, 8))
+    model(ids, ids)[1].backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.fixture(scope="module")
+def example(group, tmp_path_factory):
+    """A run with checkpoints 1 and 2, and what wrote them."""
+    run = tmp_path_factory.mktemp("parts") / "run"
+    run.mkdir()
+    model, optimizer = trained()
+    config = SimpleNamespace(**{**vars(CONFIG), "keep_last": 2})
+    for step in (1, 2):
+        Saver(run, config, model, optimizer, {"stage": "pretrain"}).save({"step": step, "tokens": step}, {})
+    return run, model, optimizer
+
+
+def save(run, model, optimizer, step):
+    Saver(run, CONFIG, model, optimizer, {"stage": "pretrain"}).save({"step": step, "tokens": step}, {}, must=True)
+
+
+def test_what_is_saved_comes_back(example):
+    run, model, optimizer = example
+    for other, theirs in (trained(1), (fresh := tiny(), build_optimizer(fresh, CONFIG))):
+        assert load_training_state(find_checkpoints(run)[0], other, theirs)["step"] == 2
+        assert weights_bytes(other) == weights_bytes(model)
+        for ours, part in zip(optimizer.all, theirs.all):
+            for state, same in zip(ours.state.values(), part.state.values(), strict=True):
+                assert all(torch.equal(sharding.whole(state[key]), sharding.whole(same[key])) for key in state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["fails", "full"])
+def test_a_fault_at_every_call_of_a_save_leaves_a_valid_checkpoint(example, tmp_path, monkeypatch, capsys, fault):
+    monkeypatch.setattr(keeping, "PAUSE_SECONDS", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        counted = FaultyOS(patch)
+        save(shutil.copytree(example[0], tmp_path / "counted"), *example[1:], 3)
+    assert counted.names.count("fsync") == 7  # two files of parts, two of the rest, the manifest, two folders
+    for at, name in enumerate(counted.names):
+        run, ended = shutil.copytree(example[0], tmp_path / f"{fault}-{at}"), "saved"
+        with pytest.MonkeyPatch.context() as patch:
+            FaultyOS(patch, at, fault)
+            try:
+                save(run, *example[1:], 3)
+            except UserError as error:
+                assert "could not be saved" in str(error)
+                ended = "refused"
+        newest = newest_checkpoint(run)
+        assert newest is not None and step_of(newest) in ((3,) if ended == "saved" else (2, 3)), (fault, at, name)
+        restore_weights(tiny(), newest)
+        save(run, *example[1:], 4)
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"], (fault, at, name)
+
+
+def test_every_flipped_bit_and_truncation_is_found(example, tmp_path, capsys):
+    run, chance = shutil.copytree(example[0], tmp_path / "run"), random.Random(0)
+    newest, before = find_checkpoints(run)
+    for number, path in zip(range(FLIPS), itertools.cycle(sorted(newest.iterdir()))):
+        content = bytearray(path.read_bytes())
+        at = chance.randrange(len(content))
+        path.write_bytes(content[:at] if number % 3 == 2 else
+                         content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1:])
+        assert damage(newest), (number, path.name)
+        assert number % 20 or newest_checkpoint(run) == before
+        path.write_bytes(content)
+    assert damage(newest) is None
+
+
+def safetensors_header(header: bytes):
+    def write(path):
+        path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+    write.__name__ = f"header_{len(header)}"
+    return write
+
+
+def names_of_no_tensor(path):
+    state = torch.load(path, weights_only=True)
+    for values in state["optimizers"][0]["state"].values():
+        values["exp_avg"] = "__import__('os').mkdir('executed')"
+    torch.save(state, path)
+
+
+PART = b'"model.bias":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["shared out", "whole"])
+@pytest.mark.parametrize("name, how", [
+    ("model-00001-of-00001.safetensors", raw_pickle), ("model-00001-of-00001.safetensors", torch_file),
+    ("model-00001-of-00001.safetensors", safetensors_header(b"{" + PART + b"}")),
+    *(("model-00001-of-00001.safetensors", safetensors_header(b'{"__metadata__":{"DCP_SHARDING_INFO":"%s"},%s}'
+                                                             % (info, PART)))
+      for info in (b"[", b"[]", b"{}", b"[" * 5000, rb'{\"model.bias\":{\"saved_offsets\":[\"x\"]}}',
+                   rb'{\"model.bias\":{\"saved_offsets\":[-9]}}')),
+    ("optimizer-00001-of-00001.safetensors", raw_pickle), ("optimizer.pt", raw_pickle), ("optimizer.pt", torch_file),
+    ("optimizer.pt", names_of_no_tensor), ("trainer_state.pt", torch_file), (".metadata", raw_pickle),
+], ids=lambda value: getattr(value, "__name__", value))
+def test_a_hostile_checkpoint_executes_nothing(example, tmp_path, monkeypatch, name, how, whole):
+    monkeypatch.chdir(tmp_path)
+    place = shutil.copytree(find_checkpoints(example[0])[0], tmp_path / "step-00000002")
+    how(place / name)
+    manifest = read_manifest(place)
+    for entry in manifest["files"]:  # made true again, as an attacker would
+        entry.update(size=(place / entry["name"]).stat().st_size, sha256=file_sha256(place / entry["name"]))
+    (place / MANIFEST).write_bytes(manifest_bytes(manifest))
+    model, optimizer = (fresh := tiny(), build_optimizer(fresh, CONFIG)) if whole else trained(1)
+    if name == ".metadata":  # which the usual reader of parts would unpickle
+        assert load_training_state(place, model, optimizer)["step"] == 2
+    else:
+        with pytest.raises(UserError) as refusal:
+            load_training_state(place, model, optimizer)
+        assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_cannot_work_is_refused(group, tmp_path):
+    with pytest.raises(UserError, match="does not go with --precision=fp16"):
+        sharding.shard(tiny(), torch.device("cpu"), "fp16", compiled=False)
+    model = tiny()
+    model.scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(UserError, match="--parallel=fsdp cannot cut scale"):
+        sharding.shard(model, torch.device("cpu"), "fp32", compiled=False)
