@@ -11,7 +11,8 @@ from engine.sharding import whole
 from utils.log import warn
 
 EXPLODES = 10  # a norm is too large at so many times its running mean
-STARVES = 0.05  # an expert starves below this part of the mean load
+STARVES = 0.05  # an expert starves below this part of the mean load,
+STARVED_LOOKS = 3  # at so many looks in a row: in a single step it may be chance
 SETTLED = 5  # looks before a running mean means anything
 
 
@@ -30,6 +31,7 @@ class Health:
         self.parts |= {name: [p for p in params if id(p) not in inside] for name, params in self.groups.items()}
         self.parts = {name: params for name, params in self.parts.items() if params}
         self.usual: dict[str, tuple[float, int]] = {}  # running mean of a norm, and how many looks it holds
+        self.hungry: dict[str, torch.Tensor] = {}  # of each load: for how many looks every expert has starved, (L, E)
         self.ailing: set[str] = set()
         self.hooks, self.figures, self.weights = [], {}, {}
 
@@ -90,14 +92,16 @@ class Health:
         """Entropy of each row's shares over its maximum, and the least load over the mean."""
         share = load / load.sum(dim=-1, keepdim=True).clamp(min=1e-12)
         entropy = torch.special.entr(share).sum(dim=-1) / math.log(max(2, load.shape[1]))
-        least = share.min(dim=-1)
-        for row, (entropy_of_row, smallest, expert) in enumerate(
-                zip(entropy, least.values * load.shape[1], least.indices)):
+        of_mean = share * load.shape[1]
+        self.hungry[name] = (self.hungry.get(name, 0) + 1) * (of_mean < STARVES)
+        starved = (self.hungry[name] >= STARVED_LOOKS).tolist()
+        for row, (entropy_of_row, shares, starves) in enumerate(zip(entropy, of_mean, starved)):
             short = f"{name.split('/')[-1]}_{row:02d}"
-            self.figures[f"routing_entropy/{short}"], self.figures[f"least_load/{short}"] = entropy_of_row, smallest
-            if smallest < STARVES:
-                troubles[f"{name}/{row}"] = (f"expert {int(expert)} of {name}, row {row}, starves: it gets "
-                                             f"{smallest:.1%} of the mean load")
+            self.figures[f"routing_entropy/{short}"], self.figures[f"least_load/{short}"] = entropy_of_row, shares.min()
+            if any(starves):
+                expert = min((e for e, it_does in enumerate(starves) if it_does), key=lambda e: float(shares[e]))
+                troubles[f"{name}/{row}"] = (f"expert {expert} of {name}, row {row}, starves: it gets "
+                                             f"{shares[expert]:.1%} of the mean load")
 
 
 def norm(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -11,8 +11,8 @@ from engine.loader import held_out_batches, to_device
 
 @torch.no_grad()
 def held_out_loss(model, forward, rows, characters, batch_rows: int, limit: int, device, autocast,
-                  trim: bool = False) -> dict[str, float | None]:
-    """Return {"val_loss", "val_bpc", "val_targets"} over `limit` rows (0: all).
+                  trim: bool = False, stop=None) -> dict[str, float | None] | None:
+    """Return {"val_loss", "val_bpc", "val_targets"} over `limit` rows (0: all); None when `stop.wanted` came before.
 
     Weighted by valid targets over all processes. The loss is `other_vars["loss/ce"]` where the model reports it, for
     auxiliary terms predict nothing. Bits a character are the same nats over the characters of the same targets, which
@@ -24,6 +24,8 @@ def held_out_loss(model, forward, rows, characters, batch_rows: int, limit: int,
     try:
         for batch in held_out_batches(rows, batch_rows, limit, distributed.rank(), distributed.world_size(),
                                       trim):
+            if stop is not None and distributed.sum_numbers([stop.wanted])[0]:  # all processes stop at one batch
+                return None
             count = int((batch["targets"] != IGNORE).sum())
             with autocast():
                 _, loss, other_vars = forward(**to_device(batch, device))

@@ -132,15 +132,20 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             yield
             sharding.let_go(model)
 
-    def evaluate(batches: int) -> None:
+    def evaluate(batches: int, stop: StopSignal | None = None) -> bool:
+        """Whether it came to its end: not when a signal came first that `stop` knows of."""
         limit = batches * plan.global_rows
         with averaged():
-            val.update(held_out_loss(model, forward, val_rows, tokenizer.characters, plan.micro_rows, limit, device,
-                                     stepper.compute, trim=not compiled))
+            found = held_out_loss(model, forward, val_rows, tokenizer.characters, plan.micro_rows, limit, device,
+                                  stepper.compute, trim=not compiled, stop=stop)
+        if found is None:
+            return False
+        val.update(found)
         bits = f", {val['val_bpc']:.4f} bits a character" if val["val_bpc"] is not None else ""
         progress.write(f"step {state['step']}: held-out loss {val['val_loss']:.4f}{bits}")
         val["step"] = state["step"]
         run_log.evaluation({"tokens": state["tokens"], **val, "final": state["step"] == total_steps})
+        return True
 
     def sample() -> None:
         if prompts:
@@ -243,19 +248,22 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                 stopped_by = stop.name or "a signal"
                 break
 
+        # ------------------------------------------------------------ 5. the end: held-out loss, final weights
+        if not stopped_by and not config.dry_run:
+            if val_rows is not None and not evaluate(config.eval_final_batches, stop):
+                stopped_by = stop.name or "a signal"  # all steps are done and saved: the same command evaluates again
+            else:
+                sample()
+                with optimizer.averaged():
+                    saver.save_final(state, val)
+
     if config.dry_run:
         about = dry_run.estimate(config, folder, model, optimizer, plan, total_steps, train_rows, val_rows, measured,
                                  activations, device)
         log(dry_run.table(f"{stage} {config.model_name}", about, peak, device))
         return about
 
-    # ---------------------------------------------------------------- 5. the end: held-out loss, final weights
-    if not stopped_by:
-        if val_rows is not None:
-            evaluate(config.eval_final_batches)
-        sample()
-        with optimizer.averaged():
-            saver.save_final(state, val)
+    # ---------------------------------------------------------------- 6. what is left of it in one place
     summary = {"stage": stage, "model_name": config.model_name, "run": str(folder),
                "status": f"stopped by {stopped_by}: the same command goes on" if stopped_by else "finished",
                "steps": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1),

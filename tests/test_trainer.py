@@ -106,6 +106,27 @@ def test_resuming_is_exact(world, monkeypatch, recipe):
            {k: v for k, v in whole.items() if k not in (*TIMES, "run", "next_command")}
 
 
+def test_a_signal_in_the_last_evaluation_ends_the_run_which_then_goes_on_with_it(world, monkeypatch):
+    settings = dict(max_batch_size=1, global_batch_size=4)
+    whole = world.run(**settings, output_path=str(world.path / "whole"))
+    weights, forward, seen = world.weights(), TinyModel.forward, []
+
+    def signalled(self, input_ids, targets=None, doc_ids=None):
+        if not self.training and targets is not None:
+            seen.append(len(input_ids))
+            if len(seen) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, input_ids, targets, doc_ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyModel, "forward", signalled)
+        half = world.run(**settings)
+    assert half["status"].startswith("stopped by SIGTERM") and half["steps"] == 6 and half["val_loss"] is None
+    assert len(seen) == 3 and len(world.val) > 3 and not (world.path / "output/pretrain_tiny/final").exists()
+    rest = world.run(**settings)
+    assert rest["status"] == "finished" and rest["val_loss"] == whole["val_loss"] and losses(rest) == losses(whole)
+    assert rest["run"] == half["run"] and same(weights, world.weights())
+
+
 def test_after_step_sees_the_mean_over_micro_batches(world):
     class Watching(TinyModel):
         seen = []
