@@ -2,10 +2,11 @@
 Started by torchrun or alone.
 
 The environment makes trouble in one step (counted from 1): STOP_AT sends SIGTERM to the first rank, KILL_AT SIGKILL to
-the last one unless it has been restarted, NAN_AT spoils the loss of the last one alone. Beyond ROWS_FIT rows the last
-one runs out of memory.
+the last one unless it has been restarted, NAN_AT spoils the loss of the last one alone, FAIL_AT fills the
+disk under it while it writes its part of a checkpoint. Beyond ROWS_FIT rows the last one runs out of memory.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -19,14 +20,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from engine_helpers import TinyModel, TinyModelArgs  # noqa: E402
 
 from checks.shrink import tiny_args  # noqa: E402
-from engine import distributed  # noqa: E402
+from engine import distributed, shards  # noqa: E402
 from engine.config import TrainConfig  # noqa: E402
 from engine.data import DocumentRows, TokenFile  # noqa: E402
+from engine.files import write_file  # noqa: E402
 from engine.trainer import train  # noqa: E402
 from model import get_model_and_args  # noqa: E402
 from utils.config import parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
 from utils.tokenizer import load_tokenizer  # noqa: E402
+
+
+def full_disk(path, _fill):
+    write_file(path, lambda file: file.write(b"a beginning"))
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 class RankModel(TinyModel):
@@ -40,6 +47,8 @@ class RankModel(TinyModel):
         if self.trouble["KILL_AT"] and last and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         self.trouble["NAN_AT"] &= last
+        if "FAIL_AT" in os.environ and last:
+            shards.write_file = full_disk if os.environ["FAIL_AT"] == str(step + 1) else write_file
 
     def forward(self, input_ids, targets=None, doc_ids=None):
         last = distributed.rank() == distributed.world_size() - 1

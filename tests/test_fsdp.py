@@ -110,6 +110,15 @@ def test_a_killed_process_is_restarted_and_the_run_is_the_same_to_the_bit(folder
 
 
 @pytest.mark.slow
+def test_a_full_disk_under_one_process_is_a_failed_save_of_all_and_the_run_goes_on(folder, shared_out):  # noqa: F811
+    _, weights, said = train(folder, 2, "full", {"FAIL_AT": "4"}, save_interval=4, ema=0.9, sample_interval=4, **FSDP)
+    assert said.count("step 4: the checkpoint could not be saved ([Errno 28] No space left on device)") == 1
+    assert [step_of(path) for path in find_checkpoints(folder / "full/sft_tiny")] == [8, 5]
+    assert not list((folder / "full/sft_tiny/checkpoints").glob(".*"))
+    assert all(torch.equal(value, shared_out[1][name]) for name, value in weights.items())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_however_a_step_is_dealt_out(folder, name):  # noqa: F811
     """8 rows a step: 1 x 8, 2 x 4 and 8 x 1 on one process, 4 x 1 and 1 x 4 on each of two, ddp and fsdp.
