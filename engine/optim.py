@@ -110,7 +110,8 @@ class Muon(torch.optim.Optimizer):
             nesterov = whole(nesterov) if param.ndim == 2 else local(nesterov)
             wide = nesterov if param.shape[-2] <= param.shape[-1] else nesterov.mT
             directions.append(wide.reshape(-1, *shape))
-        updates = orthogonalize(torch.cat(directions))
+        matrices = torch.cat(directions)
+        updates = orthogonalize(matrices) if len(matrices) else matrices  # fewer experts than processes: some hold none
         scale = 0.2 * shape[1] ** 0.5
         for param, update in zip(params, updates.split([len(d) for d in directions]), strict=True):
             if param.shape[-2] > param.shape[-1]:
