@@ -62,6 +62,8 @@ def make_app(name, speaker, service, config):
     handle_errors(app)
     keyed = [Depends(HTTPBearer(auto_error=False))] if config.api_key else []       # for the schema: Door looks at it
 
+    streamed = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}    # beside JSON
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not service.alive:
@@ -81,7 +83,7 @@ def make_app(name, speaker, service, config):
         server.check_model(model)
         return Model(id=name, created=server.created)
 
-    @app.post("/v1/chat/completions", response_model=ChatAnswer, dependencies=keyed)
+    @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=streamed, dependencies=keyed)
     async def chat(body: ChatBody):
         server.check_model(body.model)
         if speaker.is_base:
@@ -91,7 +93,7 @@ def make_app(name, speaker, service, config):
         ids, _ = await asyncio.to_thread(encode_chat, speaker.tokenizer, messages, add_generation_prompt=True)
         return server.answer(body, ChatShape, [ids])
 
-    @app.post("/v1/completions", response_model=TextAnswer, dependencies=keyed)
+    @app.post("/v1/completions", response_model=TextAnswer, responses=streamed, dependencies=keyed)
     async def completion(body: CompletionBody):
         server.check_model(body.model)
         prompts = body.prompts()
