@@ -98,10 +98,9 @@ class TrainConfig:
                 raise UserError(f"--{name}={getattr(self, name)}: a share of the run lies between 0 and 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas={self.betas}: each must be at least 0 and below 1")
-        if self.parallel == "fsdp" and (self.dry_run or not self.max_batch_size):
-            flag = "--dry_run" if self.dry_run else "--max_batch_size=0"
-            raise UserError(f"{flag} measures a whole model, each process by itself: it does not go with "
-                            "--parallel=fsdp, leave one of the two out")
+        if self.parallel == "fsdp" and not self.max_batch_size:
+            raise UserError("--max_batch_size=0 lets a process run out of memory by itself, and those of "
+                            "--parallel=fsdp compute together: give a number of rows (--dry_run says what it takes)")
         if not 0 <= self.ema < 1:
             raise UserError(f"--ema={self.ema}: must be at least 0 and below 1, e.g. 0.999")
         if self.global_batch_size and self.global_batch_tokens:

@@ -3,8 +3,9 @@
 import torch
 
 from engine import distributed, memory
-from engine.keeping import checkpoint_bytes, disk_free, room_for_checkpoints
+from engine.keeping import checkpoint_bytes, disk_free, process_bytes, room_for_checkpoints
 from engine.loader import to_device
+from engine.sharding import let_go, local
 from utils.log import format_bytes, format_count, format_seconds
 
 STEPS = 2  # the first warms up: it compiles, and makes the optimizer's state; the second is measured
@@ -12,16 +13,19 @@ STEPS = 2  # the first warms up: it compiles, and makes the optimizer's state; t
 
 def saved_bytes(model, batch, device, autocast) -> int:
     """Bytes that a forward pass of the eager model keeps for its backward pass; weights and buffers do not count."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    own = {local(t).untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept = {}
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        source = tensor if tensor._base is None else tensor._base
+        if not (source.is_leaf and source.requires_grad):  # a weight, gathered from its parts (fsdp)
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast():
         outputs = model(**to_device(batch, device))
     del outputs  # it held the graph, so that no two storages shared an address
+    let_go(model)
     return sum(size for address, size in kept.items() if address not in own)
 
 
@@ -33,12 +37,12 @@ def estimate(config, run, model, optimizer, plan, total_steps: int, rows, val_ro
     """
     tokens, seconds, most = measured
     weights, whole = checkpoint_bytes(model, optimizer)
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    mine, gradients, moments = process_bytes(model, optimizer)
     kept, disk = room_for_checkpoints(config, model, optimizer, total_steps)
     a_row = seconds / plan.global_rows
     training = plan.rows_before(total_steps) * a_row
     evaluating = evaluation_rows(config, plan, total_steps, val_rows) * a_row / 3  # forward is a third of the FLOPs
-    parts = {"weights": weights, "gradients": gradients, "optimizer": whole - weights, "activations": activations}
+    parts = {"weights": mine, "gradients": gradients, "optimizer": moments, "activations": activations}
     return {
         "params": model.num_params(), "flops_per_token": model.flops_per_token(rows.seq_len),
         "rows": len(rows), "seq_len": rows.seq_len, "global_rows": plan.global_rows, "micro_rows": plan.micro_rows,

@@ -3,7 +3,7 @@
 import torch
 
 from engine import distributed, memory
-from engine.keeping import checkpoint_bytes
+from engine.keeping import process_bytes
 from engine.loader import collate, to_device
 from utils.errors import UserError
 from utils.log import format_bytes, log
@@ -25,9 +25,8 @@ def fitting_rows(at_most: int, model, optimizer, rows, device, autocast) -> int:
     if free is None:
         raise UserError(f"--max_batch_size=0: how much memory is free on {device.type} is not known here: "
                         "give a number of rows")
-    weights, whole = checkpoint_bytes(model, optimizer)
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    room = int(SHARES.get(device.type, SHARE_OF_HOST) * free) - gradients - (whole - weights)
+    _, gradients, moments = process_bytes(model, optimizer)
+    room = int(SHARES.get(device.type, SHARE_OF_HOST) * free) - gradients - moments
     base = memory.held(device) + gradients
 
     def bytes_for(count: int) -> int:

@@ -173,6 +173,15 @@ def checkpoint_bytes(model, optimizer) -> tuple[int, int]:
     return weights, weights + moments
 
 
+def process_bytes(model, optimizer) -> tuple[int, int, int]:
+    """Bytes of weights and saved buffers, of gradients, and of the optimizer's moments that this process holds."""
+    weights, whole = checkpoint_bytes(model, optimizer)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    mine, all_of_them = (sum(of(p).numel() for p in parameters) for of in (local, lambda p: p))
+    share = mine / all_of_them
+    return round(weights * share), 4 * mine, round((whole - weights) * share)
+
+
 def room_for_checkpoints(config, model, optimizer, total_steps: int) -> tuple[int, int]:
     """Return (checkpoints that a run keeps at its end, bytes for them, the one being written and the final weights)."""
     weights, whole = checkpoint_bytes(model, optimizer)

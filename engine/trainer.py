@@ -105,7 +105,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     lock = lock_folder(folder) if main else None
     if main:
         write_run_files(folder, config, stage, who, model, tokenizer, model_source)
-    if sharded:
+    if sharded and not config.dry_run:
         distributed.refuse_unless_shared(folder)
     run_log = RunLog(folder if main else None, state["step"])
     prompts = val_rows.openings(4) if (main or sharded) and val_rows is not None else []
@@ -173,7 +173,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             guard.remember()
 
             done, last = step + 1, step + 1 == total_steps
-            logged = done % config.log_interval == 0 or last or done == 1
+            logged = (done % config.log_interval == 0 or last or done == 1) and not config.dry_run
             if logged:
                 health.watch()
 

@@ -110,6 +110,15 @@ def test_a_killed_process_is_restarted_and_the_run_is_the_same_to_the_bit(folder
 
 
 @pytest.mark.slow
+def test_a_dry_run_counts_what_one_process_holds(folder):  # noqa: F811
+    whole = train(folder, 2, "dry", dry_run=True)[2]
+    records, weights, said = train(folder, 2, "dry", dry_run=True, **FSDP)
+    assert "weights 36.2 KB + gradients 36.1 KB" in whole and "weights 18.1 KB + gradients 18.1 KB" in said
+    assert whole.split("activations ")[1].split(" =")[0] == said.split("activations ")[1].split(" =")[0]
+    assert records == [] and weights is None and not (folder / "dry").exists()
+
+
+@pytest.mark.slow
 def test_a_full_disk_under_one_process_is_a_failed_save_of_all_and_the_run_goes_on(folder, shared_out):  # noqa: F811
     _, weights, said = train(folder, 2, "full", {"FAIL_AT": "4"}, save_interval=4, ema=0.9, sample_interval=4, **FSDP)
     assert said.count("step 4: the checkpoint could not be saved ([Errno 28] No space left on device)") == 1
