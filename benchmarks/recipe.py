@@ -1,6 +1,6 @@
 """How much of AdamW's tokens and seconds does our recipe need for the same held-out loss?
 
-    python benchmarks/recipe.py                  both models, three seeds: about 20 minutes of two CPU cores
+    python benchmarks/recipe.py                  both models, three seeds: about half an hour of two CPU cores
     python benchmarks/recipe.py --minutes=9      a piece of it: finished runs are kept, and the same command goes on
 
 The baseline is AdamW with a cosine to zero, one learning rate for all parameters: the best of a sweep with the first
