@@ -28,6 +28,7 @@ class ServeConfig(TalkOptions):
     host: str = opt("127.0.0.1", "address to listen on; any but this machine's own needs an API key")
     port: int = opt(8000, "0 takes a free one")
     api_key: str = opt("", f"clients must send it ({KEY_VARIABLE} in the environment keeps it out of the process list)")
+    compile: bool = opt(False, "compile the step that writes a token: minutes at the start, then faster")
     max_batch_size: int = opt(8, "requests answered at once; each takes memory for max_seq_len tokens")
     max_queue: int = opt(64, "requests that wait for their turn; the next one is told to come again (429)")
     request_timeout: float = opt(300.0, "seconds to a request's deadline; what is written by then is the answer")
@@ -63,7 +64,7 @@ def main():
     Sampling(**config.sampling())
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
     path = config.run or choose_run(config.output_path)
-    speaker, name = open_speaker(path, config.device, config.precision), find_weights(path)[0].name
+    speaker, name = open_speaker(path, config.device, config.precision, config.compile), find_weights(path)[0].name
     with Service(speaker.model, config.max_batch_size, config.max_queue) as service:
         server = make_server(make_app(name, speaker, service, config), service)
         host, port = listener.getsockname()[:2]

@@ -34,6 +34,9 @@ class TestConfig(TalkOptions):
     run: str = opt("", "run folder (empty: the newest in output_path, fine-tuned before base)", path=True)
     prompt: str = opt("", "answer this, print nothing else, and end")
     system: str = opt("", "system prompt of a chat")
+    compile: bool = opt(False, "compile the step that writes a token: half a minute to two at the start, then faster")
+    speculative: str = opt("", "guess tokens ahead, same text: mtp by the model's own module, ngram by looking them up",
+                           choices=("", "mtp", "ngram"))
 
 
 def main():
@@ -60,7 +63,7 @@ def open_run(config):
 
     Sampling(**config.sampling())                           # a wrong setting is told before the model is loaded
     path = config.run or choose_run(config.output_path)
-    return open_speaker(path, config.device, config.precision), path
+    return open_speaker(path, config.device, config.precision, config.compile, config.speculative), path
 
 
 class Session:
@@ -168,6 +171,8 @@ def describe(figures):
     """The line below an answer."""
     parts = [f"{figures['tokens']} tokens", f"{figures['tokens_per_s']:.1f} tokens/s",
              f"first after {1000 * figures['first_seconds']:.0f} ms"]
+    if figures.get("guesses"):
+        parts.append(f"{100 * figures['hits'] / figures['guesses']:.0f}% of {figures['guesses']} guesses right")
     if figures["finish"] == "length":
         parts.append("cut off at the limit")
     elif figures["finish"] == "stopped":

@@ -81,7 +81,7 @@ class Batch:
             parts.append(self._append(0, [request.tokens[-1:] for request in self.running]))
         parts += self._take_in()
         if parts:
-            self._choose(parts[0] if len(parts) == 1 else torch.cat(parts))
+            choose(self.running, parts[0] if len(parts) == 1 else torch.cat(parts))
             moved += self.running
             self._leave()
         for request in moved:
@@ -166,38 +166,6 @@ class Batch:
             memory.ids += ids
         return logits
 
-    def _choose(self, logits):
-        """Give every running request its next token. logits (B, V) in the order of the rows."""
-        requests, raw = self.running, logits
-        penalized = [row for row, request in enumerate(requests) if request.settings.penalizes()]
-        if penalized:
-            logits = logits.float().clone()
-            for row in penalized:
-                logits[row] = requests[row].penalize(logits[row])
-        uniform = torch.tensor([request.uniforms[len(request.tokens)] for request in requests], device=self.device)
-        alike = {}
-        for row, request in enumerate(requests):
-            alike.setdefault(request.settings, []).append(row)
-        tokens = torch.empty(len(requests), dtype=torch.long, device=self.device)
-        for settings, rows in alike.items():
-            rows = slice(None) if len(alike) == 1 else torch.tensor(rows, device=self.device)
-            tokens[rows] = pick(logits[rows], settings, uniform[rows])
-        chosen = tokens.tolist()                        # the one place where the host waits for the device
-        logprobs = self._logprobs(raw, tokens)
-        for row, request in enumerate(requests):
-            request.accept(chosen[row], logprobs.get(row))
-
-    def _logprobs(self, logits, tokens):
-        """{row: (log-probability of its token, {id: log-probability} of the likeliest)} of those who ask."""
-        rows = [row for row, request in enumerate(self.running) if request.top_logprobs is not None]
-        if not rows:
-            return {}
-        index = torch.tensor(rows, device=self.device)
-        most = max(self.running[row].top_logprobs for row in rows)
-        own, top, ids = log_probabilities(logits[index], tokens[index].clamp(min=0), most)
-        return {row: (one, dict(list(zip(ids_of_row, logs))[:self.running[row].top_logprobs]))
-                for row, one, ids_of_row, logs in zip(rows, own.tolist(), ids.tolist(), top.tolist())}
-
     def _leave(self):
         """Rows whose request has ended change places with the last running one."""
         for row in reversed(range(len(self.running))):
@@ -214,3 +182,40 @@ class Batch:
         if a != b:
             self.rows.swap(a, b)
             self.memories[a], self.memories[b] = self.memories[b], self.memories[a]
+
+
+def choose(requests, logits):
+    """Give every request its next token. logits (B, V), a row a request."""
+    raw, device = logits, logits.device
+    penalized = [row for row, request in enumerate(requests) if request.settings.penalizes()]
+    if penalized:
+        logits = logits.float().clone()
+        for row in penalized:
+            logits[row] = requests[row].penalize(logits[row])
+    uniform = torch.tensor([request.uniforms[len(request.tokens)] for request in requests], device=device)
+    alike = {}
+    for row, request in enumerate(requests):
+        alike.setdefault(request.settings, []).append(row)
+    if len(alike) == 1:
+        tokens = pick(logits, requests[0].settings, uniform)
+    else:
+        tokens = torch.empty(len(requests), dtype=torch.long, device=device)
+        for settings, rows in alike.items():
+            rows = torch.tensor(rows, device=device)
+            tokens[rows] = pick(logits[rows], settings, uniform[rows])
+    chosen = tokens.tolist()                        # the one place where the host waits for the device
+    logprobs = _logprobs(requests, raw, tokens)
+    for row, request in enumerate(requests):
+        request.accept(chosen[row], logprobs.get(row))
+
+
+def _logprobs(requests, logits, tokens):
+    """{row: (log-probability of its token, {id: log-probability} of the likeliest)} of those who ask."""
+    rows = [row for row, request in enumerate(requests) if request.top_logprobs is not None]
+    if not rows:
+        return {}
+    index = torch.tensor(rows, device=logits.device)
+    most = max(requests[row].top_logprobs for row in rows)
+    own, top, ids = log_probabilities(logits[index], tokens[index].clamp(min=0), most)
+    return {row: (one, dict(list(zip(ids_of_row, logs))[:requests[row].top_logprobs]))
+            for row, one, ids_of_row, logs in zip(rows, own.tolist(), ids.tolist(), top.tolist())}

@@ -5,14 +5,17 @@ import torch
 
 from engine import checkpoint
 from engine.batching import room
+from engine.compiled import compile_decoding
 from engine.distributed import find_device
 from engine.generate import decode, new_request
 from engine.sampling import Sampling
+from engine.speculative import check_speculative
+from model.int8 import to_int8
 from utils.chat_template import encode_chat
 from utils.errors import UserError
 
 BASE = "pretrain"       # the stage whose models have seen no conversation
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 
 
 def talkers(output_path):
@@ -29,17 +32,27 @@ def choose_run(output_path):
     return runs[0].path
 
 
-def open_speaker(path, device="auto", precision="fp32"):
-    """Load the run at `path` and make it ready to talk; UserError when there is nothing to load."""
+def open_speaker(path, device="auto", precision="fp32", compile=False, speculative=""):
+    """Load the run at `path` and make it ready to talk; UserError when there is nothing to load.
+
+    precision: of the weights; int8: those of the matrices, and bf16 for all else. compile: `compile_decoding`.
+    speculative: of the answers, as `decode`.
+    """
     model, tokenizer, config = checkpoint.load_run(path, device=find_device(device), dtype=DTYPES[precision])
-    return Speaker(model, tokenizer, config["stage"])
+    if precision == "int8":
+        to_int8(model)
+    if compile:
+        compile_decoding(model)
+    if speculative:
+        check_speculative(model, speculative)
+    return Speaker(model, tokenizer, config["stage"], speculative)
 
 
 class Speaker:
     """A loaded run that answers: the next turn of a chat, or, from a base model, the rest of a text."""
 
-    def __init__(self, model, tokenizer, stage):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model, tokenizer, stage, speculative=""):
+        self.model, self.tokenizer, self.speculative = model, tokenizer, speculative
         self.is_base = stage == BASE          # it has seen no conversation yet
 
     def answer(self, messages, max_new_tokens, **sampling):
@@ -51,7 +64,8 @@ class Speaker:
             ids, dropped = [self.tokenizer.bos_id] + self.tokenizer.encode(messages[-1]["content"]), 0
         else:
             ids, dropped = fit(self.tokenizer, messages, self.model.args.max_seq_len, max_new_tokens)
-        return Reply(self.model, self.tokenizer, ids, max_new_tokens, Sampling(**sampling), dropped)
+        return Reply(self.model, self.tokenizer, ids, max_new_tokens, Sampling(**sampling), dropped,
+                     self.speculative)
 
     def check(self, max_new_tokens, **sampling):
         """UserError when a setting is out of its range."""
@@ -62,7 +76,7 @@ class Speaker:
 class Reply:
     """An answer while it is written: iterate over its pieces of text. Its fields are right at any moment."""
 
-    def __init__(self, model, tokenizer, ids, max_new_tokens, sampling, dropped=0):
+    def __init__(self, model, tokenizer, ids, max_new_tokens, sampling, dropped=0, speculative=""):
         self.text = ""                  # all pieces so far
         self.tokens = 0                 # tokens so far
         self.seconds = 0.0              # from the call to the latest token
@@ -70,11 +84,12 @@ class Reply:
         self.finish = "stopped"         # "stop": the model ended it; "length": no room left; "stopped": by the reader
         self.dropped = dropped          # messages left out because they did not fit
         room(model, ids, max_new_tokens)
+        self._speculative = speculative
         self._model, self._request = model, new_request(tokenizer, ids, max_new_tokens, sampling, text=True)
 
     def __iter__(self):
         request, start = self._request, time.perf_counter()
-        for _ in decode(self._model, [request]):
+        for _ in decode(self._model, [request], self._speculative):
             if len(request.tokens) > self.tokens:
                 self.tokens = len(request.tokens)
                 self.seconds = time.perf_counter() - start
@@ -86,12 +101,16 @@ class Reply:
             self.finish = request.finish or self.finish
 
     def figures(self):
-        """What to tell below the answer, without the model: tokens, tokens_per_s, first_seconds, finish, dropped.
+        """What to tell below the answer, without the model: tokens, tokens_per_s, first_seconds, finish, dropped; of a
+        speculating one also calls of the model, guesses, and hits among them.
 
         tokens_per_s counts from the call, so the reading of the prompt is in it.
         """
-        return {"tokens": self.tokens, "tokens_per_s": self.tokens / self.seconds if self.seconds else 0.0,
-                "first_seconds": self.first_seconds, "finish": self.finish, "dropped": self.dropped}
+        speculation = ({name: getattr(self._request, name) for name in ("calls", "guesses", "hits")}
+                       if self._speculative else {})
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        return {**speculation, "tokens": self.tokens, "tokens_per_s": rate, "first_seconds": self.first_seconds,
+                "finish": self.finish, "dropped": self.dropped}
 
 
 def fit(tokenizer, messages, max_seq_len, max_new_tokens):

@@ -25,6 +25,7 @@ class Request:
         self.reused = 0         # tokens of the prompt that its row knew already
         self.finish = None      # "stop": the model or a stop string; "length"; "cancelled"; "deadline"; "error"
         self.error = ""         # what went wrong, when finish is "error"
+        self.calls = self.guesses = self.hits = 0       # of the model, when it is answered by engine/speculative.py
         self.cancelled = False  # set it, from any thread, and the batch lets go of the request at its next step
         self.settings = replace(sampling, seed=None)        # requests with equal ones are sampled together
         self._sampling = sampling

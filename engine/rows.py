@@ -31,7 +31,7 @@ class StateRows:
         state, rows = self.state, slice(first, first + len(ids))
         views = [{name: tensor[rows] for name, tensor in layer.items()} for layer in state.layers]
         part = State(state.pos[rows], state.max_len, [dict(view) for view in views], max(lengths), last_only=True)
-        logits = self.model(ids, state=part)[0]
+        logits = read(self.model, ids, part)
         part.advance(ids.shape[1])
         state.pos[rows] = part.pos
         for layer, view, now in zip(state.layers, views, part.layers, strict=True):
@@ -41,6 +41,14 @@ class StateRows:
                         layer[name] = tensor.new_zeros(len(state.pos), *tensor.shape[1:])
                     layer[name][rows] = tensor
         return logits[:, -1]
+
+
+def read(model, ids, state):
+    """The logits (B, 1|T, V) of one forward through a state; by the compiled step where there is one for it."""
+    step = getattr(model, "decoding_step", None)
+    if step is not None and state.upto > 0 and ids.shape[1] == 1:
+        return step(ids, state)
+    return model(ids, state=state)[0]
 
 
 class TextRows:

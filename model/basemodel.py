@@ -40,6 +40,7 @@ class State:
     `pos` (B,) int64: the tokens already seen in each row. `max_len`: the room in tokens. `upto`: a plain int that no
     row's position exceeds, so that a layer can slice its cache without asking the device. `layers`: one dict a layer,
     filled by the layer as it likes. `last_only`: set by a caller who needs the logits of the last token only.
+    `hidden`: left by a model that can `draft`, the outputs (B, T, D) that its head has just read.
 
     Two rules make everything else generic: dim 0 of every tensor in the dicts is the batch, and rows are independent.
     """
@@ -50,6 +51,8 @@ class State:
         self.layers = layers
         self.upto = upto
         self.last_only = last_only
+        self.hidden = None
+        self.appended = set()  # the names that `cache_append` wrote: a slot a token, so they can go back
 
     def positions(self, n_tokens):
         """Return the positions (B, T) of the `n_tokens` tokens that come next in each row."""
@@ -64,6 +67,14 @@ class State:
         """Count `n_tokens` more tokens in every row. The caller of `forward` does this, never the model."""
         self.pos = self.pos + n_tokens
         self.upto += n_tokens
+
+    def can_rewind(self):
+        """Whether all that it holds stands in slots of the tokens, none of it in a memory that only goes forward."""
+        return all(name in self.appended for layer in self.layers for name in layer)
+
+    def rewind(self, n_tokens):
+        """Forget the last `n_tokens` tokens of every row; only where `can_rewind`."""
+        self.advance(-n_tokens)
 
     def rows(self, index):
         """Return a new state that holds copies of the rows `index` (a list of ints or an int64 tensor)."""
@@ -87,7 +98,9 @@ class State:
     def clone(self):
         """Return an independent copy, to come back to after a trial continuation."""
         layers = [{name: tensor.clone() for name, tensor in layer.items()} for layer in self.layers]
-        return State(self.pos.clone(), self.max_len, layers, self.upto, self.last_only)
+        other = State(self.pos.clone(), self.max_len, layers, self.upto, self.last_only)
+        other.appended |= self.appended
+        return other
 
 
 class BaseModel(nn.Module):
@@ -129,6 +142,16 @@ class BaseModel(nn.Module):
 
     def after_step(self, other_vars):
         """Called once after each optimizer step with `other_vars` averaged over micro-batches and ranks."""
+
+    # ---------------------------------------------------------------- optional
+
+    draft = None
+    """`draft(hidden, ids, state)` -> (logits (B, T, V), hidden (B, T, D)): what the model guesses one token further.
+
+    hidden (B, T, D): the `state.hidden` of T tokens; ids (B, T): the tokens that followed them. The logits are of the
+    token after those. `state` is a second one of `init_state`, for drafts alone. With it, generation speculates: the
+    model reads a guess together with the token before it, and keeps it if it would have written it.
+    """
 
     # ---------------------------------------------------------------- free for every model, open to override
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .basemodel import BaseModel, BaseModelArgs, ModelError
+from .experts import expert_swiglu
 from .hf import Layout, interleaved_rows
 from .layers import (
     Embedding,
@@ -23,9 +24,7 @@ from .layers import (
     attention,
     attention_mask,
     cache_append,
-    expert_matmul,
     lm_loss,
-    permute_rows,
     rotate,
     token_positions,
     yarn_mscale,
@@ -143,15 +142,20 @@ class LatentAttention(nn.Module):
         a = self.args
         up = self.kv_b_proj.weight.unflatten(0, (a.n_heads, -1))  # (H, nope + v, R)
         up_k, up_v = up.split((a.qk_nope_head_dim, a.v_head_dim), dim=1)
-        q_latent = torch.einsum("bthk,hkr->bthr", q_nope, up_k)
-        scores = torch.einsum("bthr,bsr->bhts", q_latent, latents) + torch.einsum("bthk,bsk->bhts", q_rope, k_ropes)
+        q_latent = (q_nope.transpose(1, 2) @ up_k).transpose(1, 2)  # (B, T, H, R)
+        q, keys = torch.cat((q_latent, q_rope), dim=-1).flatten(1, 2), torch.cat((latents, k_ropes), dim=-1)
+        scores = (q @ keys.transpose(1, 2)).unflatten(1, (-1, a.n_heads)).transpose(1, 2)  # (B, H, T, S)
         scores = (scores.float() * self.scale).masked_fill(~mask, float("-inf"))
-        mixed = torch.einsum("bhts,bsr->bthr", scores.softmax(dim=-1).to(latents.dtype), latents)
-        return torch.einsum("bthr,hvr->bthv", mixed, up_v)
+        mixed = scores.softmax(dim=-1).to(latents.dtype).flatten(1, 2) @ latents  # (B, H * T, R)
+        mixed = mixed.unflatten(1, (a.n_heads, -1))
+        return (mixed @ up_v.transpose(1, 2)).transpose(1, 2)  # (B, T, H, v)
 
 
 class MoE(nn.Module):
-    """DeepSeekMoE with auxiliary-loss-free balancing (equations 12-20). (B, T, D) -> (B, T, D), load, balance loss."""
+    """DeepSeekMoE with auxiliary-loss-free balancing (equations 12-20). (B, T, D) -> (B, T, D), load (E,), balance loss
+    (None while decoding, where nobody wants it)."""
+
+    expert_weights = ("gate_proj", "up_proj", "down_proj")  # the stacks that may be held at 8 bits
 
     def __init__(self, args):
         super().__init__()
@@ -164,7 +168,7 @@ class MoE(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(a.n_routed_experts, a.dim, a.moe_inter_dim))
         self.shared = SwiGLU(a.dim, a.n_shared_experts * a.moe_inter_dim) if a.n_shared_experts else None
 
-    def forward(self, x):
+    def forward(self, x, decoding=False):
         a = self.args
         tokens = x.flatten(0, 1)  # (N, D)
         with torch.autocast(x.device.type, enabled=False):  # routing in fp32: a rounded tie is a different expert
@@ -175,19 +179,12 @@ class MoE(nn.Module):
             weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
         weight = weight * a.route_scale
 
-        # Sort the N * A (token, expert) pairs by expert, run each expert on its own stretch, and sort back.
-        order = chosen.flatten().argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        experts = torch.arange(a.n_routed_experts, device=x.device)
-        load = (chosen[..., None] == experts).sum(dim=(0, 1))  # (E,) tokens an expert; bincount waits for the device
-        h = permute_rows(tokens, order, inverse, a.n_activated_experts)  # (N * A, D)
-        h = F.silu(expert_matmul(h, self.gate_proj, load)) * expert_matmul(h, self.up_proj, load)
-        h = permute_rows(expert_matmul(h, self.down_proj, load), inverse, order).unflatten(0, chosen.shape)
+        h, load = expert_swiglu(tokens, chosen, self.gate_proj, self.up_proj, self.down_proj, decoding)
         out = (h * weight[..., None].to(h.dtype)).sum(dim=1).view_as(x)  # (B, T, D)
 
         if self.shared is not None:
             out = out + self.shared(x)
-        return out, load.float(), self._balance_loss(affinity.view(*x.shape[:2], -1))
+        return out, load.float(), None if decoding else self._balance_loss(affinity.view(*x.shape[:2], -1))
 
     def _choose(self, affinity):
         """Return the chosen experts (N, A): the best by affinity + bias, from the best groups (equation 16, 2.1.2).
@@ -232,7 +229,7 @@ class Block(nn.Module):
     def forward(self, x, rope, mask, state=None):
         x = x + self.attn(self.attn_norm(x), rope, mask, state)
         if isinstance(self.ffn, MoE):
-            out, load, balance = self.ffn(self.ffn_norm(x))
+            out, load, balance = self.ffn(self.ffn_norm(x), decoding=state is not None)
             return x + out, load, balance
         return x + self.ffn(self.ffn_norm(x)), None, None
 
@@ -240,17 +237,17 @@ class Block(nn.Module):
 class MTPModule(nn.Module):
     """Depth k of multi-token prediction (equations 21-23): from position i's output of depth k - 1 and token i + k."""
 
-    def __init__(self, args):
+    def __init__(self, args, depth):
         super().__init__()
         self.embed_norm = RMSNorm(args.dim, args.norm_eps)
         self.hidden_norm = RMSNorm(args.dim, args.norm_eps)
         self.proj = nn.Linear(2 * args.dim, args.dim, bias=False)  # M_k
-        self.block = Block(args, layer=None, moe=args.n_dense_layers < args.n_layers)
+        self.block = Block(args, layer=depth, moe=args.n_dense_layers < args.n_layers)
         self.norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, hidden, embedded, rope, mask):
+    def forward(self, hidden, embedded, rope, mask, state=None):
         x = self.proj(torch.cat((self.embed_norm(embedded), self.hidden_norm(hidden)), dim=-1))
-        x, load, balance = self.block(x, rope, mask)
+        x, load, balance = self.block(x, rope, mask, state)
         return self.norm(x), load, balance
 
 
@@ -321,9 +318,18 @@ class DeepSeekV3Model(BaseModel):
         self.lm_head = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.lm_head.weight = self.tok_embed.weight
-        self.mtp = nn.ModuleList(MTPModule(args) for _ in range(args.n_mtp_layers))
+        self.mtp = nn.ModuleList(MTPModule(args, depth) for depth in range(args.n_mtp_layers))
         self.rotary = Rotary(args.qk_rope_head_dim, args.max_seq_len, args.rope_theta, args)
         self.init_weights()
+        if not args.n_mtp_layers:
+            self.draft = None
+
+    def draft(self, hidden, ids, state):
+        """The first module as a draft model (section 2.2.3), by the contract's `draft`."""
+        positions = token_positions(ids, state)
+        mask = attention_mask(positions, state)
+        hidden = self.mtp[0](hidden, self.tok_embed(ids), self.rotary(positions), mask, state)[0]
+        return self.lm_head(hidden[:, -1:] if state.last_only else hidden), hidden
 
     def forward(self, input_ids, targets=None, state=None, doc_ids=None):
         self.check_length(input_ids)
@@ -337,13 +343,15 @@ class DeepSeekV3Model(BaseModel):
             x, load, balance = layer(x, rope, mask, state)
             if load is not None:
                 loads.append(load)
+            if balance is not None:
                 balances.append(balance)
         x = self.norm(x)
         other_vars = {"moe/load": torch.stack(loads).detach()} if loads else {}  # (L, E)
 
         if targets is None:
-            if state is not None and state.last_only:
-                x = x[:, -1:]
+            if state is not None:
+                state.hidden = x
+                x = x[:, -1:] if state.last_only else x
             return self.lm_head(x), None, other_vars
 
         other_vars["loss/ce"] = lm_loss(x, self.lm_head.weight, targets)

@@ -1,7 +1,7 @@
-"""Settled parts that architectures share: norms, rotary positions, attention, SwiGLU, expert matmul, the loss.
+"""Settled parts that architectures share: norms, rotary positions, attention, SwiGLU, the loss.
 
 What is new in a paper belongs in that paper's own file. Nothing here knows about any one model.
-Shapes: B batch, T tokens, S keys, D dim, H heads, G kv heads, K head dim, F ffn width, E experts, A active, V vocab.
+Shapes: B batch, T tokens, S keys, D dim, H heads, G kv heads, K head dim, F ffn width, V vocab.
 """
 
 import math
@@ -259,85 +259,10 @@ def cache_append(state, layer, name, new):
     cache = state.layers[layer]
     if name not in cache:
         cache[name] = new.new_zeros(new.shape[0], state.max_len, *new.shape[2:])
+        state.appended.add(name)
     rows = torch.arange(new.shape[0], device=new.device)[:, None]
     cache[name][rows, state.positions(new.shape[1])] = new.to(cache[name].dtype)
     return cache[name][:, : state.upto + new.shape[1]]
-
-
-# ------------------------------------------------------------------- mixture of experts
-
-
-class _Permute(torch.autograd.Function):
-    """x[order // copies]: its gradient is a gather by the inverse, much cheaper than the usual scatter-add."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse, copies):
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x[order // copies if copies > 1 else order]
-
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        grad = grad[inverse]
-        if ctx.copies > 1:
-            grad = grad.unflatten(0, (-1, ctx.copies)).sum(dim=1)
-        return grad, None, None, None
-
-
-def permute_rows(x, order, inverse, copies=1):
-    """Return the rows of x (N, D), each `copies` times in a row, in the order `order`: (N * copies, D).
-
-    order (N * copies,) is a permutation and `inverse` its inverse.
-    """
-    return _Permute.apply(x, order, inverse, copies)
-
-
-class _ExpertMatmul(torch.autograd.Function):
-    """The loop over experts, writing into preallocated memory: autograd's own split, select and cat would copy all."""
-
-    @staticmethod
-    def forward(ctx, x, weight, counts):
-        out = x.new_empty(x.shape[0], weight.shape[1])
-        for expert, rows in enumerate(_slices(counts)):
-            torch.mm(x[rows], weight[expert].T, out=out[rows])
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_x = torch.empty_like(x)
-        grad_weight = torch.empty_like(weight)
-        for expert, rows in enumerate(_slices(ctx.counts)):
-            torch.mm(grad[rows], weight[expert], out=grad_x[rows])
-            torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])  # an expert without tokens gets zeros
-        return grad_x, grad_weight, None
-
-
-def _slices(counts):
-    start = 0
-    for count in counts:
-        yield slice(start, start + count)
-        start += count
-
-
-def expert_matmul(x, weight, counts):
-    """Multiply each expert's rows by its matrix: x (N, D) sorted by expert, weight (E, F, D), counts (E,) -> (N, F)."""
-    x, weight = x.to(compute_dtype(x)), weight.to(compute_dtype(x))
-    fits = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # the kernel wants rows of a multiple of 16 bytes
-    if x.is_cuda and x.dtype == torch.bfloat16 and fits:  # and no wait for the counts to reach the host
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
-    # The counts are Python numbers: compiled, every new load would be a new program. And the compiler takes as long to
-    # import as torch, so only who compiles asks it.
-    loop = torch.compiler.disable(_expert_loop) if torch.compiler.is_compiling() else _expert_loop
-    return loop(x, weight, counts)
-
-
-def _expert_loop(x, weight, counts):
-    return _ExpertMatmul.apply(x, weight, counts.tolist())
 
 
 # ------------------------------------------------------------------- loss

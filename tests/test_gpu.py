@@ -10,7 +10,7 @@ from engine_helpers import ROOT
 from checks import Subject
 from engine.config import TrainConfig
 from engine.step import Stepper
-from model import layers, list_models
+from model import experts, list_models
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 
@@ -47,9 +47,9 @@ def test_grouped_experts_equal_the_loop():
     torch.manual_seed(0)
     x, weight = torch.randn(32, 64, device="cuda"), torch.randn(4, 48, 64, device="cuda")
     outcomes = []
-    for function in (lambda x, w: layers.expert_matmul(x, w, counts), lambda x, w: layers._expert_loop(x, w, counts)):
+    for matmul in (experts.expert_matmul, experts._expert_loop):
         leaves = [t.bfloat16().requires_grad_() for t in (x, weight)]
-        out = function(*leaves)
+        out = matmul(*leaves, counts)
         outcomes.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     torch.testing.assert_close(*outcomes, atol=0.1, rtol=0.02)
 

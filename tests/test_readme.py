@@ -72,7 +72,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
 def test_flags_named_in_the_text_exist(page):
     known = help_of(".", "pretrain.py") + help_of(".", "sft.py") + help_of(".", "export.py")
-    known += help_of(".", "serve.py")
+    known += help_of(".", "serve.py") + help_of(".", "test.py")
     known += help_of("preprocess_data", "preprocess_data.py", "pretrain")
     known += "--config= --help= --all= --quick= --prompt= --tokenizer_path="
     for flag in set(re.findall(r"--[a-z][a-z_]+", read(page))):

@@ -28,4 +28,5 @@ class AnswerOptions:
 @dataclass
 class TalkOptions(AnswerOptions):
     output_path: str = opt("output", "folder of the runs", path=True)
-    precision: str = opt("fp32", "of the weights", choices=("fp32", "bf16", "fp16"))
+    precision: str = opt("fp32", "of the weights; int8: of the matrices, the rest in bf16",
+                         choices=("fp32", "bf16", "fp16", "int8"))

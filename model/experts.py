@@ -1,0 +1,123 @@
+"""Mixture of experts: the experts of many tokens in sorted order, those of a few by looking them up.
+
+Shapes: N tokens, D dim, E experts, A active ones a token, F ffn width of an expert.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .int8 import Int8Weight
+from .layers import compute_dtype
+
+FEW_TOKENS = 16, 2  # of a decoding step, compiled or not: up to here the chosen experts are read without sorting
+
+
+def expert_swiglu(x, chosen, gate, up, down, decoding=False):
+    """Run each token through its chosen experts, down(silu(gate(x)) * up(x)), and count the tokens of each expert.
+
+    x (N, D), chosen (N, A), gate and up (E, F, D), down (E, D, F) -> (N, A, D), load (E,).
+    """
+    experts = torch.arange(gate.q.shape[0] if isinstance(gate, Int8Weight) else gate.shape[0], device=x.device)
+    load = (chosen[..., None] == experts).sum(dim=(0, 1))  # (E,) tokens an expert; bincount waits for the device
+    if decoding and len(x) <= FEW_TOKENS[not torch.compiler.is_compiling()]:
+        h = F.silu(chosen_matmul(x[:, None], gate, chosen)) * chosen_matmul(x[:, None], up, chosen)
+        return chosen_matmul(h, down, chosen), load
+    # Sort the N * A (token, expert) pairs by expert, run each expert on its own stretch, and sort back.
+    order = chosen.flatten().argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    h = permute_rows(x, order, inverse, chosen.shape[1])  # (N * A, D)
+    h = F.silu(expert_matmul(h, gate, load)) * expert_matmul(h, up, load)
+    return permute_rows(expert_matmul(h, down, load), inverse, order).unflatten(0, chosen.shape), load
+
+
+class _Permute(torch.autograd.Function):
+    """x[order // copies]: its gradient is a gather by the inverse, much cheaper than the usual scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse, copies):
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x[order // copies if copies > 1 else order]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        grad = grad[inverse]
+        if ctx.copies > 1:
+            grad = grad.unflatten(0, (-1, ctx.copies)).sum(dim=1)
+        return grad, None, None, None
+
+
+def permute_rows(x, order, inverse, copies=1):
+    """Return the rows of x (N, D), each `copies` times in a row, in the order `order`: (N * copies, D).
+
+    order (N * copies,) is a permutation and `inverse` its inverse.
+    """
+    return _Permute.apply(x, order, inverse, copies)
+
+
+class _ExpertMatmul(torch.autograd.Function):
+    """The loop over experts, writing into preallocated memory: autograd's own split, select and cat would copy all."""
+
+    @staticmethod
+    def forward(ctx, x, weight, counts):
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        for expert, rows in enumerate(_slices(counts)):
+            if rows.start < rows.stop:  # of a few tokens most experts have none
+                torch.mm(x[rows], weight[expert].T, out=out[rows])
+        ctx.save_for_backward(x, weight)
+        ctx.counts = counts
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.empty_like(weight)
+        for expert, rows in enumerate(_slices(ctx.counts)):
+            torch.mm(grad[rows], weight[expert], out=grad_x[rows])
+            torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])  # an expert without tokens gets zeros
+        return grad_x, grad_weight, None
+
+
+def _slices(counts):
+    start = 0
+    for count in counts:
+        yield slice(start, start + count)
+        start += count
+
+
+def expert_matmul(x, weight, counts):
+    """Multiply each expert's rows by its matrix: x (N, D) sorted by expert, weight (E, F, D), counts (E,) -> (N, F)."""
+    if isinstance(weight, Int8Weight):
+        return torch.cat([weight.linear(x[rows], expert) for expert, rows in enumerate(_slices(counts.tolist()))])
+    x, weight = x.to(compute_dtype(x)), weight.to(compute_dtype(x))
+    fits = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # the kernel wants rows of a multiple of 16 bytes
+    if x.is_cuda and x.dtype == torch.bfloat16 and fits:  # and no wait for the counts to reach the host
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+    # The counts are Python numbers: compiled, every new load would be a new program. And the compiler takes as long to
+    # import as torch, so only who compiles asks it.
+    loop = torch.compiler.disable(_expert_loop) if torch.compiler.is_compiling() else _expert_loop
+    return loop(x, weight, counts)
+
+
+def chosen_matmul(x, weight, chosen):
+    """Multiply each pair of a token and an expert by the expert's matrix, without sorting: for the few of decoding.
+
+    x (N, A or 1, D), weight (E, F, D), chosen (N, A) -> (N, A, F). Of all the weights only those of the chosen experts
+    are read: compiled, in a sum that the compiler fuses with the lookup; else on the CPU one product after another.
+    """
+    held = isinstance(weight, Int8Weight)
+    if torch.compiler.is_compiling():
+        q = weight.q if held else weight
+        out = (q[chosen].float() * x[:, :, None].float()).sum(dim=-1)
+        return (out * weight.scale[chosen] if held else out).to(x.dtype)
+    x = x.expand(-1, chosen.shape[1], -1).flatten(0, 1)
+    experts = chosen.flatten().tolist()
+    rows = [weight.linear(one, e) if held else F.linear(one, weight[e]) for one, e in zip(x.split(1), experts)]
+    return torch.cat(rows).unflatten(0, chosen.shape)
+
+
+def _expert_loop(x, weight, counts):
+    return _ExpertMatmul.apply(x, weight, counts.tolist())

@@ -1,0 +1,97 @@
+"""Weights at 8 bits: near the weights they stand for, whatever module holds them; and a compiled step of decoding."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_batching import build
+from test_generate import PROMPTS, TOKENIZER, NoState, V
+
+from engine.compiled import compile_decoding
+from engine.generate import generate
+from model import BaseModelArgs, list_models
+from model.experts import chosen_matmul, expert_matmul
+from model.int8 import FEW_ROWS, Int8Linear, Int8Weight, to_int8
+
+EVERY = [*list_models(), "Recurrent", "Hybrid", "no state"]
+
+
+def bf16(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_products_are_those_of_the_unpacked_weight(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 48, 64, generator=generator) * torch.logspace(-3, 1, 48)[:, None]
+    weight[2, 7] = 0
+    held = Int8Weight(weight.to(dtype))
+    scale = weight.to(dtype).float().abs().amax(-1, keepdim=True) / 127
+    tolerance = scale * (0.501 if dtype == torch.float32 else 1.1)           # bf16: the scale is rounded too
+    assert ((held.unpacked().float() - weight.to(dtype).float()).abs() <= tolerance).all()
+    exact, rounding = held.q.double() * held.scale.double()[..., None], 1e-6 if dtype == torch.float32 else 1e-2
+
+    def check(x, expert, out):
+        """Within the rounding of sums of that size."""
+        bound = rounding * (exact[expert].abs() @ x.double().abs())
+        assert ((out.double() - exact[expert] @ x.double()).abs() <= bound).all()
+
+    for rows in (1, FEW_ROWS, FEW_ROWS + 1):
+        x = torch.randn(rows, 64, generator=generator).to(dtype)
+        for token, out in zip(x, held.linear(x, 3)):
+            check(token, 3, out)
+    x, chosen = torch.randn(6, 64, generator=generator).to(dtype), torch.tensor([[0, 3], [3, 4], [1, 1]])
+    for stack in (held, held.unpacked()):
+        for token, experts, outs in zip(x, chosen.tolist(), chosen_matmul(x[:3, None], stack, chosen)):
+            for expert, out in zip(experts, outs):
+                check(token, expert, out)
+    outs = expert_matmul(x, held, torch.tensor([1, 0, 3, 2, 0]))
+    for token, expert, out in zip(x, (0, 2, 2, 2, 3, 3), outs, strict=True):
+        check(token, expert, out)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@torch.no_grad()
+def test_a_model_at_8_bits_is_near_the_model(name):
+    model = build(name)
+    exact, held = copy.deepcopy(model), to_int8(model)
+    ids = torch.tensor([PROMPTS[2]])
+    logs, near, in_bf16 = (one(ids)[0].float().log_softmax(-1)
+                           for one in (exact, held, to_int8(bf16(copy.deepcopy(exact)))))
+    for other in (near, in_bf16):
+        assert 0 < (logs.exp() * (logs - other)).sum(-1).mean() < 0.05
+    assert any(isinstance(module, Int8Linear) for module in held.modules())
+    stacked = {name for module in held.modules() for name in getattr(module, "expert_weights", ())}
+    assert not any(name.rpartition(".")[2] in stacked for name, _ in held.named_parameters())
+    assert generate(held, TOKENIZER, PROMPTS, 12, stop_ids=(), temperature=0) == [
+        generate(held, TOKENIZER, [prompt], 12, stop_ids=(), temperature=0)[0] for prompt in PROMPTS]
+
+
+class ReadsItsWeight(NoState):
+    def forward(self, input_ids, targets=None):
+        logits = super().forward(input_ids)[0]
+        return logits + F.linear(F.linear(logits, self.lm_head.weight.T), self.lm_head.weight), None, {}
+
+
+def test_a_linear_whose_weight_the_model_reads_stays_as_it_is():
+    model = ReadsItsWeight(BaseModelArgs(V, 48))
+    model.more = torch.nn.Linear(4, 4)
+    to_int8(model)
+    assert type(model.lm_head) is torch.nn.Linear and type(model.more) is Int8Linear
+    assert type(model.tok_embed) is torch.nn.Embedding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, at_8_bits", [(list_models()[0], False), (list_models()[0], True), ("Recurrent", False)])
+def test_a_compiled_step_has_the_tokens_of_the_plain_one(name, at_8_bits):
+    """In fp32, where no rounding decides; alone and side by side; speculating too."""
+    model = build(name)
+    if at_8_bits:
+        to_int8(model)
+    plain = generate(model, TOKENIZER, PROMPTS, 25, stop_ids=(), temperature=0)
+    compile_decoding(model)
+    assert generate(model, TOKENIZER, PROMPTS[:1], 25, stop_ids=(), temperature=0) == plain[:1]
+    assert generate(model, TOKENIZER, PROMPTS, 25, stop_ids=(), temperature=0) == plain
+    assert generate(model, TOKENIZER, PROMPTS[:1], 25, stop_ids=(), temperature=0, speculative="ngram") == plain[:1]

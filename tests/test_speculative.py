@@ -1,0 +1,128 @@
+"""Speculation changes the number of the model's calls and nothing else: the tokens are those without it."""
+import itertools
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_batching import EVERY, build
+from test_generate import PROMPTS, TINY, TOKENIZER, V, make
+
+from engine.chat import Reply
+from engine.generate import decode, generate, new_request, stream
+from engine.sampling import Sampling
+from model import get_model_and_args, list_models
+from utils.errors import UserError
+
+DRAFTING = [name for name in list_models() if make(name).draft is not None]
+SETTINGS = (dict(temperature=0),
+            dict(temperature=0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, seed=3))
+SAMPLES = int(os.environ.get("SPECULATIVE_SAMPLES", 3000))
+
+
+def pairs():
+    """Every model by lookup, those with a drafting module by it too."""
+    names = [getattr(name, "values", (name,))[0] for name in EVERY if name != "no state"]
+    return [(name, "ngram") for name in names] + [(name, "mtp") for name in DRAFTING]
+
+
+@pytest.mark.parametrize("name, kind", pairs())
+def test_the_tokens_are_those_without_speculation(name, kind):
+    model = build(name)
+    for settings in SETTINGS:
+        for ids in (*PROMPTS, [1, 2, 3] * 5):
+            plain = generate(model, TOKENIZER, [ids], 25, stop_ids=(2,), **settings)
+            assert generate(model, TOKENIZER, [ids], 25, stop_ids=(2,), speculative=kind, **settings) == plain
+        assert list(stream(model, TOKENIZER, ids, 25, stop_ids=(2,), speculative=kind, **settings)) == plain[0]
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "no state"])
+def test_right_guesses_save_calls_and_wrong_ones_are_forgotten(name):
+    """With the answer known beforehand; and with a wrong token at every place of a guess."""
+    model, ids = build(name), PROMPTS[0]
+    answer = generate(model, TOKENIZER, [ids], 25, stop_ids=(), temperature=0)[0]
+
+    def told(wrong):
+        def guess(request, hidden, new):
+            ahead = answer[len(request.tokens):len(request.tokens) + 4]
+            return [(token + 1) % V if place == wrong else token for place, token in enumerate(ahead)]
+        return guess
+
+    for wrong, calls in ((None, 6), (0, 25), (1, 13), (3, 7)):
+        request = new_request(TOKENIZER, ids, 25, Sampling(0), ())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("engine.speculative.look_up", told(wrong))
+            for _ in decode(model, [request], "ngram"):
+                pass
+        assert request.tokens == answer and request.finish == "length"
+        assert request.calls == calls
+        assert request.hits == 25 - calls and request.guesses >= request.hits
+
+
+@pytest.mark.parametrize("name", DRAFTING)
+@torch.no_grad()
+def test_drafts_step_by_step_are_those_of_the_whole_text(name):
+    """As in training: at position i from its output and the embedding of token i + 1; and padding changes nothing."""
+    model = make(name)
+    ids = torch.randint(0, V, (2, 20), generator=torch.Generator().manual_seed(0))
+    state, drafts = model.init_state(2), model.init_state(2)
+    model(ids, state=state)
+    whole = model.draft(state.hidden[:, :-1], ids[:, 1:], model.init_state(2))[0]
+    at, parts = 0, []
+    for count in (5, 1, 3, 1, 1, 8):
+        parts.append(model.draft(state.hidden[:, at:at + count], ids[:, at + 1:at + 1 + count], drafts)[0])
+        drafts.advance(count)
+        at += count
+    assert at == 19
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAFTING)
+def test_sampled_tokens_follow_the_exact_distribution(name):
+    """All answers of three tokens over a small vocabulary against their probabilities, by Pearson's chi-squared."""
+    Model, ModelArgs = get_model_and_args(name)
+    torch.manual_seed(5)
+    model = Model(ModelArgs(vocab_size=4, max_seq_len=16, **{key: value for key, value in TINY.items()
+                                                          if key in ModelArgs.__dataclass_fields__}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.25)
+    answers = list(itertools.product(range(4), repeat=3))
+    with torch.no_grad():
+        logs = model.eval()(torch.tensor([[1, 2, *answer] for answer in answers]))[0].double().log_softmax(-1)
+    expected = sum(logs[range(64), 1 + place, [answer[place] for answer in answers]] for place in range(3)).exp()
+    counts, guesses, hits = torch.zeros(64), 0, 0
+    for seed in range(SAMPLES):
+        request = new_request(TOKENIZER, [1, 2], 3, Sampling(seed=seed), ())
+        for _ in decode(model, [request], "mtp"):
+            pass
+        counts[answers.index(tuple(request.tokens))] += 1
+        guesses, hits = guesses + request.guesses, hits + request.hits
+    assert expected.sum() == pytest.approx(1) and 0.1 < hits / guesses < 0.9
+    chi2 = ((counts - SAMPLES * expected) ** 2 / (SAMPLES * expected)).sum().item()
+    assert chi2 < 63 + 5 * (2 * 63) ** 0.5          # five standard deviations above its mean of 63
+
+
+def test_what_cannot_speculate_says_so():
+    for name, kind, message in (("no state", "ngram", "takes `state`"), ("recurrent", "mtp", "ngram"),
+                                ("recurrent", "magic", "choose one")):
+        with pytest.raises(UserError, match=message):
+            generate(build(name), TOKENIZER, [[1]], 3, speculative=kind)
+    with pytest.raises(UserError, match="empty"):
+        generate(build("recurrent"), TOKENIZER, [[]], 3, speculative="ngram")
+    model = build("recurrent")
+    model.lm_head.bias.data[3] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        generate(model, TOKENIZER, [[1]], 3, speculative="ngram")
+
+
+def test_the_figures_of_a_reply_count_calls_and_guesses():
+    model = build("recurrent")
+    tokenizer = SimpleNamespace(eos_id=-2, im_end_id=-2, special_ids=(), token_bytes=lambda token: b"%d " % token)
+    plain, quick = (Reply(model, tokenizer, [1, 2, 3] * 4, 20, Sampling(0), speculative=kind) for kind in ("", "ngram"))
+    assert "".join(plain) == "".join(quick)
+    figures = quick.figures()
+    assert figures["tokens"] == 20 and figures["calls"] == 20 - figures["hits"]
+    assert "calls" not in plain.figures()
