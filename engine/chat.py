@@ -8,6 +8,7 @@ from engine.batching import room
 from engine.compiled import compile_decoding
 from engine.distributed import find_device
 from engine.generate import decode, new_request
+from engine.inside import spelled, thinking
 from engine.sampling import Sampling
 from engine.speculative import check_speculative
 from model.int8 import to_int8
@@ -85,6 +86,7 @@ class Reply:
         self.dropped = dropped          # messages left out because they did not fit
         room(model, ids, max_new_tokens)
         self._speculative = speculative
+        self._tokenizer = tokenizer
         self._model, self._request = model, new_request(tokenizer, ids, max_new_tokens, sampling, text=True)
 
     def __iter__(self):
@@ -99,6 +101,23 @@ class Reply:
                 self.text += piece
                 yield piece
             self.finish = request.finish or self.finish
+
+    def watch(self, n_top):
+        """Before it is iterated over: note the n_top likeliest tokens beside each that is chosen, for `spelled`."""
+        self._request.top_logprobs = n_top
+
+    @property
+    def ids(self):
+        """The tokens of the prompt and of the answer so far."""
+        return [*self._request.ids, *self._request.tokens]
+
+    def spelled(self, start=0):
+        """The tokens from number `start` on, with what else could have come (engine/inside.py)."""
+        return spelled(self._tokenizer, self._request, start)
+
+    def parts(self):
+        """(what was thought, what is said): the text so far."""
+        return thinking(self._tokenizer, self._request)
 
     def figures(self):
         """What to tell below the answer, without the model: tokens, tokens_per_s, first_seconds, finish, dropped; of a

@@ -38,9 +38,9 @@ def need(condition, what):
 
 def test_the_texts_are_complete_in_both_languages():
     assert EN.keys() == ZH.keys() and all(EN.values()) and all(ZH.values())
-    used = set(re.findall(r"""say\[["'](\w+)["']\]""", (ROOT / "run_model.py").read_text(encoding="utf-8")))
+    files = [ROOT / "run_model.py", *(ROOT / "page").glob("*.py")]
+    used = {key for file in files for key in re.findall(r"""say\[["'](\w+)["']\]""", file.read_text(encoding="utf-8"))}
     assert used <= EN.keys()
-    assert "unsafe_allow_html" not in (ROOT / "run_model.py").read_text(encoding="utf-8")
 
 
 def open_page(monkeypatch, *arguments):
@@ -94,6 +94,7 @@ def browser(tmp_path):
         need(False, "selenium")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
         options.add_argument(flag)
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))

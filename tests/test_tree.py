@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "checks": {"checks", "model", "utils"},
     "preprocess_data": {"preprocess_data", "utils"},
     "demo": {"demo", "engine", "model", "preprocess_data", "utils"},
-    "": {"engine", "model", "checks", "preprocess_data", "utils"},
+    "page": {"engine", "page", "utils"},
+    "": {"engine", "model", "checks", "page", "preprocess_data", "utils"},
 }
 OURS = set(MAY_IMPORT) - {""} | {"tests", "benchmarks"}
 
