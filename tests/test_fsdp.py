@@ -1,9 +1,11 @@
 """A model shared out over processes trains as a whole one does, and its checkpoints are as safe."""
 
+import copy
 import itertools
 import os
 import random
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from test_distributed import figures, folder, train, two_ranks  # noqa: F401
 from test_hostile import raw_pickle, torch_file
 from test_save_faults import CONFIG, FaultyOS
 
+from checks.shrink import tiny_args
 from engine import keeping, sharding
 from engine.checkpoint import (
     MANIFEST,
@@ -31,7 +34,7 @@ from engine.checkpoint import (
 from engine.config import TrainConfig
 from engine.keeping import Saver
 from engine.optim import build_optimizer
-from model import list_models
+from model import get_model_and_args, list_models
 from utils.errors import UserError
 
 FLIPS = int(os.environ.get("FLIPS", "60"))
@@ -281,6 +284,28 @@ def test_a_hostile_checkpoint_executes_nothing(example, tmp_path, monkeypatch, n
             load_training_state(place, model, optimizer)
         assert "\n" not in str(refusal.value)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models())
+def test_layers_are_compiled_however_many_there_are_and_none_anew(group, monkeypatch, name):
+    """Layer by layer, with the tracer but without the compiler behind it: the same gradients as the whole model."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="eager", **how))
+    Model, ModelArgs = get_model_and_args(name)
+    args = replace(tiny_args(Model, ModelArgs)[0], n_layers=10)  # more than the 8 variants that a function may have
+    whole, ids = Model(args).train(), torch.randint(args.vocab_size, (2, 20))
+    model, compiled = copy.deepcopy(whole), torch._dynamo.utils.counters["stats"]
+    sharding.shard(model, torch.device("cpu"), "fp32", compiled=True)
+    graphs = []
+    for _ in range(2):
+        for either in (whole, model):
+            either(ids, ids.roll(-1, 1))[1].backward()
+        graphs.append(compiled["unique_graphs"])
+    assert 0 < graphs[0] == graphs[1]
+    for (key, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(sharding.whole(ours.grad), theirs.grad, msg=key)
+    torch._dynamo.reset()
 
 
 def test_what_cannot_work_is_refused(group, tmp_path):
