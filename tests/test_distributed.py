@@ -78,7 +78,7 @@ def test_the_process_with_the_least_memory_decides_the_micro_batch(folder, two_r
     assert "micro-batch: 2 rows fit" in said and "8 a step (2 x 2 x 2)" in said
     for ours, other in zip(two_ranks[0], found, strict=True):
         assert {**ours, **other}.keys() == ours.keys()
-        assert other.get("loss", 0) == pytest.approx(ours.get("loss", 0), rel=1e-5)
+        assert other.get("loss", 0) == pytest.approx(ours.get("loss", 0), rel=2e-4)  # one term weighs by targets
 
 
 def test_the_number_of_processes_may_change_on_resume(folder):
