@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import sys
 import tempfile
 import time
@@ -63,11 +62,14 @@ class OutOfTime(Exception):
 
 
 class Runs:
-    """The runs of results.json; `get` trains what is not there yet. All of them are of one commit and one budget."""
+    """The runs of results.json; `get` trains what is not there yet. All of them are of one commit and one budget.
+
+    Which rates, seeds and models there were stands in the names of the runs.
+    """
 
     def __init__(self, config):
         self.config, self.path, self.start = config, Path(config.results), time.monotonic()
-        self.about = {"date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", *sys.argv]),
+        self.about = {"date": time.strftime("%Y-%m-%d"), "command": "python benchmarks/recipe.py",
                       "budget": config.budget, "commit": (git_revision() or "").rstrip("+"), "machine": machine(),
                       "torch": torch.__version__, "python": platform.python_version(),
                       "threads": torch.get_num_threads()}
