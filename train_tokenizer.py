@@ -51,7 +51,7 @@ class TokenizerConfig:
     tokenizer_path: str = opt("output/tokenizer", "folder to write", path=True)
     vocab_size: int = opt(32_000, "tokens, the special ones included")
     min_frequency: int = opt(2, "a merge must occur this often")
-    max_characters: int = opt(30_000_000, "read no more, from all sources in turn; the memory grows with it")
+    max_characters: int = opt(10_000_000, "read no more, from all sources in turn; 0.2 GB of memory a million at most")
     split_han: bool = opt(False, "every Chinese character a token of its own, as verse wants it: lines can be counted")
 
 
