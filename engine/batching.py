@@ -192,17 +192,18 @@ def choose(requests, logits):
         logits = logits.float().clone()
         for row in penalized:
             logits[row] = requests[row].penalize(logits[row])
-    uniform = torch.tensor([request.uniforms[len(request.tokens)] for request in requests], device=device)
     alike = {}
     for row, request in enumerate(requests):
         alike.setdefault(request.settings, []).append(row)
+    greedy = all(settings.temperature == 0 for settings in alike)       # then nothing is drawn
+    uniform = None if greedy else torch.tensor([one.uniforms[len(one.tokens)] for one in requests], device=device)
     if len(alike) == 1:
         tokens = pick(logits, requests[0].settings, uniform)
     else:
         tokens = torch.empty(len(requests), dtype=torch.long, device=device)
         for settings, rows in alike.items():
             rows = torch.tensor(rows, device=device)
-            tokens[rows] = pick(logits[rows], settings, uniform[rows])
+            tokens[rows] = pick(logits[rows], settings, None if greedy else uniform[rows])
     chosen = tokens.tolist()                        # the one place where the host waits for the device
     logprobs = _logprobs(requests, raw, tokens)
     for row, request in enumerate(requests):

@@ -29,6 +29,11 @@ class StateRows:
         layer does not write in place but replaces, as a recurrence may, is put back.
         """
         state, rows = self.state, slice(first, first + len(ids))
+        if len(ids) == len(state.pos):          # all of them: the state itself
+            state.upto, state.last_only = max(lengths), True
+            logits = read(self.model, ids, state)
+            state.advance(ids.shape[1])
+            return logits[:, -1]
         views = [{name: tensor[rows] for name, tensor in layer.items()} for layer in state.layers]
         part = State(state.pos[rows], state.max_len, [dict(view) for view in views], max(lengths), last_only=True)
         logits = read(self.model, ids, part)

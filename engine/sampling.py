@@ -112,6 +112,8 @@ def distribution(logits, sampling):
 def pick(logits, sampling, uniform):
     """Choose a token a row; -1 where the logits are not finite.  # (B, V), (B,) in (0, 1] -> (B,)
 
+    Greedy draws nothing, and `uniform` may be None.
+
     The draw inverts the cumulative distribution: the first token at which it reaches `uniform`. That token's own
     probability is above 0 by construction, so a token that was filtered out cannot be drawn.
     """
