@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
+from engine import memory  # noqa: E402
 from engine.config import TrainConfig  # noqa: E402
 from engine.files import write_text  # noqa: E402
 from engine.peak import Peak, synchronize  # noqa: E402
@@ -189,14 +190,14 @@ def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens
         model = our_model(name, sizes, seq_len)
         steps[f"theirs {how}"] = their_step(their_model(model, experts), precision, compiled, batch, device)
         steps[f"ours {how}"] = our_step(model, precision, compiled, batch, device)
-    memory, losses = {}, {}
+    most, losses = {}, {}
     for side, step in steps.items():  # warm: the first step compiles and allocates
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         losses[side] = [step() for _ in range(3)]
         if device.type == "cuda":
-            memory[side] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            most[side] = (torch.cuda.max_memory_allocated() - before) / 2**20
     for side, loss in losses.items():
         want = losses["theirs eager"][0]
         if side != "matmul" and abs(loss[0] - want) > 0.01 * want:
@@ -208,7 +209,7 @@ def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens
     figures = {"model": name, "precision": precision, "seq_len": seq_len, "rows": tokens // seq_len, "sizes": sizes,
                "gflops_per_token": flops / 1e9, "first_losses": {s: v[0] for s, v in losses.items() if s != "matmul"},
                "experts": experts, "experts_seconds": tried, "seconds": seconds,
-               "matmul_gflops": matmul_flops / statistics.median(seconds.pop("matmul")) / 1e9, "memory_mib": memory}
+               "matmul_gflops": matmul_flops / statistics.median(seconds.pop("matmul")) / 1e9, "memory_mib": most}
     peak = figures["matmul_gflops"]
     if device.type == "cuda":
         best = Peak(device, precision, config.peak_tflops)
@@ -222,19 +223,20 @@ def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens
 
 
 def peak_memory(config, name: str, side: str) -> float:
-    """MiB by which two steps at a vocabulary of 32,000 with 16 rows of 512 tokens raise this process's peak memory."""
+    """MiB that two steps at a vocabulary of 32,000 with 16 rows of 512 tokens take at most, beyond model and batch."""
     sizes = {**(QUICK if config.quick else CPU)[name], "vocab_size": 1024 if config.quick else 32000}
     seq_len, rows = (64, 2) if config.quick else (512, 16)
     batch, device = make_batch(sizes["vocab_size"], rows, seq_len), torch.device("cpu")
     model = our_model(name, sizes, seq_len)
     step = (our_step(model, "bf16", False, batch, device) if side == "ours"
-            else their_step(their_model(model, "grouped_mm"), "bf16", False, batch, device))
+            else their_step(their_model(model, "eager" if name == DENSE else EXPERTS[0]), "bf16", False, batch, device))
     gc.collect()
     warm_up(device)
-    before = peak_rss()
+    memory.forget_most(device)
+    before = memory.held(device)
     for _ in range(2):
         step()
-    return peak_rss() - before
+    return (memory.most_held(device) - before) / 2**20
 
 
 def warm_up(device):
@@ -242,12 +244,6 @@ def warm_up(device):
     a = torch.randn(64, 64, device=device, requires_grad=True)
     with torch.autocast(device.type, torch.bfloat16):
         (a @ a).sum().backward()
-
-
-def peak_rss() -> float:
-    """MiB, of this process since it began."""
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def memory_of_both(config, name: str) -> dict:
