@@ -186,7 +186,7 @@ class Run:
             os.close(self._lock)
         if isinstance(error, OSError) and error.errno in ON_DISK_FULL:
             raise UserError(
-                f"the disk of {self.folder} is full: make room and run the same command again, it goes on from here"
+                f"the disk of {self.folder} is full: make room and run the same command again, it goes on"
             ) from None
 
 
