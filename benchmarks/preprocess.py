@@ -6,12 +6,14 @@
 speed: the poems as jsonl to .bin + .docs.npy + .meta.json, whole processes from start to end, one contender after the
 other in every round, the median counts. Against ours, with the fast encoder and with the reference, stand two scripts
 as a careful user writes them, neither of which cleans, splits, checks or hashes: one encodes batches by
-`encode_batch_fast` on all cores, the other line by line. Ours includes the data report.
+`encode_batch_fast` on all cores, the other line by line. Ours includes the data report. Beside the seconds stand those
+of cores, user and system, of all processes of a run: other work on the machine changes them less.
 memory: the highest sum of resident memory of all processes of a run, looked at every 20 ms, on the poems and on a
 corpus of --large_gb made by varying them, which is deleted afterwards.
 Writes benchmarks/results/preprocess.json and prints the tables.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -77,6 +79,7 @@ class Config:
     corpus: str = opt("output/corpora/poems.jsonl", "what preprocess_data.py fetch poems writes", path=True)
     tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer", path=True)
     parts: list[str] = opt(["speed", "memory"], "what is measured")
+    lines: int = opt(0, "of the poems, for the speed; 0: all")
     rounds: int = opt(5, "runs of each contender")
     large_gb: float = opt(2.0, "GB of the large corpus")
     results: str = opt(str(ROOT / "benchmarks/results/preprocess.json"), "the figures")
@@ -112,18 +115,24 @@ def run(contender: str, source: Path, tokenizer_path: str, watch: bool = False) 
         began, peak = time.perf_counter(), 0
         argv = command(contender, source, tokenizer_path, Path(out))
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        while watch and process.poll() is None:
-            peak = max(peak, resident(process.pid))
+        while watch and (now := resident(process.pid)):
+            peak = max(peak, now)
             time.sleep(0.02)
-        said = process.communicate()[0]
+        said = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
-        if process.returncode:
+        if status:
             raise UserError(f"{contender} failed: {said.strip().splitlines()[-1]}")
         metas = [json.loads(path.read_text()) for path in Path(out).glob("*.meta.json")]
     tokens, documents = (sum(meta[key] for meta in metas) for key in ("tokens", "documents"))
-    encoder = metas[0].get("encoder", "")
-    found = {"seconds": seconds, "tokens": tokens, "documents": documents, "encoder": encoder}
-    return found | ({"peak_mb": peak / 1e6} if watch else {})
+    return {
+        "seconds": seconds,
+        "core_seconds": used.ru_utime + used.ru_stime,
+        "tokens": tokens,
+        "documents": documents,
+        "encoder": metas[0].get("encoder", ""),
+        **({"peak_mb": peak / 1e6} if watch else {}),
+    }
 
 
 def resident(pid: int) -> int:
@@ -138,16 +147,23 @@ def resident(pid: int) -> int:
 
 def speed(source: Path, config: Config) -> dict:
     contenders = (OURS, BATCHES, REFERENCE, LINES)
+    if config.lines:
+        whole, source = source, source.with_name("part.jsonl")
+        with open(whole, "rb") as lines, open(source, "wb") as part:
+            part.writelines(itertools.islice(lines, config.lines))
     runs: dict[str, list[dict]] = {name: [] for name in contenders}
     megabytes = source.stat().st_size / 1e6
     for number in range(config.rounds):
         for name in contenders:
             runs[name].append(run(name, source, config.tokenizer_path))
-            print(f"round {number + 1}: {name} {runs[name][-1]['seconds']:.1f} s", flush=True)
+            found = runs[name][-1]
+            took = f"{found['seconds']:.1f} s, {found['core_seconds']:.1f} of cores"
+            print(f"round {number + 1}: {name} {took}", flush=True)
     middle = {name: statistics.median(found["seconds"] for found in runs[name]) for name in contenders}
     rows = {
         name: {
             "seconds": [round(found["seconds"], 2) for found in runs[name]],
+            "core_seconds": [round(found["core_seconds"], 2) for found in runs[name]],
             "mb_per_second": round(megabytes / middle[name], 2),
             "times_line_by_line": round(middle[LINES] / middle[name], 2),
             "times_encode_batch_fast": round(middle[BATCHES] / middle[name], 2),
@@ -159,7 +175,7 @@ def speed(source: Path, config: Config) -> dict:
     for name, row in rows.items():
         ratios = f"{row['times_line_by_line']:.1f}x | {row['times_encode_batch_fast']:.1f}x"
         print(f"| {name} | {row['mb_per_second']:.1f} | {ratios} |")
-    return {"megabytes": round(megabytes, 1), "rounds": config.rounds, "contenders": rows}
+    return {"megabytes": round(megabytes, 1), "contenders": rows}
 
 
 def memory(source: Path, config: Config) -> dict:
@@ -192,7 +208,9 @@ def main(argv: list[str] | None = None) -> None:
             if part in config.parts:
                 results[part] = {
                     "date": time.strftime("%Y-%m-%d"),
-                    "command": f"python benchmarks/preprocess.py --parts={part} --rounds={config.rounds}",
+                    "command": f"python benchmarks/preprocess.py --parts={part}",
+                    "rounds": config.rounds,
+                    "lines": config.lines,
                     "machine": f"{available_cores()} cores, {platform.machine()}, {platform.system()}",
                     "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
                     **measure(source, config),
