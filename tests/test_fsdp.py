@@ -23,6 +23,7 @@ from engine.checkpoint import (
     damage,
     file_sha256,
     find_checkpoints,
+    load_run,
     load_training_state,
     manifest_bytes,
     newest_checkpoint,
@@ -135,8 +136,9 @@ def test_a_full_disk_under_one_process_is_a_failed_save_of_all_and_the_run_goes_
 def test_every_model_however_a_step_is_dealt_out(folder, name):  # noqa: F811
     """8 rows a step: 1 x 8, 2 x 4 and 8 x 1 on one process, 1 x 4 on each of two, 4 x 1 on each of two with fsdp.
 
-    Not to the bit: the sums over the tokens of a step are taken in another order. And where a gradient is nothing but
-    rounding error AdamW moves the number by it all the same, so weights are compared a tensor at a time.
+    Not to the bit: the sums over the tokens of a step are taken in another order. And where a gradient, or one of its
+    singular values, is nothing but rounding error, AdamW and Muon go as far by it as by any other: so losses and
+    gradient norms are compared sharply, weights a tensor at a time and less so.
     """
     def run(processes, rows, **more):
         return train(folder, processes, f"{name}_{processes}_{rows}_{more}", model_name=name, max_batch_size=rows,
@@ -147,7 +149,11 @@ def test_every_model_however_a_step_is_dealt_out(folder, name):  # noqa: F811
         for key, value in weights.items():
             if key.endswith("routing_bias"):
                 assert torch.equal(value, theirs[key]) and value.abs().max() > 0, key
-            assert (value - theirs[key]).norm() <= 1e-3 * value.norm(), key
+            assert (value - theirs[key]).norm() <= 1e-2 * value.norm(), key
+    parts, = (folder / f"{name}_2_1_{FSDP}").glob("*/checkpoints/*")
+    model, _, _ = load_run(parts)  # as inference, fine-tuning and export read it
+    assert len(list(parts.glob("model-*"))) == 2
+    assert all(torch.equal(value, theirs[key]) for key, value in model.state_dict().items() if key in theirs)
 
 
 # ------------------------------------------------------------------- a group of one process: all of it within the test
