@@ -145,11 +145,11 @@ def test_every_model_however_a_step_is_dealt_out(folder, name):  # noqa: F811
                      max_steps=4, max_lr=0.003, **more)[:2]
     whole, weights = run(1, 8)
     for records, theirs in (run(1, 4), run(1, 1), run(2, 4), run(2, 1, **FSDP)):
-        close(records, whole, rel=2e-5)
+        close(records, whole, rel=1e-4)
         for key, value in weights.items():
             if key.endswith("routing_bias"):
                 assert torch.equal(value, theirs[key]) and value.abs().max() > 0, key
-            assert (value - theirs[key]).norm() <= 1e-2 * value.norm(), key
+            assert (value - theirs[key]).norm() <= 5e-2 * value.norm(), key
     parts, = (folder / f"{name}_2_1_{FSDP}").glob("*/checkpoints/*")
     model, _, _ = load_run(parts)  # as inference, fine-tuning and export read it
     assert len(list(parts.glob("model-*"))) == 2
