@@ -39,7 +39,6 @@ from model import get_model_and_args, list_models
 from utils.errors import UserError
 
 FLIPS = int(os.environ.get("FLIPS", "60"))
-GAMMA = 0.001  # bias_update_speed, unless it is said
 FSDP = {"parallel": "fsdp"}
 
 
@@ -138,19 +137,18 @@ def test_every_model_however_a_step_is_dealt_out(folder, name):  # noqa: F811
     """8 rows a step: 1 x 8, 2 x 4 and 8 x 1 on one process, 1 x 4 on each of two, 4 x 1 on each of two with fsdp.
 
     Not to the bit: the sums over the tokens of a step are taken in another order. And where a gradient, or one of its
-    singular values, is nothing but rounding error, AdamW and Muon go as far by it as by any other: so losses and
-    gradient norms are compared sharply, weights a tensor at a time and less so, and an expert that carries just the
-    mean load may once be pushed the other way (in test_routing.py, at a larger step, none is).
+    singular values, is nothing but rounding error, AdamW and Muon go as far by it as by any other: so the rate is
+    small, losses and gradient norms are compared sharply, weights a tensor at a time and less so.
     """
     def run(processes, rows, **more):
         return train(folder, processes, f"{name}_{processes}_{rows}_{more}", model_name=name, max_batch_size=rows,
                      max_steps=4, max_lr=0.0003, **more)[:2]
     whole, weights = run(1, 8)
     for records, theirs in (run(1, 4), run(1, 1), run(2, 4), run(2, 1, **FSDP)):
-        close(records, whole, rel=1e-4)
+        close(records, whole, rel=2e-5)
         for key, value in weights.items():
             if key.endswith("routing_bias"):
-                assert value.abs().max() > 0 and (value - theirs[key]).abs().max() < 2.5 * GAMMA, key
+                assert value.abs().max() > 0 and torch.equal(value, theirs[key]), key
             else:
                 assert (value - theirs[key]).norm() <= 1e-2 * value.norm(), key
     parts, = (folder / f"{name}_2_1_{FSDP}").glob("*/checkpoints/*")
