@@ -119,8 +119,16 @@ def test_cut_only_where_no_token_crosses(tokenizer):
     assert (FastTokenizer(tokenizer)._cut_id is None) == bool(crossing)
     texts = ["床前", "床a前", "前", "a床前，明月b", "床前\n明月 光", "𠮷床𠮷"]
     cut = ["床\x03前", "床a前", "前", "a床\x03前，明\x03月b", "床\x03前\n明\x03月 光", "𠮷床𠮷"]
-    assert list(map(cut_between_chinese, texts)) == cut
+    codes = [np.frombuffer(text.encode("utf-32-le"), "<u4") for text in texts]
+    assert list(map(cut_between_chinese, codes)) == cut
     same(tokenizer, texts)
+
+
+def test_characters_that_no_pattern_knows(tokenizer):
+    """Emoji teach merges over the bytes of two characters: side by side, unassigned ones show who cuts where."""
+    strange = [*"\U00032802\U0001fef7\U000570cd\U0001f8d1\ue000\U000f0000\u200d\u200b\u00ad"]
+    texts = [a + b for a in strange for b in strange] + ["前" + a + "b" + b for a in strange for b in strange]
+    same(tokenizer, [*texts, "x", "".join(strange), *SENTENCES])
 
 
 @settings(max_examples=50, deadline=None)
