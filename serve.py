@@ -64,7 +64,8 @@ def main():
     Sampling(**config.sampling())
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
     path = config.run or choose_run(config.output_path)
-    speaker, name = open_speaker(path, config.device, config.precision, config.compile), find_weights(path)[0].name
+    speaker, name = open_speaker(path, config.device, config.precision, config.compile,
+                                 rows=config.max_batch_size), find_weights(path)[0].name
     with Service(speaker.model, config.max_batch_size, config.max_queue) as service:
         server = make_server(make_app(name, speaker, service, config), service)
         host, port = listener.getsockname()[:2]

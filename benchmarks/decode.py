@@ -72,11 +72,11 @@ def our_model(name, precision, max_seq_len=512):
     return to_int8(model) if precision == "int8" else model
 
 
-def ours(name, precision, compiled):
+def ours(name, precision, compiled, rows=1):
     """(function from prompts and a number of tokens to answers, logits behind the first prompt)"""
     model = our_model(name, precision)
     if compiled:
-        compile_decoding(model)
+        compile_decoding(model, rows)
 
     def answer(prompts, tokens):
         return generate(model, TOKENIZER, prompts, tokens, stop_ids=(), temperature=0)
@@ -191,7 +191,7 @@ def contenders(config, name, rows, folder):
         found |= {f"llama.cpp {kind}": llama_cpp(kind, folder) for kind in ("f16", "q8_0")}
     plain = [("fp16", False), ("bf16", False), ("int8", False)] if rows == 1 else [("bf16", False)]
     for precision, compiled in [*plain, ("bf16", True), ("int8", True)][:None if rows == 1 else 2]:
-        found[f"ours {precision}{' compiled' if compiled else ''}"] = ours(name, precision, compiled)
+        found[f"ours {precision}{' compiled' if compiled else ''}"] = ours(name, precision, compiled, rows)
     return found
 
 

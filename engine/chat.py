@@ -33,17 +33,17 @@ def choose_run(output_path):
     return runs[0].path
 
 
-def open_speaker(path, device="auto", precision="fp32", compile=False, speculative=""):
+def open_speaker(path, device="auto", precision="fp32", compile=False, speculative="", rows=1):
     """Load the run at `path` and make it ready to talk; UserError when there is nothing to load.
 
-    precision: of the weights; int8: those of the matrices, and bf16 for all else. compile: `compile_decoding`.
-    speculative: of the answers, as `decode`.
+    precision: of the weights; int8: those of the matrices, and bf16 for all else. compile: `compile_decoding`, for
+    `rows` answers at once. speculative: of the answers, as `decode`.
     """
     model, tokenizer, config = checkpoint.load_run(path, device=find_device(device), dtype=DTYPES[precision])
     if precision == "int8":
         to_int8(model)
     if compile:
-        compile_decoding(model)
+        compile_decoding(model, rows)
     if speculative:
         check_speculative(model, speculative)
     return Speaker(model, tokenizer, config["stage"], speculative)

@@ -3,11 +3,11 @@ import torch
 
 
 @torch.inference_mode()
-def compile_decoding(model):
+def compile_decoding(model, rows=1):
     """From now on, whoever reads one token a row through a state (engine/rows.py) runs a compiled forward.
 
-    Nothing for a model without a state, which reads its whole text for every token. The program is made here, by
-    writing a few tokens, and takes any position; it is made again for more than one row, once for all their numbers.
+    Nothing for a model without a state, which reads its whole text for every token. The programs are made here, by
+    writing a few tokens: one for a single row at any position, and for up to `rows` side by side one for any number.
     The weights must not change any more: the program has its own copy of them, packed for the processor's products.
     """
     if not model.accepts("state"):
@@ -19,12 +19,18 @@ def compile_decoding(model):
     # freezing: on the CPU bf16 products of prepacked weights read twice as fast as those of plain ones
     options = {"freezing": True} if next(model.parameters()).device.type == "cpu" else {}
     model.decoding_step = torch.compile(step, options=options)
-    longest = min(model.args.max_seq_len, 8)
-    state = model.init_state(1, longest)
+    for count in sorted({1, min(2, rows), rows}):
+        for longest in (4, 5):
+            _write(model, count, min(model.args.max_seq_len, longest))
+
+
+def _write(model, rows, tokens):
+    """Let the compiler see several positions, in states of several lengths: what varies it takes as a variable."""
+    state = model.init_state(rows, tokens)
     state.last_only = True
-    token = torch.zeros(1, 1, dtype=torch.long, device=state.pos.device)
+    token = torch.zeros(rows, 1, dtype=torch.long, device=state.pos.device)
     model(token, state=state)
     state.advance(1)
-    while state.upto < longest:          # the second position shows the compiler that positions vary
+    while state.upto < tokens:
         model.decoding_step(token, state)
         state.advance(1)

@@ -91,7 +91,7 @@ def test_a_compiled_step_has_the_tokens_of_the_plain_one(name, at_8_bits):
     if at_8_bits:
         to_int8(model)
     plain = generate(model, TOKENIZER, PROMPTS, 25, stop_ids=(), temperature=0)
-    compile_decoding(model)
+    compile_decoding(model, rows=len(PROMPTS))
     assert generate(model, TOKENIZER, PROMPTS[:1], 25, stop_ids=(), temperature=0) == plain[:1]
     assert generate(model, TOKENIZER, PROMPTS, 25, stop_ids=(), temperature=0) == plain
     assert generate(model, TOKENIZER, PROMPTS[:1], 25, stop_ids=(), temperature=0, speculative="ngram") == plain[:1]
