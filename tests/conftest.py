@@ -1,5 +1,7 @@
 """Fixtures of several test files."""
 
+import signal
+
 import pytest
 import torch
 from engine_helpers import TinyModel, TinyModelArgs, make_tokenizer, pretrain_files
@@ -7,6 +9,8 @@ from engine_helpers import TinyModel, TinyModelArgs, make_tokenizer, pretrain_fi
 from engine import trainer
 from engine.config import TrainConfig
 from engine.data import DocumentRows, TokenFile, WindowRows
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and all it starts
 
 
 @pytest.fixture
