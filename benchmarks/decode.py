@@ -81,8 +81,10 @@ def ours(name, precision, compiled, rows=1):
     def answer(prompts, tokens):
         return generate(model, TOKENIZER, prompts, tokens, stop_ids=(), temperature=0)
 
-    with torch.inference_mode():
-        return answer, lambda ids: model(torch.tensor([ids]))[0][0, -1].float()
+    @torch.inference_mode()
+    def logits(ids):
+        return model(torch.tensor([ids]))[0][0, -1].float()
+    return answer, logits
 
 
 def theirs(name, precision, folder):

@@ -48,7 +48,7 @@ class Int8Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def to_int8(model):
     """Hold every `nn.Linear` of a model at 8 bits, in place, and the stacks of experts that a module names in
     `expert_weights`; embeddings, norms and all that stands in neither stay as they are.

@@ -81,6 +81,7 @@ def test_a_linear_whose_weight_the_model_reads_stays_as_it_is():
     to_int8(model)
     assert type(model.lm_head) is torch.nn.Linear and type(model.more) is Int8Linear
     assert type(model.tok_embed) is torch.nn.Embedding
+    assert model(torch.tensor([[1, 2]]))[0].requires_grad and model.more(torch.ones(1, 4)).shape == (1, 4)
 
 
 @pytest.mark.slow
