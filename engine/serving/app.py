@@ -62,7 +62,7 @@ def make_app(name, speaker, service, config):
     handle_errors(app)
     keyed = [Depends(HTTPBearer(auto_error=False))] if config.api_key else []       # for the schema: Door looks at it
 
-    streamed = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}    # beside JSON
+    streamed = {200: {"content": {"text/event-stream": {}}}}            # beside JSON
 
     @app.get("/health")
     async def health() -> dict[str, str]:
