@@ -4,6 +4,7 @@ An answer is a dict: content and thought (texts), figures, tokens (with what els
 st.session_state holds a conversation for each choice of runs, and belongs to one browser session alone.
 """
 import time
+import zlib
 
 import streamlit as st
 
@@ -59,11 +60,11 @@ def places(names):
 
 def show_ask(say, exchanges, number):
     """A message of the person, which can be edited: all that came after it is then said anew."""
-    key = f"edit:{number}:{len(exchanges[number]['ask'])}"
+    key = f"edit:{number}:{zlib.crc32(exchanges[number]['ask'].encode())}"    # another message is another box, closed
     with st.chat_message("user", avatar=AVATARS["user"]):
         line, tool = st.columns([12, 1])
         line.text(harmless(exchanges[number]["ask"]))
-        with tool.popover("", icon=":material/edit:", type="tertiary", help=say["edit"]), \
+        with tool.popover("", icon=":material/edit:", type="tertiary", help=say["edit"], key=f"open:{key}"), \
                 st.form(key + ":form", border=False):
             st.text_area(say["edit"], harmless(exchanges[number]["ask"]), key=key, label_visibility="collapsed")
             st.form_submit_button(say["send"], on_click=change, args=(exchanges, number, key), type="primary")
