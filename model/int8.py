@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 FEW_ROWS = 8  # up to here a product is bound by reading the weights, beyond it by arithmetic
+PACKED = 16  # the kernel for them reads so many weights at a time, past the end of a row that is no multiple of it
 
 
 class Int8Weight(nn.Module):
@@ -23,7 +24,8 @@ class Int8Weight(nn.Module):
     def linear(self, x, expert=...):
         """x (..., D) times weight (F, D), of a stack that of one expert -> (..., F)."""
         q, scale, rows = self.q[expert], self.scale[expert], x.reshape(-1, x.shape[-1])
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and rows.shape[0] <= FEW_ROWS:
+        fits = rows.shape[0] <= FEW_ROWS and not q.shape[1] % PACKED
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and fits:
             out = torch._weight_int8pack_mm(rows.contiguous(), q, scale)  # reads the 8 bits, nothing else
         else:
             out = F.linear(rows, q.to(x.dtype)) * scale.to(x.dtype)

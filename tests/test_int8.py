@@ -52,6 +52,14 @@ def test_products_are_those_of_the_unpacked_weight(dtype):
         check(token, expert, out)
 
 
+@pytest.mark.parametrize("width", (1, 8, 17, 24, 37, 40))
+def test_rows_of_any_width_are_multiplied(width):
+    generator = torch.Generator().manual_seed(0)
+    held = Int8Weight(torch.randn(5, width, generator=generator).bfloat16())
+    x = torch.randn(FEW_ROWS, width, generator=generator).bfloat16()
+    torch.testing.assert_close(held.linear(x).double(), x.double() @ held.unpacked().double().T, rtol=0.03, atol=0.03)
+
+
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
 def test_a_model_at_8_bits_is_near_the_model(name):
