@@ -10,6 +10,7 @@ from engine.optim import build_optimizer
 from engine.outputs import checked
 from engine.sharding import is_sharded, whole
 from engine.zloss import with_z_loss
+from utils.errors import UserError
 
 
 def wants_compile(config, device: torch.device) -> bool:
@@ -57,7 +58,7 @@ class Stepper:
         with self.weights.lowered():
             for batch, weight, seed in zip(batches, weights, seeds, strict=True):
                 torch.manual_seed(seed)
-                with self.autocast():
+                with self.autocast(), self.weights.explained():
                     _, loss, other_vars = self._train_forward(**to_device(batch, self.device))
                 self.scaler.scale(loss * weight).backward()
                 self.weights.collect()
@@ -107,6 +108,21 @@ class LowWeights:
             for p, data, total in zip(self.params, full, self.sums):
                 p.grad = None
                 p.data, p.grad = data, total
+
+    @contextmanager
+    def explained(self):
+        """A context in which a matrix of the smaller type that meets fp32 numbers where autocast is off is a UserError.
+
+        Autocast alone leaves fp32 weights fp32 there, so an author has no other way to learn of it.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.params or "same dtype" not in str(error):
+                raise
+            raise UserError(f"forward fails because matrices are {self.copies[0].dtype} in training ({error}): where "
+                            "it computes in fp32 it must say weight.float(), or param_groups must count that weight "
+                            "as scalar; or use --precision=fp32") from error
 
     @torch.no_grad()
     def collect(self) -> None:

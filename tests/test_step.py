@@ -7,11 +7,14 @@ import sys
 import pytest
 import torch
 from engine_helpers import ROOT
+from planted.right import RightModelArgs
+from planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
 
 from checks import Subject
 from engine.config import TrainConfig
 from engine.step import LowWeights, Stepper
 from model import list_models
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -59,6 +62,15 @@ def test_weights_and_gradients_come_back(name):
     for n, p in model.named_parameters():
         assert p is before[n][0] and p.data_ptr() == before[n][1] and torch.equal(p, before[n][2])
         assert n not in grads or torch.equal(p.grad, grads[n])
+
+
+def test_a_matrix_of_bf16_that_meets_fp32_is_one_line():
+    """Where autocast is off a weight is what it is, and autocast alone would leave it fp32."""
+    subject = Subject.of(Fp32GateTakesItsMatrixAsItIs, RightModelArgs)
+    model, ids = subject.build().train(), subject.tokens(rows=2)
+    with pytest.raises(UserError, match=r"weight\.float"):
+        stepper_of(model, "bf16").gradients([{"input_ids": ids, "targets": ids}], [1.0], [0], 1.0)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 def test_sums_of_many_backward_passes_keep_their_digits():

@@ -237,3 +237,13 @@ class LosesTheSignInItsBf16Backward(RightModel):
     class FFN(FeedForward):
         def forward(self, x):
             return _Careless.apply(super().forward(x))
+
+
+@plant("precision.bf16_gradients_are_finite")
+class Fp32GateTakesItsMatrixAsItIs(RightModel):
+    def make_more(self):
+        self.gate = nn.Parameter(torch.zeros(self.args.dim, 1))
+
+    def head(self, x, state):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().head(x * (x.float() @ self.gate).sigmoid(), state)
