@@ -10,6 +10,7 @@ import csv
 import glob
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ BLOCK = 1 << 20  # bytes of a part, about
 LONGEST = 8 << 20  # bytes of a record
 ROWS = 1024  # records of a part, where they have been read already
 QUOTED = 200  # characters that a list of rejects shows of a record
+sys.set_int_max_str_digits(0)  # ijson takes the process down where Python refuses to read a long number
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -35,6 +37,10 @@ class Broken:
     record: str = ""
 
 
+_BROKEN_CSV = {
+    False: Broken("broken CSV"),
+    True: Broken("broken CSV, a quote is never closed: the rest of the file is unread"),
+}
 TOO_LONG = Broken(f"longer than {LONGEST >> 20} MB")
 
 
@@ -94,14 +100,19 @@ class Table:
     def records(self) -> Iterator[tuple[int, object]]:
         try:
             return enumerate(self.batch.to_pylist(), self.first)
-        except UnicodeDecodeError:
+        except (ValueError, OverflowError):
             return enumerate(map(self._row, range(self.batch.num_rows)), self.first)
 
     def _row(self, index: int):
-        try:
-            return self.batch.slice(index, 1).to_pylist()[0]
-        except UnicodeDecodeError:
-            return Broken("not UTF-8")
+        row = {}
+        for name, column in zip(self.batch.schema.names, self.batch.columns):
+            try:
+                row[name] = column[index].as_py()
+            except UnicodeDecodeError:
+                return Broken("not UTF-8")
+            except (ValueError, OverflowError):  # a date that Python cannot hold: no text, so nothing is lost
+                row[name] = None
+        return row
 
 
 Part = Records | JsonLines | Paragraphs | Table
@@ -148,10 +159,10 @@ def read_json(file: BinaryIO) -> Iterator[Part]:
     def records():
         nonlocal number, last
         try:
-            for record in ijson.items(file, "item", use_float=True):
+            for record in ijson.items(file, "item"):
                 number += 1
                 yield number, record
-        except (ijson.JSONError, UnicodeDecodeError):
+        except (ijson.JSONError, UnicodeDecodeError, ArithmeticError):
             last = None if cut_off(file) else Broken("broken JSON, the rest of the file is unread")
 
     yield from _in_parts(records())
@@ -181,8 +192,9 @@ def read_csv(file: BinaryIO, delimiter: str = ",") -> Iterator[Part]:
             except StopIteration:
                 return
             except csv.Error as error:
-                if "end of data" not in str(error) or not cut_off(file):
-                    yield line, TOO_LONG if "limit" in str(error) else Broken("broken CSV")
+                unclosed = "end of data" in str(error)
+                if not unclosed or not cut_off(file):
+                    yield line, TOO_LONG if "limit" in str(error) else _BROKEN_CSV[unclosed]
                 continue
             if not names:
                 names = row
@@ -294,7 +306,7 @@ def quote(record: bytes | str) -> str:
 
 
 def _plain_name(path: Path) -> str:
-    return path.name.removesuffix(path.suffix) if path.suffix in PACKINGS else path.name
+    return path.name.removesuffix(path.suffix) if path.suffix.lower() in PACKINGS else path.name
 
 
 def find_reader(path: Path) -> Callable[[BinaryIO], Iterator[Part]]:
@@ -316,7 +328,7 @@ class Position:
 def read_file(path: Path, position: Position | None = None) -> Iterator[Part]:
     """The parts of one file. One that was cut off gives what can be read, then a `Broken`."""
     read, before = find_reader(path), position.done if position else 0
-    packing = PACKINGS.get(path.suffix)
+    packing = PACKINGS.get(path.suffix.lower())
     with open(path, "rb", buffering=0 if packing is None else -1) as raw:
         file = io.BufferedReader(raw if packing is None else Unpacked(raw, *packing), BLOCK)
         for part in read(file):

@@ -11,7 +11,8 @@ from typing import BinaryIO
 def _zstd():
     import zstandard
 
-    return zstandard.ZstdDecompressor().decompressobj()
+    # 2 GB: what zstd --long=31 writes, as large corpora are; the library's own limit is 128 MB
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
 PACKINGS: dict[str, tuple[str, Callable]] = {

@@ -148,7 +148,8 @@ def test_odd_tables(tmp_path):
     found = rows(path)
     assert [line for line, _ in found] == [2, 3, 4, 6, 7, 8, 9, 10]
     assert [row["text"] if isinstance(row, dict) else row.reason for _, row in found] == [
-        "a", "another number of columns", 'c"', "broken CSV", TOO_LONG.reason, "\udcff", "last", "broken CSV",
+        "a", "another number of columns", 'c"', "broken CSV", TOO_LONG.reason, "\udcff", "last",
+        "broken CSV, a quote is never closed: the rest of the file is unread",
     ]  # fmt: skip
     path = tmp_path / "a.parquet"
     path.write_bytes(arrow()[:-20])
@@ -169,3 +170,26 @@ def test_a_broken_list_ends_where_it_breaks(tmp_path):
         assert found[2][1].reason == "broken JSON, the rest of the file is unread"
     path.write_bytes(rb'[{"text": "\ud83d"}]')
     print(rows(path))
+
+
+def test_numbers_of_any_size_do_not_end_a_list(tmp_path):
+    path = tmp_path / "a.json"
+    for number in ("9" * 30, "9" * 5000, "1e999", "-0.5"):
+        path.write_text(f'[{{"text": "a", "n": {number}}}, {{"text": "b"}}]')
+        assert [row["text"] for _, row in rows(path)] == ["a", "b"], number
+
+
+def test_a_date_that_python_cannot_hold_costs_no_text(tmp_path):
+    path = tmp_path / "a.parquet"
+    dates = pyarrow.array([0, 1 << 62], pyarrow.timestamp("us"))
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "date": dates}), path)
+    found = rows(path)
+    assert [row["text"] for _, row in found] == ["a", "b"] and found[1][1]["date"] is None
+
+
+def test_long_windows_and_suffixes_in_capitals(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.JSONL.ZST").write_bytes(packer.compress(LINES) + packer.flush())
+    assert readers.data_files(tmp_path) == [tmp_path / "a.JSONL.ZST"]
+    assert [row["text"] for _, row in rows(tmp_path / "a.JSONL.ZST")] == TEXTS
