@@ -54,6 +54,14 @@ class TokenizerConfig:
     max_characters: int = opt(10_000_000, "read no more, from all sources in turn; 0.2 GB of memory a million at most")
     split_han: bool = opt(False, "every Chinese character a token of its own, as verse wants it: lines can be counted")
 
+    def __post_init__(self):
+        if self.vocab_size > 1 << 24:
+            raise UserError(f"--vocab_size={self.vocab_size}: must be at most {1 << 24}")
+        if not 1 <= self.min_frequency < 1 << 32:
+            raise UserError(f"--min_frequency={self.min_frequency}: must be at least 1")
+        if self.max_characters < 1:
+            raise UserError(f"--max_characters={self.max_characters}: must be at least 1")
+
 
 def pre_tokenizer(*finer: str) -> pre_tokenizers.PreTokenizer:
     """Split at the matches of each regular expression (Oniguruma) in turn, then to bytes: merges never cross a cut."""

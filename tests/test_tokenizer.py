@@ -236,3 +236,9 @@ def test_no_token_spans_the_limit_of_characters(tmp_path):
 
     texts = itertools.repeat("abcd")
     assert len(list(limited(texts, 10))) == 2
+
+
+@pytest.mark.parametrize("flag", ["--vocab_size=1e12", "--min_frequency=-1", "--max_characters=0"])
+def test_settings_that_no_trainer_takes_are_refused_by_name(flag):
+    with pytest.raises(UserError, match=flag.partition("=")[0]):
+        train_main([flag])
