@@ -66,7 +66,7 @@ def to_messages(record) -> tuple[list[dict], bool | None] | Broken:
         return Broken("unknown layout")
     try:
         turns = [(role.lower(), _text(content)) for role, content in layout(record)]
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError):
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError):
         return Broken("missing or mistyped fields")
     if any(role not in ROLE_NAMES for role, _ in turns):
         return Broken("unknown role")

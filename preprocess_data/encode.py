@@ -102,7 +102,8 @@ class Encoder:
             block.taken += 1
             found = record if isinstance(record, Broken) else self.read(record, item.take)
             if isinstance(found, Broken):
-                block.bad.append((line, found if found.record else Broken(found.reason, quote(str(record)))))
+                quoted = found.record or found is record
+                block.bad.append((line, found if quoted else Broken(found.reason, quote(str(record)))))
                 continue
             text, document, held_out = found
             if reason := self.recipe.filters.reason(text):

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 
 if not __package__:
@@ -31,7 +32,7 @@ from preprocess_data.idioms import fetch_idioms
 from preprocess_data.poems import fetch_poems
 from preprocess_data.readers import BLOCK, LONGEST, ROWS, Position, read_file
 from preprocess_data.report import write_report
-from preprocess_data.resume import Run, State, reasons
+from preprocess_data.resume import JUDGED, Run, State, reasons
 from preprocess_data.write_tokens import partial, write_jsonl
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
@@ -63,6 +64,10 @@ class PrepareConfig:
     def __post_init__(self):
         if not 0 <= self.max_bad_ratio <= 1:
             raise UserError(f"--max_bad_ratio={self.max_bad_ratio}: must be between 0 and 1")
+        if self.max_documents < 0:
+            raise UserError(f"--max_documents={self.max_documents}: must be at least 0, which takes all")
+        if self.where and "=" not in self.where:
+            raise UserError(f"--where={self.where}: is written FIELD=VALUE,VALUE")
 
 
 @dataclass
@@ -85,7 +90,9 @@ def prepare(kind: str, config: PrepareConfig) -> dict[str, dict]:
     tokenizer = load_tokenizer(tokenizer_path)
     log(f"{kind}: {', '.join(source.name for source in sources)} -> {config.data_path}")
     filters = Filters(config.min_characters, config.max_characters, config.language)
-    texts = (text for source in sources for text in source.texts() if isinstance(text, str))
+    # Only so many: where no record has a text, all of the corpus would be searched for one.
+    found = islice((text for source in sources for text in source.texts()), JUDGED)
+    texts = (text for text in found if isinstance(text, str))
     with Workers(config.workers) as workers:  # they start while the encoder is chosen
         library, why = choose_encoder(tokenizer, config.encoder, texts)
         log(f"encoder: {library}, {why}")

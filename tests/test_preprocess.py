@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from preprocess_data import preprocess_data
 from preprocess_data.preprocess_data import main
+from preprocess_data.readers import Broken
 from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
 from utils.chat_template import encode_chat
 from utils.errors import UserError
@@ -245,6 +247,13 @@ def test_every_layout_gives_the_same_conversation(row):
     assert to_messages(row) == (CHAT, None)
 
 
+def test_a_history_nested_without_end_is_one_bad_row():
+    from preprocess_data.chat_rows import to_messages
+
+    row = {"q": "一", "a": "二", "history": "[" * 200_000}
+    assert to_messages(row).reason == "missing or mistyped fields"
+
+
 def test_history_system_and_input_are_kept():
     from preprocess_data.chat_rows import to_messages
 
@@ -346,6 +355,8 @@ def test_the_command_works_inside_its_folder_and_from_the_root(tokenizer, tmp_pa
         (["fetch", "novels"], "poems, idioms, demo-chat"),
         (["fetch", "demo-chat"], "fetch poems first"),
         (["fetch", "demo-chat", "--rows=-5"], "--rows=-5: must be at least 1"),
+        (["pretrain", "--max_documents=-1"], "must be at least 0"),
+        (["pretrain", "--where=form"], "FIELD=VALUE"),
         (["clean"], "unknown command clean"),
         (["pretrain", f"--sources={__file__}"], "no reader for"),
     ],
@@ -357,6 +368,41 @@ def test_user_errors_in_one_line(tmp_path, tokenizer, argv, words):
     with pytest.raises(UserError) as error:
         main([*argv, *folder])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_encoder_is_chosen_without_searching_all_of_a_corpus_that_has_no_text(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocess_data, "JUDGED", 10)
+    source = write_lines(tmp_path / "a.jsonl", [{"x": i} for i in range(1000)])
+    seen = []
+
+    def choose(reference, wanted, documents):
+        seen.extend(documents)
+        return "tokenizers", "asked for"
+
+    real = preprocess_data.find_sources
+
+    def find(*arguments):
+        found = real(*arguments)
+        monkeypatch.setattr(type(found[0]), "texts", texts)
+        return found
+
+    def texts(self):
+        for i in range(1000):
+            seen.append(i)
+            yield Broken("no text")
+
+    monkeypatch.setattr(preprocess_data, "choose_encoder", choose)
+    monkeypatch.setattr(preprocess_data, "find_sources", find)
+    with pytest.raises(UserError, match="nothing left to write"):
+        run("pretrain", tokenizer, source, tmp_path / "out")
+    assert seen == list(range(10))
+
+
+def test_a_reject_without_a_record_quotes_nothing(tokenizer, tmp_path):
+    (tmp_path / "a.csv").write_text("id,text\n1,一\n2,二\n3,\"三\n4,四\n")
+    train, val = run("pretrain", tokenizer, tmp_path / "a.csv", tmp_path / "out")
+    (row,) = map(json.loads, (tmp_path / "out/pretrain_rejects.jsonl").read_text().splitlines())
+    assert row["line"] == 4 and "the rest of the file is unread" in row["reason"] and row["record"] == ""
 
 
 def test_missing_tokenizer_is_told_before_any_work(tmp_path):
