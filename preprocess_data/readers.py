@@ -41,6 +41,7 @@ _BROKEN_CSV = {
     False: Broken("broken CSV"),
     True: Broken("broken CSV, a quote is never closed: the rest of the file is unread"),
 }
+DEEPEST = 100  # lists and objects in each other, in a record of a JSON list
 TOO_LONG = Broken(f"longer than {LONGEST >> 20} MB")
 
 
@@ -159,7 +160,7 @@ def read_json(file: BinaryIO) -> Iterator[Part]:
     def records():
         nonlocal number, last
         try:
-            for record in ijson.items(file, "item"):
+            for record in _items(ijson.basic_parse(file), ijson.ObjectBuilder):
                 number += 1
                 yield number, record
         except (ijson.JSONError, UnicodeDecodeError, ArithmeticError):
@@ -168,6 +169,24 @@ def read_json(file: BinaryIO) -> Iterator[Part]:
     yield from _in_parts(records())
     if last:
         yield Records([(number + 1, last)])
+
+
+def _items(events: Iterator[tuple[str, object]], builder_of: Callable) -> Iterator[object]:
+    """What stands in a list. `ijson.items` gives it too, with memory that grows by the square of a record's depth."""
+    if next(events)[0] != "start_array":
+        yield Broken("no list")
+        return
+    depth, deepest, builder = 0, 0, builder_of()
+    for event, value in events:
+        depth += event.startswith("start") - event.startswith("end")
+        if depth < 0:  # the list ends; what follows is an error of the parser's
+            continue
+        deepest = max(deepest, depth)
+        if deepest <= DEEPEST:
+            builder.event(event, value)
+        if depth == 0:
+            yield builder.value if deepest <= DEEPEST else Broken("nested too deep")
+            deepest, builder = 0, builder_of()
 
 
 @reader(".csv")

@@ -193,3 +193,11 @@ def test_long_windows_and_suffixes_in_capitals(tmp_path):
     (tmp_path / "a.JSONL.ZST").write_bytes(packer.compress(LINES) + packer.flush())
     assert readers.data_files(tmp_path) == [tmp_path / "a.JSONL.ZST"]
     assert [row["text"] for _, row in rows(tmp_path / "a.JSONL.ZST")] == TEXTS
+
+
+def test_a_record_nested_without_end_is_one_reject(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"text": "a"}}, {{"x": {"[" * 100_000}1{"]" * 100_000}}}, "b", [], {{"text": ["c", {{}}]}}]')
+    (_, first), (_, deep), *others = rows(path)
+    assert (first, deep) == ({"text": "a"}, Broken("nested too deep"))
+    assert others == [(3, "b"), (4, []), (5, {"text": ["c", {}]})]
