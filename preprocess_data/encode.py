@@ -94,7 +94,7 @@ class Encoder:
         block, kept = Block(), {split: ([], [], []) for split in SPLITS}
         for line, record in item.data.records():
             if self.key and isinstance(record, dict) and self.key in record:
-                if str(record[self.key]) not in self.values:
+                if _written(record[self.key]) not in self.values:
                     block.dropped[f"not {self.recipe.where}"] += 1
                     continue
             if block.taken == limit:
@@ -103,7 +103,7 @@ class Encoder:
             found = record if isinstance(record, Broken) else self.read(record, item.take)
             if isinstance(found, Broken):
                 quoted = found.record or found is record
-                block.bad.append((line, found if quoted else Broken(found.reason, quote(str(record)))))
+                block.bad.append((line, found if quoted else Broken(found.reason, quote(_written(record)))))
                 continue
             text, document, held_out = found
             if reason := self.recipe.filters.reason(text):
@@ -178,6 +178,14 @@ def drop_duplicates(block: Block, seen: Dedup) -> list[bytes]:
             new.append(found)
     block.splits = {split: part.only(keep[split]) for split, part in block.splits.items()}
     return new
+
+
+def _written(value: object) -> str:
+    """A value of a record as text; nothing for one that is nested too deep to be written."""
+    try:
+        return str(value)
+    except RecursionError:
+        return ""
 
 
 def _join(rows: list, dtype) -> np.ndarray:

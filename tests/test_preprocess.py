@@ -398,6 +398,12 @@ def test_the_encoder_is_chosen_without_searching_all_of_a_corpus_that_has_no_tex
     assert seen == list(range(10))
 
 
+def test_a_deep_line_is_one_reject(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "一"}\n{"x": ' + "[" * 1015 + "]" * 1015 + "}\n")
+    train, _ = run("pretrain", tokenizer, tmp_path / "a.jsonl", tmp_path / "out")
+    assert train["bad"] == {"no text in the field 'text'": 1}
+
+
 def test_a_reject_without_a_record_quotes_nothing(tokenizer, tmp_path):
     (tmp_path / "a.csv").write_text("id,text\n1,一\n2,二\n3,\"三\n4,四\n")
     train, val = run("pretrain", tokenizer, tmp_path / "a.csv", tmp_path / "out")
