@@ -97,12 +97,18 @@ def find_sources(sources: str, corpora_path: Path, text_field: str = "text", cha
                 "(large), or name your own file with --sources=FILE"
             )
         return [_named(name, named, corpora_path) for name in there]
-    return [
+    found = [
         _named(name, named, corpora_path)
         if name in CORPORA
         else Source(name, find_files(project_path(name)), None if chat else Field(text_field))
         for name in filter(None, map(str.strip, sources.split(",")))
     ]
+    files = [file for source in found for file in source.files]
+    if not files:
+        raise UserError(f"--sources={sources} names nothing: give corpora, files, folders or globs, by commas")
+    if twice := {str(file) for file in files if files.count(file) > 1}:
+        raise UserError(f"--sources={sources} names {min(twice)} twice: every document of it would be written twice")
+    return found
 
 
 def _present(path: Path) -> bool:

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +21,7 @@ import orjson
 
 from preprocess_data.unpack import PACKINGS, Unpacked, cut_off
 from utils.errors import UserError
+from utils.log import log
 
 BLOCK = 1 << 20  # bytes of a part, about
 LONGEST = 8 << 20  # bytes of a record
@@ -358,24 +360,36 @@ def read_file(path: Path, position: Position | None = None) -> Iterator[Part]:
             yield Records([(0, Broken(broken))])
 
 
-def data_files(folder: Path) -> list[Path]:
-    """The readable files below a folder, in a fixed order. Hidden ones are left out: they are downloads under way."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part[0] == "." for part in path.relative_to(folder).parts)
-        and Path(_plain_name(path)).suffix.lower() in READERS
-    ]
+NO_DATA = ("readme*", "license*", "*_report.md", "*_rejects.jsonl")  # about a corpus, or written by a run before
+
+
+def data_files(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
+    """The readable files below a folder, in a fixed order; to `skipped` those whose names no reader knows.
+
+    Hidden ones are left out: they are downloads under way. So is what is about the data (NO_DATA).
+    """
+    found = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part[0] == "." for part in path.relative_to(folder).parts)
+        if hidden or not path.is_file() or any(fnmatch(path.name.lower(), pattern) for pattern in NO_DATA):
+            continue
+        if Path(_plain_name(path)).suffix.lower() in READERS:
+            found.append(path)
+        elif skipped is not None:
+            skipped.append(path)
+    return found
 
 
 def find_files(source: str) -> list[Path]:
     """The files that a path, a folder or a glob names, in a fixed order; UserError when there is none."""
-    path = Path(source)
+    path, skipped = Path(source), []
     if path.is_file():
         return [path]
-    found = data_files(path) if path.is_dir() else sorted(map(Path, glob.glob(source, recursive=True)))
+    found = data_files(path, skipped) if path.is_dir() else sorted(map(Path, glob.glob(source, recursive=True)))
     found = [path for path in found if path.is_file()]
     if not found:
         raise UserError(f"no data file {source}: give a file, a folder, a glob or the name of a corpus")
+    if skipped:
+        names = ", ".join(path.name for path in skipped[:3])
+        log(f"{source}: {len(skipped)} files of no known kind are left out ({names}{', ...' if skipped[3:] else ''})")
     return found

@@ -143,15 +143,19 @@ def test_truncated_gzip_keeps_what_was_read(tokenizer, tmp_path):
     assert train["documents"] > 100 and train["bad"] == {"truncated gzip, the rest of the file is unread": 1}
 
 
-def test_folder_glob_where_and_limit(tokenizer, tmp_path):
+def test_folder_glob_where_and_limit(tokenizer, tmp_path, capsys):
     for name in ("a", "b"):
         rows = [{"text": f"{name}{i}", "kind": ("x", "y")[i % 2]} for i in range(10)]
         write_lines(tmp_path / "in" / f"{name}.jsonl", rows)
     (tmp_path / "in" / ".unfinished.jsonl").write_text("{")
-    (tmp_path / "in" / "notes.pdf").write_text("not read")
+    for name in ("notes.pdf", "README.md", "pretrain_report.md", "pretrain_rejects.jsonl"):
+        (tmp_path / "in" / name).write_text("not read")
     folder, _ = run("pretrain", tokenizer, tmp_path / "in", tmp_path / "1")
     globbed, _ = run("pretrain", tokenizer, tmp_path / "in" / "*.jsonl", tmp_path / "2")
     assert folder["sha256"] == globbed["sha256"] and len(folder["sources"]) == 2
+    assert "1 files of no known kind are left out (notes.pdf)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="twice"):
+        run("pretrain", tokenizer, f"{tmp_path / 'in'},{tmp_path / 'in' / 'a.jsonl'}", tmp_path / "4")
     run("pretrain", tokenizer, tmp_path / "in", tmp_path / "3", "--where=kind=y", "--max_documents=2")
     texts = [documents_of(tmp_path / "3", f"pretrain_{split}", tokenizer) for split in ("train", "val")]
     assert sorted(sum(texts, [])) == ["a1", "a3"]

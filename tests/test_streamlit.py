@@ -47,6 +47,8 @@ def open_page(monkeypatch, *arguments):
     """The page without a browser: what it draws, and nothing of how."""
     from streamlit.testing.v1 import AppTest
     monkeypatch.setattr(sys, "argv", ["run_model.py", *arguments])
+    # AppTest puts the page there; a process that a later test starts would begin by running it
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     return AppTest.from_file(str(ROOT / "run_model.py"), default_timeout=60).run()
 
 
