@@ -2,7 +2,7 @@
 
 python serve.py                                    the newest run in output/, a chat if it has been fine-tuned
 python serve.py --run output/pretrain_MODEL        a base model: /v1/completions
-MINI_LLM_API_KEY=... python serve.py --host 0.0.0.0     for other machines too; TLS is a proxy's work
+MINI_LLM_API_KEY=... python serve.py --host ADDRESS  on that address of this machine too; TLS is a proxy's work
 
 The settings of an answer are the defaults of requests that do not have them.
 """
