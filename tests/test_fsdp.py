@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ import torch.distributed as dist
 from engine_helpers import TinyModel, TinyModelArgs
 from test_distributed import figures, folder, train, two_ranks  # noqa: F401
 from test_hostile import raw_pickle, torch_file
-from test_save_faults import CONFIG, FaultyOS
+from test_save_faults import CONFIG, FaultyOS, save, two_checkpoints
+from test_save_faults import trained as trained_whole
 
 from checks.shrink import tiny_args
 from engine import keeping, sharding
@@ -33,7 +33,6 @@ from engine.checkpoint import (
     weights_bytes,
 )
 from engine.config import TrainConfig
-from engine.keeping import Saver
 from engine.optim import build_optimizer
 from model import get_model_and_args, list_models
 from utils.errors import UserError
@@ -173,30 +172,13 @@ def group():
 
 def trained(seed=0):
     """A tiny model that is shared out, and its optimizer, after a step."""
-    torch.manual_seed(seed)
-    model = tiny()
-    sharding.shard(model, torch.device("cpu"), "fp32", compiled=False)
-    optimizer = build_optimizer(model, CONFIG)
-    ids = torch.randint(32, (2, 8))
-    model(ids, ids)[1].backward()
-    optimizer.step()
-    return model, optimizer
+    return trained_whole(seed, lambda model: sharding.shard(model, torch.device("cpu"), "fp32", compiled=False))
 
 
 @pytest.fixture(scope="module")
 def example(group, tmp_path_factory):
-    """A run with checkpoints 1 and 2, and what wrote them."""
-    run = tmp_path_factory.mktemp("parts") / "run"
-    run.mkdir()
-    model, optimizer = trained()
-    config = SimpleNamespace(**{**vars(CONFIG), "keep_last": 2})
-    for step in (1, 2):
-        Saver(run, config, model, optimizer, {"stage": "pretrain"}).save({"step": step, "tokens": step}, {})
-    return run, model, optimizer
+    return two_checkpoints(tmp_path_factory.mktemp("parts") / "run", *trained())
 
-
-def save(run, model, optimizer, step):
-    Saver(run, CONFIG, model, optimizer, {"stage": "pretrain"}).save({"step": step, "tokens": step}, {}, must=True)
 
 
 def test_what_is_saved_comes_back(example):

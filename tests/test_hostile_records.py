@@ -86,6 +86,14 @@ def prepare(kind, folder, tokenizer, lines, end=b"\n"):
     return set(filled) - set(bad)
 
 
+def prepare_quickly(kind, tmp_path_factory, tokenizer, lines):
+    """A new folder, and what `prepare` says of it; without the report."""
+    folder = tmp_path_factory.mktemp("hostile")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocess_data, "write_report", lambda *_: "none")
+        return folder, prepare(kind, folder, tokenizer, lines)
+
+
 def hostile():
     """Settings for RECORDS records in all, half of them for each kind of row."""
     return settings(max_examples=max(1, RECORDS // AN_EXAMPLE // 2), deadline=None, phases=[Phase.generate],
@@ -95,10 +103,7 @@ def hostile():
 @hostile()
 @given(lines=st.lists(lines_of(any_record), min_size=AN_EXAMPLE, max_size=AN_EXAMPLE))
 def test_documents(tmp_path_factory, tokenizer, lines):
-    folder = tmp_path_factory.mktemp("hostile")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocess_data, "write_report", lambda *_: "none")
-        good = prepare("pretrain", folder, tokenizer, lines)
+    folder, good = prepare_quickly("pretrain", tmp_path_factory, tokenizer, lines)
     expected = {}
     for number, line in enumerate(lines, 2):
         value = strictly(line)
@@ -118,10 +123,7 @@ def test_documents(tmp_path_factory, tokenizer, lines):
 @hostile()
 @given(lines=st.lists(lines_of(chat_record), min_size=AN_EXAMPLE, max_size=AN_EXAMPLE))
 def test_chat_rows(tmp_path_factory, tokenizer, lines):
-    folder = tmp_path_factory.mktemp("hostile")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocess_data, "write_report", lambda *_: "none")
-        good = prepare("sft", folder, tokenizer, lines)
+    _, good = prepare_quickly("sft", tmp_path_factory, tokenizer, lines)
     readable = {number for number, line in enumerate(lines, 2) if strictly(line) is not None}
     assert good == {n for n in readable if not isinstance(to_messages(strictly(lines[n - 2])), Broken)}
 

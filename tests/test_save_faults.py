@@ -65,10 +65,11 @@ class FaultyOS:
         return called
 
 
-def trained(seed=0):
-    """A tiny model and its optimizer after a step."""
+def trained(seed=0, prepare=lambda model: None):
+    """A tiny model, after `prepare(model)`, and its optimizer after a step."""
     torch.manual_seed(seed)
     model = TinyModel(TinyModelArgs(vocab_size=32, max_seq_len=8))
+    prepare(model)
     optimizer = build_optimizer(model, CONFIG)
     ids = torch.randint(32, (2, 8))
     model(ids, ids)[1].backward()
@@ -76,16 +77,18 @@ def trained(seed=0):
     return model, optimizer
 
 
+def two_checkpoints(run, model, optimizer):
+    """Make `run` a run with checkpoints 1 and 2; returns all three."""
+    run.mkdir()
+    config = SimpleNamespace(**{**vars(CONFIG), "keep_last": 2})
+    for step in (1, 2):
+        Saver(run, config, model, optimizer, {"stage": "pretrain"}).save({"step": step, "tokens": step}, {})
+    return run, model, optimizer
+
+
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    """A run with checkpoints 1 and 2, and the saver that wrote them."""
-    run = tmp_path_factory.mktemp("faults") / "run"
-    run.mkdir()
-    model, optimizer = trained()
-    for step in (1, 2):
-        saver = Saver(run, SimpleNamespace(**{**vars(CONFIG), "keep_last": 2}), model, optimizer, {"stage": "pretrain"})
-        saver.save({"step": step, "tokens": step}, {})
-    return run, model, optimizer
+    return two_checkpoints(tmp_path_factory.mktemp("faults") / "run", *trained())
 
 
 def save(run, model, optimizer, step):
