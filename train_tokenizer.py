@@ -19,12 +19,14 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from preprocess_data.corpora import CORPORA_PATH, Source, find_sources
+from preprocess_data.encode import document
 from preprocess_data.readers import Broken
+from preprocess_data.resume import State, reasons
 from preprocess_data.tokenizer_report import known_tokenizers, of_folder, round_trip, write_report
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
 from utils.log import log
-from utils.text import clean_text, is_held_out
+from utils.text import is_held_out
 from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, Tokenizer, load_tokenizer, side_files
 
 # The pre-tokenizer that the file keeps: DeepSeek-V3's, to the letter, for fast encoders know it by its words. Runs of
@@ -52,6 +54,7 @@ class TokenizerConfig:
     vocab_size: int = opt(32_000, "tokens, the special ones included")
     min_frequency: int = opt(2, "a merge must occur this often")
     max_characters: int = opt(10_000_000, "read no more, from all sources in turn; 0.2 GB of memory a million at most")
+    max_bad_ratio: float = opt(0.001, "stop when a larger share of the records read is bad; 1 never stops")
     split_han: bool = opt(False, "every Chinese character a token of its own, as verse wants it: lines can be counted")
 
     def __post_init__(self):
@@ -61,6 +64,8 @@ class TokenizerConfig:
             raise UserError(f"--min_frequency={self.min_frequency}: must be at least 1")
         if self.max_characters < 1:
             raise UserError(f"--max_characters={self.max_characters}: must be at least 1")
+        if not 0 <= self.max_bad_ratio <= 1:
+            raise UserError(f"--max_bad_ratio={self.max_bad_ratio}: must be between 0 and 1")
 
 
 def pre_tokenizer(*finer: str) -> pre_tokenizers.PreTokenizer:
@@ -129,48 +134,69 @@ def save(backend: Backend, folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def stream(sources: list[Source], held_out: bool) -> Iterator[str]:
-    """The cleaned documents of one side of the split, one from each source in turn; unreadable records are left out.
+def stream(sources: list[Source]) -> Iterator[tuple[str, str | Broken]]:
+    """(name of the source, its next document or why it is bad), one from each source in turn.
 
     In turn, so that --max_characters cuts every source and not only the last.
     """
-    open_ones = deque(source.texts() for source in sources)
+    open_ones = deque((source.name, source.texts()) for source in sources)
     while open_ones:
-        texts = open_ones.popleft()
-        text = next(texts, None)
-        if text is None:
-            continue
-        open_ones.append(texts)
-        if not isinstance(text, Broken) and (text := clean_text(text)) and is_held_out(text) == held_out:
+        name, texts = open_ones.popleft()
+        if (text := next(texts, None)) is not None:
+            open_ones.append((name, texts))
+            yield name, document(text)
+
+
+def training_texts(
+    sources: list[Source], characters: int, max_bad_ratio: float = 1, state: State | None = None
+) -> Iterator[str]:
+    """The documents that are not held out, until so many characters have passed.
+
+    All records read are counted in `state`; UserError when too large a share is bad.
+    """
+    state = state or State("")
+    for name, text in stream(sources):
+        state.taken[name] = state.taken.get(name, 0) + 1
+        if isinstance(text, Broken):
+            state.bad[text.reason] = state.bad.get(text.reason, 0) + 1
+            if state.too_bad(max_bad_ratio, at_end=False):
+                break
+        elif not is_held_out(text):
+            characters -= len(text)
+            if characters < 0:
+                break
             yield text
+    if state.too_bad(max_bad_ratio, at_end=True):
+        raise UserError(
+            f"{state.bad_share(max_bad_ratio)}: mend the input, or raise --max_bad_ratio "
+            "(preprocess_data.py lists each with its place)"
+        )
 
 
-def limited(texts: Iterator[str], characters: int) -> Iterator[str]:
-    """Texts until so many characters have passed."""
-    for text in texts:
-        characters -= len(text)
-        if characters < 0:
-            return
-        yield text
+def held_out_texts(sources: list[Source]) -> Iterator[str]:
+    return (text for _, text in stream(sources) if isinstance(text, str) and is_held_out(text))
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(TokenizerConfig, argv)
     sources = find_sources(config.sources, Path(config.corpora_path), config.text_field)
     log(f"training a tokenizer of {config.vocab_size} tokens on {', '.join(source.name for source in sources)}")
-    texts = limited(stream(sources, held_out=False), config.max_characters)
+    state = State("")
+    texts = training_texts(sources, config.max_characters, config.max_bad_ratio, state)
     first = next(texts, None)
     if first is None:
         raise UserError(f"no text in {', '.join(source.name for source in sources)}: nothing to train a tokenizer on")
     texts = itertools.chain([first], texts)
     backend = train(texts, config.vocab_size, config.min_frequency, config.split_han)
+    if state.bad:
+        log(f"left out {sum(state.bad.values())} bad of {sum(state.taken.values())} records: {reasons(state.bad)}")
     tokenizer = save(backend, Path(config.tokenizer_path))
     if tokenizer.vocab_size < config.vocab_size:
         log(
             f"the text gave {tokenizer.vocab_size} tokens, fewer than asked: it has no more pairs that occur "
             f"{config.min_frequency} times"
         )
-    held_out = list(itertools.islice(stream(sources, held_out=True), 5000))
+    held_out = list(itertools.islice(held_out_texts(sources), 5000))
     if held_out:
         round_trip(tokenizer, held_out)
         figures = write_report(

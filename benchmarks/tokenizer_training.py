@@ -70,7 +70,7 @@ def measure(trainer: str, characters: int, config: BenchmarkConfig) -> dict:
     read = []
 
     def texts():
-        for text in ours.limited(ours.stream(sources, held_out=False), characters):
+        for text in ours.training_texts(sources, characters):
             read.append(len(text))
             yield text
 

@@ -121,19 +121,24 @@ class Encoder:
         return block
 
 
+def document(text: str | Broken) -> str | Broken:
+    """The cleaned text of a record, or why it is bad."""
+    if type(text) is Broken:
+        return text
+    if len(text) > LONGEST:
+        return TOO_LONG
+    cleaned = clean_text(text)
+    if cleaned is not text and has_surrogates(text):  # so come bytes that are not UTF-8 out of some readers
+        return Broken("not UTF-8")
+    return cleaned or EMPTY
+
+
 class TextEncoder(Encoder):
     """Documents as `<s> text </s>`."""
 
     def read(self, record, take: Callable) -> tuple[str, str, None] | Broken:
-        text = take(record)
-        if type(text) is Broken:
-            return text
-        if len(text) > LONGEST:
-            return TOO_LONG
-        cleaned = clean_text(text)
-        if cleaned is not text and has_surrogates(text):  # so come bytes that are not UTF-8 out of some readers
-            return Broken("not UTF-8")
-        return (cleaned, cleaned, None) if cleaned else EMPTY
+        text = document(take(record))
+        return text if type(text) is Broken else (text, text, None)
 
     def encode(self, texts: list[str], places: np.ndarray) -> Encoded:
         ids, lengths = encode_documents(self.tokenizer, texts)

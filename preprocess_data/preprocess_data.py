@@ -147,8 +147,7 @@ def encode_all(
         )
     if state.too_bad(config.max_bad_ratio, at_end=True):
         raise UserError(
-            f"{sum(state.bad.values())} of {sum(state.taken.values())} records are bad, more than "
-            f"--max_bad_ratio={config.max_bad_ratio:g} ({reasons(state.bad)}), see {partial(run.rejects_path)}: "
+            f"{state.bad_share(config.max_bad_ratio)}, see {partial(run.rejects_path)}: "
             "mend the input, or raise --max_bad_ratio and it goes on from here"
         )
     run.finish(sources=[str(file) for source in sources for file in source.files], **about)

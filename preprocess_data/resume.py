@@ -41,6 +41,13 @@ class State:
         records = sum(self.taken.values())
         return (at_end or records >= JUDGED) and sum(self.bad.values()) > most * records
 
+    def bad_share(self, most: float) -> str:
+        """`3 of 200 records are bad, more than --max_bad_ratio=0.001 (3 broken JSON)`."""
+        return (
+            f"{sum(self.bad.values())} of {sum(self.taken.values())} records are bad, more than "
+            f"--max_bad_ratio={most:g} ({reasons(self.bad)})"
+        )
+
 
 class Run:
     """The files of one kind in one folder. As a context it holds the folder, so that no other run writes to it.

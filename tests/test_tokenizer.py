@@ -13,11 +13,13 @@ import pytest
 
 import train_tokenizer
 from benchmarks import tokenizer_training
+from preprocess_data.corpora import find_sources
 from preprocess_data.tokenizer_report import known_tokenizers, of_folder, write_report
 from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, random_text, write_lines
 from train_tokenizer import main as train_main
 from train_tokenizer import train
 from utils.errors import UserError
+from utils.text import is_held_out
 from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, StreamDecoder, load_tokenizer
 
 
@@ -217,9 +219,11 @@ def test_command_trains_on_a_users_file_and_reports(tmp_path, capsys):
     rows = [{"content": SENTENCES[i % len(SENTENCES)] + str(i)} for i in range(300)] + ["not json"]
     path = write_lines(tmp_path / "my.jsonl", rows)
     train_main(
-        [f"--sources={path}", "--text_field=content", "--vocab_size=400", f"--tokenizer_path={tmp_path / 'out'}"]
-    )
-    assert "round trip exact" in capsys.readouterr().out
+        [f"--sources={path}", "--text_field=content", "--vocab_size=400", f"--tokenizer_path={tmp_path / 'out'}",
+         "--max_bad_ratio=0.004"]
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "round trip exact" in said and "left out 1 bad of 301 records: 1 broken JSON" in said
     assert "my.jsonl" in (tmp_path / "out" / "report.md").read_text()
     assert load_tokenizer(tmp_path / "out").vocab_size == 400
 
@@ -231,14 +235,35 @@ def test_command_without_any_corpus_says_what_to_run(tmp_path):
     assert done.returncode == 2 and "fetch poems" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_no_token_spans_the_limit_of_characters(tmp_path):
-    from train_tokenizer import limited
+def test_reading_ends_at_the_limit_of_characters(tmp_path):
+    texts = ["abcd" + "床前明月"[i % 4] * 6 for i in range(40)]
+    sources = find_sources(str(write_lines(tmp_path / "my.jsonl", [{"text": text} for text in texts])), tmp_path)
+    kept = [text for text in texts if not is_held_out(text)]
+    assert list(train_tokenizer.training_texts(sources, 25)) == kept[:2]
+    assert list(train_tokenizer.training_texts(sources, 10**6)) == kept
 
-    texts = itertools.repeat("abcd")
-    assert len(list(limited(texts, 10))) == 2
+
+def test_too_many_bad_records_are_one_line_with_counts(tmp_path):
+    rows = [{"text": SENTENCES[i % len(SENTENCES)] + str(i)} for i in range(30)]
+    bad = ["not json", "{", {"other": "1"}, {"text": " "}, b'{"text": "\xff"}']
+    folder = tmp_path / "out"
+    flags = [f"--sources={write_lines(tmp_path / 'my.jsonl', rows + bad)}", f"--tokenizer_path={folder}"]
+    with pytest.raises(UserError, match="5 of 35 records are bad, more than --max_bad_ratio=0.001 ") as stopped:
+        train_main(["--vocab_size=400", *flags])
+    for reason in ("2 broken JSON", "1 empty", "1 not UTF-8", "1 no text in the field 'text'"):
+        assert reason in str(stopped.value)
+    assert "\n" not in str(stopped.value) and not folder.exists()
+    train_main(["--vocab_size=400", "--max_bad_ratio=1", *flags])
+    assert load_tokenizer(folder).vocab_size == 400
 
 
-@pytest.mark.parametrize("flag", ["--vocab_size=1e12", "--min_frequency=-1", "--max_characters=0"])
+def test_a_corpus_of_bad_records_is_not_read_to_its_end(tmp_path):
+    path = write_lines(tmp_path / "my.jsonl", ["not json"] * 30_000)
+    with pytest.raises(UserError, match="10000 of 10000 records are bad"):
+        train_main([f"--sources={path}", f"--tokenizer_path={tmp_path / 'out'}"])
+
+
+@pytest.mark.parametrize("flag", ["--vocab_size=1e12", "--min_frequency=-1", "--max_characters=0", "--max_bad_ratio=2"])
 def test_settings_that_no_trainer_takes_are_refused_by_name(flag):
     with pytest.raises(UserError, match=flag.partition("=")[0]):
         train_main([flag])
