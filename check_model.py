@@ -16,6 +16,7 @@ from checks.runner import BUILDS, first_sentence, open_subject, run_checks
 from model import get_model_and_args, list_models
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
+from utils.files import replacing
 
 MARKS = {"pass": "pass", "fail": "FAIL", "skip": "not applicable"}
 
@@ -49,7 +50,8 @@ def main(argv=None) -> None:
     if config.json:
         keys = ("check", "status", "detail")
         rows = [{key: asdict(result)[key] for key in keys} for result in results]
-        Path(config.json).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with replacing(Path(config.json)) as beside:
+            beside.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     count = {status: sum(r.status == status for r in results) for status in MARKS}
     print(f"{config.model_name}: {count['pass']} passed, {count['fail']} failed, {count['skip']} not applicable, "
           f"{time.perf_counter() - started:.1f} s")

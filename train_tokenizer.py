@@ -5,7 +5,6 @@ python train_tokenizer.py --sources=my.jsonl --vocab_size=8192
 """
 
 import itertools
-import os
 import tempfile
 import threading
 from collections import deque
@@ -25,6 +24,7 @@ from preprocess_data.resume import State, reasons
 from preprocess_data.tokenizer_report import known_tokenizers, of_folder, round_trip, write_report
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
+from utils.files import replacing
 from utils.log import log
 from utils.text import is_held_out
 from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, Tokenizer, load_tokenizer, side_files
@@ -129,8 +129,8 @@ def save(backend: Backend, folder: Path) -> Tokenizer:
     files = {**side_files(), "tokenizer.json": backend.to_str(pretty=True)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (folder / f".{name}.partial").write_text(text, encoding="utf-8")
-        os.replace(folder / f".{name}.partial", folder / name)
+        with replacing(folder / name) as beside:
+            beside.write_text(text, encoding="utf-8")
     return load_tokenizer(folder)
 
 

@@ -17,6 +17,7 @@ from preprocess_data.demo_chat import poem_request
 from utils.chat_template import encode_chat
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
+from utils.files import replacing
 from utils.log import Progress, log
 from utils.talk_options import AnswerOptions
 
@@ -101,7 +102,8 @@ def evaluate(config: EvaluateConfig) -> dict:
         "poems": [{"title": title, "form": form, "text": text} for (title, form), text in zip(asked, texts)],
         "answers": [{"request": request, "answer": answer} for request, answer in zip(REQUESTS, answers)],
     }
-    (run / "demo.json").write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    with replacing(run / "demo.json") as beside:
+        beside.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return result
 
 

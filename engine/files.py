@@ -10,6 +10,8 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.files import naming
+
 BLOCK = 2**20  # small writes are gathered up to so many bytes
 
 
@@ -68,15 +70,16 @@ class NewFile:
 
 def write_file(path: Path, fill) -> dict:
     """Write a file through fill(file), and return its {"name", "size", "sha256"}; OSError when it cannot be written."""
-    file = NewFile(path)
-    try:
-        fill(file)
-        file.close()
-    except Exception:
-        file.abandon()
-        if file.error is not None:
-            raise file.error from None
-        raise
+    with naming(path):
+        file = NewFile(path)
+        try:
+            fill(file)
+            file.close()
+        except Exception:
+            file.abandon()
+            if file.error is not None:
+                raise file.error from None
+            raise
     return {"name": path.name, "size": file.size, "sha256": file.sha256.hexdigest()}
 
 

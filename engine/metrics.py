@@ -10,6 +10,7 @@ import torch
 
 from engine.files import write_text
 from engine.memory import most_held
+from utils.files import replacing
 from utils.log import format_count, warn
 
 
@@ -166,9 +167,8 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         axes.legend()
     axes.grid(alpha=0.3)
     axes.set_title(metrics.parent.name)
-    beside = picture.with_name(f".{picture.name}")
-    figure.savefig(beside, format="png")
-    os.replace(beside, picture)  # in one move: who looks at it during the run never sees half of it
+    with replacing(picture) as beside:  # who looks at it during the run never sees half of it
+        figure.savefig(beside, format="png")
 
 
 def log_text(record: dict, smooth_loss: float, val_loss: float | None, skipped: int, device: torch.device) -> str:

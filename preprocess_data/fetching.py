@@ -76,7 +76,9 @@ def _run(command: list[str], folder: Path, what: str) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
         reason = next((line for line in lines if "code" in line or "ERROR" in line), lines[-1])
-        raise UserError(f"could not fetch {what} ({reason.strip()}): check the network and run the command again")
+        full = any(word in done.stderr for word in ("ENOSPC", "No space left"))
+        change = f"make room for {folder}" if full else "check the network"
+        raise UserError(f"could not fetch {what} ({reason.strip()}): {change} and run the command again")
 
 
 def _whole(path: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.files import replacing
 from utils.log import format_count
 from utils.tokenizer import Tokenizer
 
@@ -59,8 +60,8 @@ def write_report(folder: Path, kind: str, tokenizer: Tokenizer, seed: int = 1) -
     splits = [Split(folder, f"{kind}_{split}") for split in ("train", "val")]
     counts = sum(split.token_counts(tokenizer.vocab_size) for split in splits)
     picture = f"{kind}_report.png"
-    draw(splits, counts, folder / f".{picture}.partial")
-    (folder / f".{picture}.partial").replace(folder / picture)
+    with replacing(folder / picture) as beside:
+        draw(splits, counts, beside)
     text = "\n\n".join(
         [
             f"# Data report: {kind}",
@@ -74,8 +75,8 @@ def write_report(folder: Path, kind: str, tokenizer: Tokenizer, seed: int = 1) -
         ]
     )
     path = folder / f"{kind}_report.md"
-    (folder / f".{path.name}.partial").write_text(text + "\n", encoding="utf-8")
-    (folder / f".{path.name}.partial").replace(path)
+    with replacing(path) as beside:
+        beside.write_text(text + "\n", encoding="utf-8")
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from preprocess_data.dedup import Dedup
 from preprocess_data.encode import SPLITS, Block, Item, drop_duplicates
 from preprocess_data.write_tokens import GrowingFile, TokenWriter, partial, write_atomically
-from utils.errors import UserError
+from utils.errors import DISK_FULL, UserError
 from utils.tokenizer import Tokenizer
 
 try:
@@ -18,7 +18,6 @@ except ImportError:  # no locks on Windows
     fcntl = None
 
 JUDGED = 10_000  # records before the share of bad ones says something; at the end it is judged in any case
-ON_DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
 
 
 @dataclass
@@ -191,7 +190,7 @@ class Run:
             self.signatures.close()
         if self._lock is not None:
             os.close(self._lock)
-        if isinstance(error, OSError) and error.errno in ON_DISK_FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise UserError(
                 f"the disk of {self.folder} is full: make room and run the same command again, it goes on"
             ) from None

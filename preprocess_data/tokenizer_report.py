@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from utils.errors import UserError
+from utils.files import replacing
 from utils.tokenizer import BYTE_OF, Tokenizer
 
 
@@ -97,5 +98,6 @@ def write_report(tokenizers: list[Measured], texts: list[str], path: Path, about
         + "\n\nFallbacks: the share of tokens that are one byte of a character of several bytes. "
         "Round trip: the share of documents that come back as they were.\n"
     )
-    path.write_text(text, encoding="utf-8")
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
     return "\n".join(lines)

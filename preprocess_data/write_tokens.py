@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import naming, replacing
 from utils.tokenizer import Tokenizer
 
 READ = 1 << 22
@@ -44,12 +45,14 @@ class GrowingFile:
 
     def write(self, data: bytes) -> None:
         data = memoryview(data).cast("B")
-        while data:
-            data = data[self._file.write(data) :]
+        with naming(self.path):
+            while data:
+                data = data[self._file.write(data) :]
 
     def sync(self) -> int:
         """Everything is on the disk; returns the size."""
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
@@ -150,11 +153,10 @@ class TokenWriter:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside the file, sync, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = GrowingFile(path)
-    file.write(data)
-    file.sync()
-    file.close()
-    os.replace(partial(path), path)
+    with replacing(path) as beside, open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

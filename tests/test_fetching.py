@@ -168,3 +168,9 @@ def test_a_registry_out_of_reach_is_one_line(tmp_path, monkeypatch):
     )
     assert done.returncode == 2 and done.stderr.startswith("error: could not fetch") and done.stderr.count("\n") == 1
     assert not (tmp_path / "poems.jsonl").exists()
+
+
+@pytest.mark.parametrize("said,change", [("npm error code ENOSPC", "make room for"), ("ERROR: x", "check the network")])
+def test_a_full_disk_while_fetching_is_not_the_network(tmp_path, said, change):
+    with pytest.raises(UserError, match=change):
+        fetching._run([sys.executable, "-c", f"raise SystemExit({said!r})"], tmp_path, "a package")

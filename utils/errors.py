@@ -1,7 +1,10 @@
 """Errors that are the user's to mend: one line that says what, why, and what to change."""
 
+import errno
 import os
 import sys
+
+DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows knows no quota
 
 
 class UserError(ValueError):
@@ -12,7 +15,7 @@ class UserError(ValueError):
 
 def run_script(main) -> None:
     """Call main() and end the process: 0; 2, with one line on stderr, after a user's error, for a path that cannot be
-    used, or out of memory; 130 after Ctrl-C."""
+    used, a full disk, or out of memory; 130 after Ctrl-C."""
     for out in (sys.stdout, sys.stderr):
         if hasattr(out, "reconfigure"):
             out.reconfigure(errors="replace")  # where the locale knows no Chinese, a ? and no UnicodeEncodeError
@@ -37,7 +40,10 @@ def run_script(main) -> None:
         sys.stderr.close()
         raise SystemExit(0) from None
     except OSError as error:
-        if error.filename is None:  # not about a path
+        full = error.errno in DISK_FULL
+        if error.filename is None and not full:  # not about a path
             raise
-        print(f"error: {error.filename}: {error.strerror}: choose another path, or mend this one", file=sys.stderr)
+        what = error.filename or "a file could not be written"
+        change = "make room, and run the same command again" if full else "choose another path, or mend this one"
+        print(f"error: {what}: {error.strerror}: {change}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -3,7 +3,6 @@
 import codecs
 import hashlib
 import json
-import os
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from utils.chat_template import CHAT_TEMPLATE
 from utils.errors import UserError
+from utils.files import replacing
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 N_SPECIAL = 16  # the rest of these ids are reserved slots, so that a later stage can take one and no id moves
@@ -87,8 +87,8 @@ class Tokenizer:
         for name in FILES:
             source = self.path / name
             if source.exists() and source.resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / f".{name}.tmp")
-                os.replace(folder / f".{name}.tmp", folder / name)  # a reader never sees half of it
+                with replacing(folder / name) as beside:  # a reader never sees half of it
+                    shutil.copyfile(source, beside)
 
 
 def side_files() -> dict[str, str]:
