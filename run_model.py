@@ -8,31 +8,35 @@ import streamlit as st
 from page.record import show_run
 from page.sidebar import choose_language, choose_runs, controls, label
 from page.talk import show_error, talk
-from utils.config import parse
+from utils.config import help_text, parse
 from utils.errors import UserError
 from utils.talk_options import TalkOptions
 
 
 def main():
-    # No page_icon: the browser would fetch it from another host.
-    st.set_page_config(page_title="Mini-LLM", initial_sidebar_state=340)
-    try:
-        options = parse(TalkOptions)
-    except UserError as error:
-        show_error("Settings", error)
-        st.stop()
     with st.sidebar:
         say = choose_language()
-        runs = choose_runs(say, options.output_path)
-    view = st.segmented_control(say["view"], ["talk", "record"], default="talk", format_func=say.get, key="view",
-                                label_visibility="collapsed")
-    if view == "record":
-        for run in runs:
-            show_run(say, run)
+    # No page_icon: the browser would fetch it from another host. With a menu comes the choice of light and dark.
+    st.set_page_config(page_title="Mini-LLM", initial_sidebar_state=340, menu_items={"About": say["about"]})
+    try:
+        options = parse(TalkOptions)
+        with st.sidebar:
+            runs = choose_runs(say, options.output_path)
+        view = st.segmented_control(say["view"], ["talk", "record"], default="talk", format_func=say.get, key="view",
+                                    label_visibility="collapsed")
+        if view == "record":
+            for run in runs:
+                show_run(say, run)
+            return
+        with st.sidebar:
+            speakers = [load(say, run, options) for run in runs]
+            settings, system = controls(say, options, speakers)
+    except UserError as error:
+        show_error(say["cannot_show"], error)
         return
-    with st.sidebar:
-        speakers = [load(say, run, options) for run in runs]
-        settings, system = controls(say, options, speakers)
+    except SystemExit:      # --help, which the terminal shows; here the page would wait for ever
+        st.code(help_text(TalkOptions), language=None)
+        return
     talk(say, [label(run) for run in runs], speakers, settings, system)
 
 

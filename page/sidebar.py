@@ -1,10 +1,21 @@
 """The side of the page: the language, one or two of the runs in the output folder, and how they shall answer."""
 import streamlit as st
 
+from utils.errors import UserError
 from utils.log import format_count
 from utils.page_texts import TEXTS
 from utils.talk_options import SAMPLING
 from utils.terminal import harmless
+
+COUNTABLE = 2**53 - 1       # the largest whole number that every browser keeps exactly
+SLIDERS = {                 # name: from, to, step
+    "temperature": (0.0, 2.0, 0.05),
+    "top_p": (0.05, 1.0, 0.05),
+    "min_p": (0.0, 1.0, 0.01),
+    "repetition_penalty": (1.0, 2.0, 0.05),
+    "frequency_penalty": (-2.0, 2.0, 0.1),
+    "presence_penalty": (-2.0, 2.0, 0.1),
+}
 
 
 def choose_language():
@@ -59,23 +70,49 @@ def label(run):
 
 
 def controls(say, options, speakers):
-    """The sampling settings and the system prompt: (dict, str)."""
+    """The sampling settings and the system prompt: (dict, str). UserError when an option is out of its range."""
+    check(options, speakers[0])
+    longest = min(speaker.model.args.max_seq_len for speaker in speakers)
+    state = st.session_state
+    wishes = state.setdefault("wishes", {"system": "", "max_new_tokens": options.max_new_tokens, **options.sampling()})
+    for name, value in wishes.items():
+        if name not in state:       # the first time, and after a run that did not draw it: Streamlit then forgets it
+            state[name] = value
+    state.max_new_tokens = min(wishes["max_new_tokens"], longest)
     system = ""
     if not all(speaker.is_base for speaker in speakers):
-        system = st.text_area(say["system"], placeholder=say["system_hint"], key="system", height=68)
-    longest = min(speaker.model.args.max_seq_len for speaker in speakers)
-    settings = {
-        "temperature": st.slider(say["temperature"], 0.0, 2.0, options.temperature, 0.05, help=say["temperature_help"]),
-        "top_p": st.slider(say["top_p"], 0.05, 1.0, options.top_p, 0.05, help=say["top_p_help"]),
-        "max_new_tokens": st.slider(say["max_new_tokens"], 1, longest, min(options.max_new_tokens, longest)),
-    }
+        system = st.text_area(say["system"], placeholder=say["system_hint"], height=68, **known("system"))
+    settings = {name: slide(say, options, name) for name in ("temperature", "top_p")}
+    settings["max_new_tokens"] = st.slider(say["max_new_tokens"], 1, longest, **known("max_new_tokens"))
     with st.expander(say["more"]):
-        settings["top_k"] = st.number_input(say["top_k"], 0, None, options.top_k, help=say["top_k_help"])
-        for name, low, high, step in (("min_p", 0.0, 1.0, 0.01), ("repetition_penalty", 1.0, 2.0, 0.05),
-                                      ("frequency_penalty", -2.0, 2.0, 0.1), ("presence_penalty", -2.0, 2.0, 0.1)):
-            settings[name] = st.slider(say[name], low, high, float(getattr(options, name)), step,
-                                       help=say[f"{name}_help"])
-        settings["seed"] = st.number_input(say["seed"], 0, None, options.seed, placeholder=say["seed_hint"],
-                                           help=say["seed_help"])
+        settings["top_k"] = count(say, "top_k")
+        settings |= {name: slide(say, options, name) for name in [*SLIDERS][2:]}
+        settings["seed"] = count(say, "seed", value=None, placeholder=say["seed_hint"])
     assert {*settings} == {"max_new_tokens", *SAMPLING}
     return settings, system.strip()
+
+
+def known(name):
+    """The arguments of a control whose value outlives it: through another language, view or model."""
+    def remember():
+        st.session_state.wishes[name] = st.session_state[name]
+    return {"key": name, "on_change": remember}
+
+
+def slide(say, options, name):
+    low, high, step = SLIDERS[name]
+    value = float(getattr(options, name))       # the command line may go beyond what the slider offers
+    return st.slider(say[name], min(low, value), max(high, value), step=step, help=say[f"{name}_help"], **known(name))
+
+
+def count(say, name, **more):
+    return st.number_input(say[name], 0, COUNTABLE, help=say[f"{name}_help"], **known(name), **more)
+
+
+def check(options, speaker):
+    """UserError when a setting of the command line is out of its range, or more than a browser can count to."""
+    speaker.check(options.max_new_tokens, **options.sampling())
+    for name in ("top_k", "seed"):
+        value = getattr(options, name)
+        if value is not None and value > COUNTABLE:
+            raise UserError(f"{name}={value} is more than a browser counts to: give at most {COUNTABLE}")

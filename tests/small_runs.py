@@ -76,8 +76,10 @@ def make_run(output, stage, name, tokenizer, rows, max_seq_len, steps):
         inputs[row, :len(ids) - 1] = torch.tensor(ids[:-1])
         targets[row, :len(ids) - 1] = torch.where(torch.tensor(mask[1:]) == 1, torch.tensor(ids[1:]), -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
-    for _ in range(steps):
+    records = []
+    for step in range(1, steps + 1):
         loss = model(inputs, targets)[1]
+        records.append({"step": step, "loss": loss.item(), "lr": 1e-2})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -87,6 +89,7 @@ def make_run(output, stage, name, tokenizer, rows, max_seq_len, steps):
     (folder / "config.yaml").write_text(yaml.safe_dump(
         {"stage": stage, "model_name": name, "model": dataclasses.asdict(args)}), encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps({"val_loss": loss.item(), "val_bpc": None}), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     tokenizer.save(folder / "tokenizer")
     save_checkpoint(folder / "final", model, None, {}, {
         "stage": stage, "model_name": name, "step": steps, "params": model.num_params()["total"]})

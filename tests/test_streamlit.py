@@ -1,201 +1,93 @@
-"""The page in a real headless Chromium: choose a run, talk, stop, and nothing a model writes is more than text.
-
-Screenshots go to output/screenshots, or where SCREENSHOTS says.
-"""
-import os
-import re
+"""The page in a real headless Chromium: every control, two browsers at once, both themes, and text that stays text."""
+import functools
+import http.server
+import json
 import shutil
-import signal
-import socket
-import subprocess
-import sys
+import threading
 import time
-import urllib.request
-from pathlib import Path
 
 import pytest
-from small_runs import CHAT, POISON, small_runs
+from chromium import EN, ZH, Page, open_browser, requests, serve, wait
+from payloads import MARKUP, PAYLOADS, RUN, SITE
+from small_runs import CHAT, small_runs
 
-from utils.page_texts import TEXTS
+from engine.chat import open_speaker
+from engine.inside import reports_load
 from utils.terminal import harmless
 
-ROOT = Path(__file__).resolve().parents[1]
-SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", ROOT / "output" / "screenshots"))
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync --disable-dev-shm-usage "
-         "--window-size=1280,900 --lang=en-US").split()
-EN, ZH = TEXTS["English"], TEXTS["中文"]
-
-
-def need(condition, what):
-    """In CI a missing browser is a failure; elsewhere the test is left out, and says why."""
-    if not condition:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
-            f"{what} is missing: apt-get install chromium chromium-driver fonts-noto-cjk; pip install selenium")
-
-
-def test_the_texts_are_complete_in_both_languages():
-    assert EN.keys() == ZH.keys() and all(EN.values()) and all(ZH.values())
-    files = [ROOT / "run_model.py", *(ROOT / "page").glob("*.py")]
-    used = {key for file in files for key in re.findall(r"""say\[["'](\w+)["']\]""", file.read_text(encoding="utf-8"))}
-    assert used <= EN.keys()
-
-
-def open_page(monkeypatch, *arguments):
-    """The page without a browser: what it draws, and nothing of how."""
-    from streamlit.testing.v1 import AppTest
-    monkeypatch.setattr(sys, "argv", ["run_model.py", *arguments])
-    # AppTest puts the page there; a process that a later test starts would begin by running it
-    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
-    return AppTest.from_file(str(ROOT / "run_model.py"), default_timeout=60).run()
-
-
-def test_what_cannot_be_done_is_told_on_the_page(monkeypatch, tmp_path):
-    empty = open_page(monkeypatch, f"--output_path={tmp_path}")
-    assert empty.warning[0].value == EN["no_runs"] and not empty.exception
-    assert "did you mean" in open_page(monkeypatch, "--temprature=1").text[0].value
-
-    shutil.copytree(next(small_runs().glob("sft_*")), tmp_path / "damaged")
-    (tmp_path / "damaged" / "final" / "model.safetensors").write_bytes(b"short")
-    damaged = open_page(monkeypatch, f"--output_path={tmp_path}")
-    assert damaged.error[0].value == EN["cannot_load"] and "no valid checkpoint" in damaged.text[-1].value
-
-    talk = open_page(monkeypatch, f"--output_path={small_runs()}", "--temperature=0")
-    talk.chat_input[0].set_value("长" * 600).run()
-    assert talk.error[0].value == EN["cannot"] and "shorten" in talk.text[-1].value and not talk.exception
-    talk.chat_input[0].set_value("谁写的").run()                              # and the conversation goes on
-    assert talk.text[-1].value == CHAT["谁写的"]
+pytestmark = pytest.mark.slow
+MARKED = "script img iframe object embed video audio link style base a strong em h1 li code table .katex math".split()
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """The address of a running page over the two small runs."""
-    home, port = tmp_path_factory.mktemp("home"), free_port()
-    with open(home / "log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "streamlit", "run", "run_model.py", f"--server.port={port}", "--", "--temperature=0",
-             f"--output_path={small_runs()}", "--max_new_tokens=2000", "--device=cpu"],
-            cwd=ROOT, env={**os.environ, "HOME": str(home)}, stdout=log, stderr=log, start_new_session=True)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        wait(lambda: server.poll() is None and healthy(address), 30, lambda: (home / "log").read_text())
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def page(home):
+    """The address of the page over the two small runs."""
+    with serve(home, "run_model.py", f"--output_path={small_runs()}", "--temperature=0",
+               "--max_new_tokens=2000") as address:
         yield address
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(10)
+
+
+@pytest.fixture(scope="module")
+def parrot(home):
+    """The address of a page whose model answers each message with that message; the run's own files are markup too."""
+    run = home / "runs" / MARKUP
+    shutil.copytree(next(small_runs().glob("sft_*")), run)
+    for name in ("config.yaml", "run.json"):
+        with open(run / name, "a", encoding="utf-8") as file:
+            file.write("".join(f"# {payload!r}\n" for payload in PAYLOADS))
+    with serve(home, "tests/parrot_page.py", f"--output_path={run.parent}", "--temperature=0") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    return tmp_path_factory.mktemp("profile")
+
+
+@pytest.fixture(scope="module")
+def chromium(profile):
+    with open_browser(profile) as driver:
+        yield driver
 
 
 @pytest.fixture()
-def browser(tmp_path):
-    need(CHROMIUM and DRIVER, "chromium or its driver")
-    try:
-        from selenium import webdriver
-    except ImportError:
-        need(False, "selenium")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    driver.set_page_load_timeout(30)
-    yield driver
-    driver.quit()
+def browser(chromium):
+    """The one browser of all tests, in a window of the test's own."""
+    first = chromium.current_window_handle
+    chromium.switch_to.new_window("tab")
+    yield chromium
+    chromium.close()
+    chromium.switch_to.window(first)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture()
+def downloads(profile):
+    return lambda: sorted(file for file in (profile / "downloads").glob("*") if file.suffix != ".crdownload")
 
 
-def healthy(address):
-    try:
-        return urllib.request.urlopen(address + "/_stcore/health", timeout=2).status == 200
-    except OSError:
-        return False
+def is_mixture(stage):
+    return reports_load(open_speaker(next(small_runs().glob(f"{stage}_*")), "cpu").model)
 
 
-def wait(condition, seconds=20, report=lambda: ""):
-    """Poll until the condition holds, and return what it gave; elements may be redrawn while we look at them."""
-    from selenium.common.exceptions import StaleElementReferenceException
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            value = condition()
-            if value:
-                return value
-        except StaleElementReferenceException:
-            pass
-        time.sleep(0.05)
-    pytest.fail(f"not within {seconds} s: {report()}")
-
-
-class Page:
-    """What a person does and sees."""
-
-    def __init__(self, driver, address):
-        self.driver = driver
-        driver.get(address)
-        wait(lambda: self.all('[data-testid="stChatInput"] textarea') and self.ended(), 40, self.text)
-
-    def all(self, css):
-        return self.driver.find_elements("css selector", css)
-
-    def text(self):
-        return self.driver.find_element("css selector", "body").text
-
-    def say(self, text):
-        before = len(self.messages())
-        box = self.all('[data-testid="stChatInput"] textarea')[0]
-        box.send_keys(text)
-        box.send_keys("\ue007")                     # Enter
-        wait(lambda: len(self.messages()) >= before + 2, report=self.text)
-
-    def messages(self):
-        """What stands in each bubble, as one sees it."""
-        return [m.text for m in self.all('[data-testid="stChatMessage"] [data-testid="stText"]')]
-
-    def captions(self):
-        return [c.text for c in self.all('[data-testid="stChatMessage"] [data-testid="stCaptionContainer"]')]
-
-    def ended(self):
-        return self.all('[data-test-script-state="notRunning"]')
-
-    def idle(self):
-        """Wait until every message has its answer and the script has ended: before that, old elements linger."""
-        wait(lambda: len(self.messages()) % 2 == 0 and self.ended()
-             and (self.button(EN["regenerate"]) or self.button(ZH["regenerate"])), report=self.text)
-
-    def button(self, name):
-        return next((b for b in self.all("button") if b.text.strip().endswith(name)), None)
-
-    def click(self, name):
-        wait(lambda: self.button(name), report=self.text).click()
-
-    def choose(self, number, option):
-        """Pick an option of a select box of the sidebar by a part of its text."""
-        self.all('[data-testid="stSidebar"] [data-testid="stSelectbox"] input')[number].click()
-        wait(lambda: next((o for o in self.all('[role="option"]') if option in o.text), None), report=self.text).click()
-
-    def shoot(self, name):
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        assert self.driver.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
+def dark(driver):
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia",
+                           {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
 
 
 def test_a_conversation(page, browser):
     view = Page(browser, page)
-    assert EN["chat_welcome"] in view.text()
+    view.shows(EN["chat_welcome"])
     assert " · sft · " in view.all('[data-testid="stSelectbox"] input')[1].get_attribute("value")   # it can chat: first
-    view.say("背一首春晓")
-    view.idle()
+    view.ask("背一首春晓")
     assert view.messages() == ["背一首春晓", CHAT["背一首春晓"]]
-    view.say("谁写的")
-    view.idle()
+    view.ask("谁写的")
     assert view.messages()[2:] == ["谁写的", CHAT["谁写的"]]                  # the second turn
-    assert EN["tokens_per_s"] in view.text() and EN["first"] in view.text()
+    view.shows(EN["tokens_per_s"], EN["first"])
     view.shoot("chat")
 
     figures = view.captions()[-1]
@@ -204,15 +96,10 @@ def test_a_conversation(page, browser):
     view.idle()
     assert view.messages()[2:] == ["谁写的", CHAT["谁写的"]]
     view.choose(0, "中文")
-    wait(lambda: ZH["temperature"] in view.text() and ZH["regenerate"] in view.text(), report=view.text)
+    view.shows(ZH["temperature"], ZH["regenerate"])
     view.idle()
     assert len(view.messages()) == 4
     view.shoot("chat_zh")
-
-    view.driver.switch_to.new_window("tab")                                 # another session sees nothing of this one
-    assert Page(browser, page).messages() == []
-    view.driver.switch_to.window(view.driver.window_handles[0])
-    assert len(view.messages()) == 4
     view.click(ZH["clear"])
     wait(lambda: not view.messages())
 
@@ -220,7 +107,7 @@ def test_a_conversation(page, browser):
 def test_stop_keeps_what_was_written(page, browser):
     view = Page(browser, page)
     view.choose(1, "pretrain")
-    wait(lambda: EN["base_welcome"] in view.text(), report=view.text)
+    view.shows(EN["base_welcome"])
     view.say("春眠")
     lengths = set()
     wait(lambda: lengths.add(len(view.messages()[1])) or len(lengths) > 3, report=view.text)      # it grows as we look
@@ -229,28 +116,248 @@ def test_stop_keeps_what_was_written(page, browser):
     view.idle()
     kept = view.messages()[1]
     assert len(kept) >= max(lengths) - 1 and not kept.endswith("▍")
-    assert EN["stopped"] in view.text()
+    view.shows(EN["stopped"])
     view.say("春眠不觉晓")                                                  # and once more: the first is still there
     view.click(EN["stop"])
     view.idle()
     assert view.messages()[:2] == ["春眠", kept] and len(view.messages()) == 4
     view.choose(1, "sft")                                                   # each run has its conversation
-    wait(lambda: EN["chat_welcome"] in view.text(), report=view.text)
+    view.shows(EN["chat_welcome"])
     view.choose(1, "pretrain")
     wait(lambda: view.messages()[:2] == ["春眠", kept], report=view.text)
 
 
-def test_what_is_written_is_only_text(page, browser):
+def test_edit_compare_and_look_inside(page, browser, downloads):
+    from selenium.webdriver import ActionChains, Keys
     view = Page(browser, page)
+    for text in ("hello", "谁写的"):
+        view.ask(text)
+    assert view.messages()[1] == CHAT["hello"]
+
+    view.all('[data-testid="stChatMessage"] [data-testid="stPopover"] button')[0].click()          # edit the first
+    box = wait(lambda: view.all('[data-testid="stPopoverBody"] textarea'), report=view.text)[0]
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys("背一首春晓")
+    view.shoot("edit")
+    view.click(EN["send"])
+    wait(lambda: view.messages()[:1] == ["背一首春晓"], report=view.text)
+    view.idle()
+    assert view.messages() == ["背一首春晓", CHAT["背一首春晓"]]                # what followed is gone
+
+    view.click(EN["probabilities"])
+    words = wait(lambda: view.shadow(".token"), report=view.text)
+    assert "".join(word.text for word in words if word.text != "·") == CHAT["背一首春晓"].replace("\n", "")
+    ActionChains(browser).move_to_element(words[0]).perform()
+    rows = wait(lambda: [row for row in view.shadow(".row") if row.is_displayed()], report=view.text)
+    assert len(rows) == 8 and "%" in rows[0].text
+    view.shoot("probabilities")
+    words[1].click()                                                                              # stays when we leave
+    ActionChains(browser).move_to_element(view.all("h3")[0]).perform()
+    assert any(row.is_displayed() for row in view.shadow(".row"))
+    words[1].click()
+
+    view.press(EN["export"])
+    view.press("JSON Lines")
+    view.press("Markdown")
+    kept = wait(lambda: len(downloads()) == 2 and downloads())
+    assert json.loads(kept[0].read_text(encoding="utf-8"))["messages"][1]["content"] == CHAT["背一首春晓"]
+    assert "春眠不觉晓" in kept[1].read_text(encoding="utf-8")
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+
+    view.all('[data-testid="stSidebar"] [data-testid="stCheckbox"] label')[0].click()              # compare two
+    view.shows(EN["other"], EN["chat_welcome"])
+    view.say("春眠")
+    view.click(EN["stop"])                                        # the base model would go on to its last token
+    view.idle()
+    assert len(view.all('[data-testid="stChatMessage"]')) == 3
+    names = [text for text in view.messages() if " · " in text]
+    assert len(names) == 2 and " · sft · " in names[0] and " · pretrain · " in names[1]
+    view.shoot("compare")
+
+
+def test_the_experts_of_a_mixture(page, browser):
+    view = Page(browser, page)
+    stages = [stage for stage in ("sft", "pretrain") if is_mixture(stage)]
+    assert stages
+    view.choose(1, stages[0])
+    wait(view.ended)
+    view.say("春眠")
+    view.click(EN["stop"])
+    view.idle()
+    view.click(EN["experts"])
+    tables = wait(lambda: len(view.all('[data-testid="stDataFrame"]')) == 2 and view.ended()
+                  and view.all('[data-testid="stDataFrame"]'), 40, view.text)
+    cells = wait(lambda: tables[0].find_elements("css selector", "canvas td"))       # what a screen reader is told
+    shares = [cell.get_attribute("textContent") for cell in cells]
+    assert sum(map(float, shares[1:])) == pytest.approx(1), shares                # the first layer's, behind its name
+    view.shoot("experts")
+
+
+def test_the_training_tab(page, browser):
+    view = Page(browser, page)
+    view.click(EN["record"])
+    view.shows(EN["curve_loss"], EN["curve_lr"], "config.yaml")
+    lines = wait(lambda: len(view.all('[aria-roledescription="line mark"]')) == 2
+                 and view.all('[aria-roledescription="line mark"]'), report=view.text)
+    assert [line.get_attribute("d").count("L") for line in lines] == [89, 89]            # 90 steps, 89 strokes
+    view.press("config.yaml", "summary")
+    view.shows("model_name", "stage: sft")
+    view.shoot("training")
+
+
+def test_two_browsers_see_nothing_of_each_other(page, browser, tmp_path):
+    """Two people at once, on the same loaded models, one of them with a Chinese browser."""
+    with open_browser(tmp_path, "zh-CN") as other:
+        here, there = Page(browser, page), Page(other, page)
+        there.shows(ZH["chat_welcome"])                             # the browser's language, until another is chosen
+        here.ask("背一首春晓")
+        here.all('[data-testid="stSidebar"] textarea')[0].send_keys("only mine")
+        here.all('[data-testid="stSidebar"] textarea')[0].send_keys("\ue009\ue007")         # Ctrl+Enter
+        assert there.messages() == []
+        there.choose(1, "pretrain")
+        there.shows(ZH["base_welcome"])
+        there.say("春眠")                                            # it goes on and on, and meanwhile:
+        here.ask("谁写的")
+        assert here.messages() == ["背一首春晓", CHAT["背一首春晓"], "谁写的", CHAT["谁写的"]]
+        there.click(ZH["stop"])
+        there.idle()
+        assert there.messages()[0] == "春眠" and len(there.messages()) == 2
+        there.choose(1, "sft")
+        there.shows(ZH["chat_welcome"])
+        assert there.messages() == []
+        assert there.all('[data-testid="stSidebar"] textarea')[0].get_attribute("value") == ""
+        there.ask("hello")
+        assert there.messages() == ["hello", CHAT["hello"]]
+        there.click(ZH["clear"])
+        wait(lambda: not there.messages())
+        assert len(here.messages()) == 4
+        browser.refresh()                                            # a new session, even of the same browser
+        wait(lambda: here.ended() and here.all('[data-testid="stChatInput"] textarea'), 40, here.text)
+        assert here.messages() == []
+
+
+def test_the_dark_theme(page, browser):
+    dark(browser)
+    view = Page(browser, page)
+    view.ask("背一首春晓")
+    colour = view.all('[data-testid="stApp"]')[0].value_of_css_property("background-color")
+    assert max(map(int, colour[colour.index("(") + 1:].rstrip(")").split(",")[:3])) < 64, colour
+    view.click(EN["probabilities"])
+    wait(lambda: view.shadow(".token"), report=view.text)
+    view.shoot("dark")
+
+
+def test_every_setting_is_moved_by_hand_and_reaches_the_model(parrot, browser, home):
+    from selenium.webdriver import ActionChains, Keys
+    view = Page(browser, parrot)
+    view.press(EN["more"], "summary")
+    wait(lambda: [one for one in view.all(f'input[aria-label="{EN["seed"]}"]') if one.is_displayed()], report=view.text)
+    wanted = {}
+    for name in ("temperature", "top_p", "max_new_tokens", "min_p", "repetition_penalty", "frequency_penalty",
+                 "presence_penalty"):
+        def thumb(name=name):
+            return view.all(f'input[type="range"][aria-label="{EN[name]}"]')
+        before = wait(thumb, report=view.text)[0].get_attribute("value")
+        browser.execute_script("arguments[0].focus()", thumb()[0])
+        key = Keys.ARROW_LEFT if name in ("top_p", "max_new_tokens") else Keys.ARROW_RIGHT
+        ActionChains(browser).send_keys(key).perform()
+        wait(lambda thumb=thumb, before=before: thumb()[0].get_attribute("value") != before, report=view.text)
+        wanted[name] = float(thumb()[0].get_attribute("value"))
+    for name, value in (("top_k", 3), ("seed", 5)):
+        field = view.all(f'input[aria-label="{EN[name]}"]')[0]
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(str(value), Keys.ENTER)
+        wanted[name] = value
+    system = view.all('[data-testid="stSidebar"] textarea')[0]
+    system.send_keys("be brief", Keys.CONTROL, Keys.ENTER)
+    time.sleep(0.5)
+    wait(view.ended)
+    view.shoot("settings")
+    view.choose(0, "中文")
+    view.shows(ZH["temperature"])
+    view.choose(0, "English")
+    view.click(EN["record"])                                        # there and back: nothing is forgotten
+    view.shows("config.yaml")
+    view.click(EN["talk"])
+    wait(lambda: view.all('[data-testid="stChatInput"] textarea'))
+    view.ask("hello")
+    messages, settings = json.loads((home / "asked.jsonl").read_text().splitlines()[-1])
+    assert messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    assert settings == pytest.approx(wanted)
+
+
+def test_no_text_is_more_than_text(parrot, browser):
+    """As a prompt, as what the model writes, and as the tokens it is shown by: nothing runs, nothing is loaded."""
+    assert len(PAYLOADS) >= 60
+    requests(browser)
+    view = Page(browser, parrot)
     title = browser.title
-    for ask in ("payload", harmless(POISON)):
-        view.say(ask)
-        view.idle()
-    assert view.messages()[1] == harmless(POISON) and view.messages()[2] == harmless(POISON)
-    inside = '[data-testid="stChatMessageContent"] '
-    assert not [tag for tag in ("script", "img", "a", "strong", ".katex") if view.all(inside + tag)]
-    assert browser.title == title
-    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
-    assert loaded and [name for name in loaded if not name.startswith((page, "data:", "blob:"))] == []
-    assert not [name for name in loaded if name.endswith(("/x", "x.png"))]
-    view.shoot("payload")
+    for number, payload in enumerate(PAYLOADS):
+        view.say(payload)
+        asked = harmless(payload).strip()
+        said = asked.partition("</think>")[2] or asked                      # what was thought is folded away
+
+        def written(asked=asked, said=said):
+            shown = [text.strip() for text in view.messages() if text]
+            return shown[-2:] == [asked, said] and view.ended()
+        wait(written, report=lambda: str(view.messages()[-2:]))
+        if number % 6 == 5:
+            view.press(EN["probabilities"])
+            wait(lambda: view.shadow(".token"), report=view.text)
+            look(view, title)
+            view.press(EN["clear"])
+            wait(lambda: not view.messages() and view.ended(), report=view.text)
+    look(view, title)
+    view.press(EN["thought"], "summary")
+    view.shows(RUN)
+    view.shoot("payloads")
+    view.press(EN["experts"])
+    wait(lambda: view.all('[data-testid="stDataFrame"]') and view.ended(), report=view.text)
+    kind = view.all('[data-testid="stChatMessage"] [data-testid="stSelectbox"] input')[-1]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", kind)
+    options = wait(lambda: view.all('[role="option"]') or kind.click())              # it may be redrawn under a click
+    assert MARKUP in options[1].text
+    options[1].click()
+    wait(view.ended)
+    look(view, title)
+    view.press(EN["record"])
+    for name in ("config.yaml", "run.json"):
+        view.press(name, "summary")
+    view.shows(RUN)
+    look(view, title)
+    addresses = requests(browser)
+    assert addresses and foreign(addresses, parrot) == []
+    assert not [url for url in addresses if url.endswith(("/x", "/x.png"))]
+
+
+def look(view, title):
+    inside, ours = '[data-testid="stChatMessageContent"] ', ':not([data-testid="stDataFrame"] *)'     # our own tables
+    assert [tag for tag in MARKED if view.all(inside + tag + ours)] == []
+    assert not view.shadow(".tokens :not(span):not(div)")
+    assert view.driver.title == title and view.driver.execute_script("return window.owned === undefined")
+
+
+def foreign(addresses, own):
+    """The addresses that are not on the page's own server."""
+    ours = own + "/", own.replace("http", "ws") + "/", "data:", "blob:"
+    return [url for url in addresses if not url.startswith(ours)]
+
+
+def test_the_payloads_do_something_where_text_is_taken_for_markup(browser, tmp_path):
+    """The check on the checks: on a page that believes its text, scripts run and foreign things are asked for."""
+    for number, payload in enumerate(PAYLOADS):
+        (tmp_path / f"{number}.html").write_text(f"<!doctype html><meta charset=utf-8><body><div>{payload}</div>")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        own = f"http://127.0.0.1:{server.server_port}"
+        ran, asked = 0, []
+        requests(browser)
+        for number in range(len(PAYLOADS)):
+            browser.get(f"{own}/{number}.html")
+            time.sleep(0.05)                                            # a page that goes elsewhere by itself
+            ran += browser.execute_script("return window.owned === 1")
+            asked += foreign(requests(browser), own)
+        server.shutdown()
+    assert ran >= 12, ran
+    assert {f"{SITE}/{name}" for name in ("a.css", "b.css", "c", "a.png", "b.png", "c.png")} <= {*asked}

@@ -2,6 +2,7 @@
 
 TEXTS = {
     "English": {
+        "about": "**Mini-LLM**: one file is one architecture. What is said here stays on this machine.",
         "run": "Model",
         "held_out": "held-out loss",
         "step": "step",
@@ -12,6 +13,7 @@ TEXTS = {
         "temperature_help": "0 always takes the likeliest token; higher is more varied",
         "top_p": "Top-p",
         "top_p_help": "Keeps the fewest tokens whose probabilities reach this sum; 1 keeps all",
+        "cannot_show": "This cannot be shown",
         "more": "More",
         "top_k": "Top-k",
         "top_k_help": "Keeps the k likeliest tokens; 0 keeps all",
@@ -86,6 +88,7 @@ TEXTS = {
         "no_runs_hint": "Train one first, for example with `bash run_demo.sh`, then reload this page. Looked in:",
     },
     "中文": {
+        "about": "**Mini-LLM**：一个文件就是一种架构。这里说的话不会离开这台机器。",
         "run": "模型",
         "held_out": "验证损失",
         "step": "步数",
@@ -96,6 +99,7 @@ TEXTS = {
         "temperature_help": "0 总取最可能的词元；越高越多样",
         "top_p": "Top-p",
         "top_p_help": "只保留概率之和达到该值的最少词元；1 为全部保留",
+        "cannot_show": "无法显示",
         "more": "更多",
         "top_k": "Top-k",
         "top_k_help": "只保留最可能的 k 个词元；0 为全部保留",
