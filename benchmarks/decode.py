@@ -2,6 +2,7 @@
 
     pip install -e .[test,bench]
     python benchmarks/decode.py              dense and mixture, alone and 8 requests side by side
+    python benchmarks/decode.py --models mini_llama3 --rows 1      a part; the figures of the others stay in the file
     python benchmarks/decode.py --quick      few tokens, one round: does it all run?
 
 The same random weights everywhere, greedy, a prompt of 16 tokens. All take turns in one process, and a figure is the
@@ -286,10 +287,13 @@ def main():
         from importlib.metadata import version
         about["llama_cpp_python"] = version("llama-cpp-python")
     path = Path(config.results)
-    results = {"about": about, "tokens_per_s": {}, "of_bandwidth": {}, "positions": {}}
+    results = {"tokens_per_s": {}, "of_bandwidth": {}, "positions": {}, "abouts": {}}
+    if path.exists():                       # what this call does not measure stays
+        results |= json.loads(path.read_text(encoding="utf-8"))
     for name in config.models:
         for rows in config.rows:
             rates = results["tokens_per_s"][f"{name} x{rows}"] = compare(config, name, rows)
+            results["abouts"][f"{name} x{rows}"] = about
             for label, rate in rates.items():
                 precision = next((part for part in label.split() if part in BYTES), None)
                 if rows == 1 and label.startswith("ours"):
@@ -299,6 +303,7 @@ def main():
             save(path, results)
         if config.positions:
             results["positions"][name] = by_position(name, 30)
+            results["abouts"][f"{name} positions"] = about
             print(name, "milliseconds a step by position", results["positions"][name], flush=True)
             save(path, results)
     print(table(results))

@@ -1,5 +1,8 @@
 """A compiled step of decoding: the whole forward of one token a row as one program, its weights packed for it."""
+import copy
+
 import torch
+from torch import nn
 
 
 @torch.inference_mode()
@@ -13,11 +16,14 @@ def compile_decoding(model, rows=1):
     if not model.accepts("state"):
         return
 
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    program = with_row_products(model) if on_cpu else model
+
     def step(ids, state):
-        return model(ids, state=state)[0]
+        return program(ids, state=state)[0]
 
     # freezing: on the CPU bf16 products of prepacked weights read twice as fast as those of plain ones
-    options = {"freezing": True} if next(model.parameters()).device.type == "cpu" else {}
+    options = {"freezing": True} if on_cpu else {}
     model.decoding_step = torch.compile(step, options=options)
     for count in sorted({1, min(2, rows), rows}):
         for longest in (4, 5):
@@ -34,3 +40,24 @@ def _write(model, rows, tokens):
     while state.upto < tokens:
         model.decoding_step(token, state)
         state.advance(1)
+
+
+class RowLinear(nn.Linear):
+    """A Linear that multiplies a single row as a sum, which the compiler writes as one loop over the weights and fuses
+    with what stands around it: on the CPU that reads 16-bit weights at twice the rate of the library's product."""
+
+    def forward(self, x):
+        if x.numel() != x.shape[-1]:
+            return super().forward(x)
+        out = (self.weight.float() * x.float().view(1, -1)).sum(dim=-1).to(x.dtype)
+        return (out if self.bias is None else out + self.bias).view(*x.shape[:-1], -1)
+
+
+def with_row_products(model):
+    """A second view of a model on the same weights, in which every plain `nn.Linear` is a `RowLinear`."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    program = copy.deepcopy(model, shared)
+    for module in program.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = RowLinear
+    return program
