@@ -31,7 +31,7 @@ from preprocess_data.filters import Filters
 from preprocess_data.idioms import fetch_idioms
 from preprocess_data.poems import fetch_poems
 from preprocess_data.readers import BLOCK, LONGEST, ROWS, Position, read_file
-from preprocess_data.report import write_report
+from preprocess_data.report import load_drawing, write_report
 from preprocess_data.resume import JUDGED, Run, State, reasons
 from preprocess_data.write_tokens import partial, write_jsonl
 from utils.config import opt, parse
@@ -121,6 +121,7 @@ def encode_all(
     state, most = run.state, config.max_documents
     if records := sum(state.taken.values()):
         log(f"{run.kind}: going on after {records} records")
+    load_drawing()
     progress = ReadingProgress(run.kind, sources)
     items = items_of(sources, state, most, progress.position)
     saved = time.time()

@@ -4,7 +4,9 @@ Counts and sizes, what was dropped and where, how long the documents are, which 
 """
 
 import json
+import threading
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,11 @@ def _parts(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
     with open(path, "rb") as file:
         while len(part := np.fromfile(file, dtype, PART)):
             yield part
+
+
+def load_drawing() -> None:
+    """Import what draws, which takes as long as the rest of a report, beside the work that comes before it."""
+    threading.Thread(target=import_module, args=["matplotlib.backends.backend_agg"], daemon=True).start()
 
 
 def write_report(folder: Path, kind: str, tokenizer: Tokenizer, seed: int = 1) -> Path:

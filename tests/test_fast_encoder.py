@@ -18,7 +18,6 @@ from preprocess_data.fast_encoder import (
     REFERENCE,
     FastTokenizer,
     choose_encoder,
-    cut_between_chinese,
     encode_documents,
 )
 from preprocess_data.preprocess_data import main
@@ -114,14 +113,17 @@ def test_where_it_is_taken_the_ids_are_the_same(tokenizer, tmp_path, name):
     same(other, [text for text in map(clean_text, [*HOSTILE, *SENTENCES]) if text])
 
 
-def test_cut_only_where_no_token_crosses(tokenizer):
-    crossing = [i for i in range(tokenizer.vocab_size) if re.search("[一-龥]{2}", tokenizer.decode([i]))]
-    assert (FastTokenizer(tokenizer)._cut_id is None) == bool(crossing)
-    texts = ["床前", "床a前", "前", "a床前，明月b", "床前\n明月 光", "𠮷床𠮷"]
-    cut = ["床\x03前", "床a前", "前", "a床\x03前，明\x03月b", "床\x03前\n明\x03月 光", "𠮷床𠮷"]
-    codes = [np.frombuffer(text.encode("utf-32-le"), "<u4") for text in texts]
-    assert list(map(cut_between_chinese, codes)) == cut
-    same(tokenizer, texts)
+def test_table_only_where_no_token_joins_a_chinese_character_to_its_neighbour(tokenizer):
+    joining = [i for i in range(tokenizer.vocab_size) if re.search(".[一-龥]|[一-龥].", tokenizer.decode([i]), re.S)]
+    fast = FastTokenizer(tokenizer)
+    assert (fast._han is None) == bool(joining)
+    if fast._han is not None:  # it holds the characters of one id, and nothing else
+        known = {chr(code): int(i) for code, i in enumerate(fast._han) if i != tokenizer.bos_id}
+        chinese = list(map(chr, range(0x4E00, 0x9FA6)))
+        every = dict(zip(chinese, tokenizer.encode_batch(chinese)))
+        assert known == {char: ids[0] for char, ids in every.items() if len(ids) == 1} and known
+    texts = ["床前", "床a前", "前", "a床前，明月b", "床前\n明月 光", "𠮷床𠮷", "龦前龥一", "床龘龘前龘", "abc"]
+    same(tokenizer, [*texts, "前" * 300])
 
 
 def test_characters_that_no_pattern_knows(tokenizer):
