@@ -95,14 +95,14 @@ def open_browser(profile, language="en-US"):
 
 def wait(condition, seconds=20, report=lambda: ""):
     """Poll until the condition holds, and return what it gave; elements may be redrawn while we look at them."""
-    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             value = condition()
             if value:
                 return value
-        except StaleElementReferenceException:
+        except (ElementClickInterceptedException, StaleElementReferenceException):     # or lie under others
             pass
         time.sleep(0.05)
     pytest.fail(f"not within {seconds} s: {report()}")
@@ -175,7 +175,7 @@ class Page:
         return next((b for b in self.all("button") if b.text.strip().endswith(name)), None)
 
     def click(self, name):
-        wait(lambda: self.button(name), report=self.text).click()
+        wait(lambda: self.button(name) and (self.button(name).click() or True), report=self.text)
 
     def press(self, name, css="button"):
         """Click what says `name` and may stand behind the message box."""
