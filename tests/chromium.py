@@ -175,7 +175,14 @@ class Page:
         return next((b for b in self.all("button") if b.text.strip().endswith(name)), None)
 
     def click(self, name):
-        wait(lambda: self.button(name) and (self.button(name).click() or True), report=self.text)
+        """Click it by the mouse, scrolled away from the message box: a growing answer pushes it there."""
+        def clicked():
+            found = self.button(name)
+            if found is not None:
+                self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+                found.click()
+            return found is not None
+        wait(clicked, report=self.text)
 
     def press(self, name, css="button"):
         """Click what says `name` and may stand behind the message box."""
