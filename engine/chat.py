@@ -40,6 +40,8 @@ def open_speaker(path, device="auto", precision="fp32", compile=False, speculati
     `rows` answers at once. speculative: of the answers, as `decode`.
     """
     model, tokenizer, config = checkpoint.load_run(path, device=find_device(device), dtype=DTYPES[precision])
+    if precision != "fp32":
+        check_types(model, precision)
     if precision == "int8":
         to_int8(model)
     if compile:
@@ -47,6 +49,18 @@ def open_speaker(path, device="auto", precision="fp32", compile=False, speculati
     if speculative:
         check_speculative(model, speculative)
     return Speaker(model, tokenizer, config["stage"], speculative)
+
+
+@torch.inference_mode()
+def check_types(model, precision):
+    """UserError for a model that computes in fp32 with a weight that it takes as it is, of whatever type that is."""
+    try:
+        model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+    except RuntimeError as error:
+        if "same dtype" not in str(error):
+            raise
+        raise UserError(f"this model does not run with --precision={precision} ({error}): where its forward computes "
+                        "in fp32 it must say weight.float(); or use --precision=fp32") from error
 
 
 class Speaker:

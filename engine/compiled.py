@@ -4,16 +4,20 @@ import copy
 import torch
 from torch import nn
 
+from utils.log import warn
+
 
 @torch.inference_mode()
 def compile_decoding(model, rows=1):
     """From now on, whoever reads one token a row through a state (engine/rows.py) runs a compiled forward.
 
-    Nothing for a model without a state, which reads its whole text for every token. The programs are made here, by
-    writing a few tokens: one for a single row at any position, and for up to `rows` side by side one for any number.
-    The weights must not change any more: the program has its own copy of them, packed for the processor's products.
+    A model without a state, which reads its whole text for every token, is left alone, with a word. The programs are
+    made here, by writing a few tokens: one for a single row at any position, and for up to `rows` side by side one
+    for any number. The weights must not change any more: the program has its own copy of them, packed for the
+    processor's products.
     """
     if not model.accepts("state"):
+        warn("--compile does nothing here: this model keeps no state, so it has no step of one token to compile")
         return
 
     on_cpu = next(model.parameters()).device.type == "cpu"

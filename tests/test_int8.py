@@ -4,14 +4,20 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from planted.right import RightModelArgs
+from planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
 from test_batching import build
 from test_generate import PROMPTS, TOKENIZER, NoState, V
 
+from checks import Subject
+from engine import checkpoint
+from engine.chat import open_speaker
 from engine.compiled import compile_decoding, with_row_products
 from engine.generate import generate
 from model import BaseModelArgs, list_models
 from model.experts import chosen_matmul, expert_matmul
 from model.int8 import FEW_ROWS, Int8Linear, Int8Weight, to_int8
+from utils.errors import UserError
 
 EVERY = [*list_models(), "Recurrent", "Hybrid", "no state"]
 
@@ -109,6 +115,20 @@ def test_a_row_product_in_bf16_is_rounded_once(bias):
     x = torch.randn(1, 1, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
     torch.testing.assert_close(with_row_products(linear)(x).double(), exact, rtol=0.01, atol=0.01)
+
+
+def test_a_model_without_a_state_is_not_compiled_and_that_is_said(capsys):
+    model = build("no state")
+    compile_decoding(model)
+    assert not hasattr(model, "decoding_step") and "keeps no state" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ("bf16", "int8"))
+def test_a_model_that_mixes_types_is_one_line(precision, monkeypatch):
+    model = bf16(Subject.of(Fp32GateTakesItsMatrixAsItIs, RightModelArgs).build().eval())
+    monkeypatch.setattr(checkpoint, "load_run", lambda *_, **__: (model, TOKENIZER, {"stage": "sft"}))
+    with pytest.raises(UserError, match="--precision=fp32"):
+        open_speaker("run", "cpu", precision)
 
 
 @pytest.mark.slow
