@@ -16,6 +16,7 @@ from utils.tokenizer import BYTE_OF, Tokenizer, load_tokenizer
 
 REFERENCE, FAST = "tokenizers", "gigatoken"
 CHECKED_CHARACTERS = 50_000  # of the first documents
+REMEMBERED = 1 << 25  # characters after which the library starts anew: it remembers every piece that it has met
 # Two control characters, which no cleaned text holds, are made the names of <s> and </s>, and the special tokens lose
 # theirs: so a whole block of documents is one string to the library, and what a document says is never a special token.
 _BOS, _EOS = "\x01", "\x02"
@@ -29,34 +30,38 @@ class FastTokenizer(Tokenizer):
     """A tokenizer that encodes with gigatoken; its texts must be cleaned (`utils.text.clean_text`).
 
     Where no token joins a Chinese character to its neighbour, as with --split_han, no merge crosses its edges: its ids
-    are the same wherever it stands. Those of one id come out of a table; the library gets the rest of the text, with
-    one such character in the place of each run of them. That makes it several times as fast.
+    are the same wherever it stands, and come out of a table. The library gets the rest of the text, with one Chinese
+    character in the place of each run of them. That makes it several times as fast.
     """
 
     def __init__(self, reference: Tokenizer):
         super().__init__(reference.path, reference.backend)
-        import gigatoken
-
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         settings = json.loads((self.path / "tokenizer.json").read_text(encoding="utf-8"))
         names = {self.bos_id: _BOS, self.eos_id: _EOS}
         settings["added_tokens"] = [{"id": i, "content": name, **plain} for i, name in names.items()]
         settings["truncation"] = settings["padding"] = settings["post_processor"] = None
-        self._fast = gigatoken.Tokenizer.from_json(json.dumps(settings))
+        self._settings = json.dumps(settings)
+        self._fast, self._encoded = self._new_library(), 0
         tokens = (bytes(map(BYTE_OF.get, token, repeat(0))) for token in reference.backend.get_vocab(False))
-        self._han = None if any(map(_JOINS_HAN.search, tokens)) else self._table()
-        self._stand_in = None if self._han is None else int(np.flatnonzero(self._han != self.bos_id)[0])
+        self._stand_in = None
+        if not any(map(_JOINS_HAN.search, tokens)):
+            self._make_table()
 
-    def _table(self) -> np.ndarray | None:
-        """(_HAN.stop + 1,) the id of each Chinese character that has just one, bos for all else; None if none has."""
+    def _new_library(self):
+        import gigatoken
+
+        return gigatoken.Tokenizer.from_json(self._settings)
+
+    def _make_table(self) -> None:
+        """The ids of every Chinese character, and the one that stands for a run: the first that has a single id."""
         ids = self._fast.encode(_BOS + _BOS.join(map(chr, _HAN)))
         starts = np.flatnonzero(ids == self.bos_id)
-        single = np.flatnonzero(np.diff(starts, append=len(ids)) == 2)
-        if len(starts) != len(_HAN) or not len(single):
-            return None
-        table = np.full(_HAN.stop + 1, self.bos_id, np.uint32)
-        table[_HAN.start + single] = ids[starts[single] + 1]
-        return table
+        counts = np.diff(starts, append=len(ids)) - 1
+        if len(starts) == len(_HAN) and set(counts.tolist()) <= {1, 2, 3} and 1 in counts:
+            self._counts = counts.astype(np.uint8)
+            self._ids = ids[np.minimum(starts[:, None] + [1, 2, 3], len(ids) - 1)]  # (characters, 3), _counts of them
+            self._stand_in = int(counts.argmin())
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(N,) the ids of every text as <s> text </s>, one after another, and the length of each."""
@@ -64,7 +69,10 @@ class FastTokenizer(Tokenizer):
             return np.zeros(0, np.uint32), np.zeros(0, np.int64)
         text = f"{_BOS}{f'{_EOS}{_BOS}'.join(texts)}{_EOS}"
         codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-        if self._han is None:
+        self._encoded += len(text)
+        if self._encoded > REMEMBERED:
+            self._fast, self._encoded = self._new_library(), len(text)
+        if self._stand_in is None:
             ids = self._fast.encode(text)
         else:
             ids, codes = self._encode_by_table(codes)
@@ -80,18 +88,27 @@ class FastTokenizer(Tokenizer):
 
     def _encode_by_table(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a text of (N,) code points, and its code points without those that the table has encoded."""
-        known = self._han[np.minimum(codes, _HAN.stop)]
-        is_known = known != self.bos_id
-        kept = ~is_known
+        is_han = codes - np.uint32(_HAN.start) < len(_HAN)  # what is smaller has wrapped around
+        kept = ~is_han
         kept[1:] |= kept[:-1].copy()  # the first of each run stays, as the one that stands for it
-        rest, is_run = codes[kept], is_known[kept]
-        rest[is_run] = self._stand_in
+        rest, is_run = codes[kept], is_han[kept]
+        rest[is_run] = _HAN.start + self._stand_in
         ids = self._fast.encode(rest.tobytes().decode("utf-32-le"))
-        lengths = np.ones(len(ids), np.int64)
-        stands = ids == self._han[self._stand_in]
-        lengths[stands] = np.diff(np.flatnonzero(kept), append=len(codes))[is_run]
+
+        han = codes[is_han] - np.uint32(_HAN.start)
+        counts = self._counts[han]
+        han_ids = np.repeat(self._ids[han, 0], counts)
+        several = np.flatnonzero(counts > 1)
+        starts = np.cumsum(counts, dtype=np.int64)[several] - counts[several]
+        for place in (1, 2):
+            has = counts[several] > place
+            han_ids[starts[has] + place] = self._ids[han[several[has]], place]
+
+        lengths, stands = np.ones(len(ids), np.int64), ids == self._ids[self._stand_in, 0]
+        if len(han):
+            lengths[stands] = np.add.reduceat(counts, np.flatnonzero(kept[is_han]), dtype=np.int64)
         ids = np.repeat(ids, lengths)
-        ids[np.repeat(stands, lengths)] = known[is_known]
+        ids[np.repeat(stands, lengths)] = han_ids
         return ids, rest
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

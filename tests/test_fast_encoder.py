@@ -116,14 +116,9 @@ def test_where_it_is_taken_the_ids_are_the_same(tokenizer, tmp_path, name):
 def test_table_only_where_no_token_joins_a_chinese_character_to_its_neighbour(tokenizer):
     joining = [i for i in range(tokenizer.vocab_size) if re.search(".[一-龥]|[一-龥].", tokenizer.decode([i]), re.S)]
     fast = FastTokenizer(tokenizer)
-    assert (fast._han is None) == bool(joining)
-    if fast._han is not None:  # it holds the characters of one id, and nothing else
-        known = {chr(code): int(i) for code, i in enumerate(fast._han) if i != tokenizer.bos_id}
-        chinese = list(map(chr, range(0x4E00, 0x9FA6)))
-        every = dict(zip(chinese, tokenizer.encode_batch(chinese)))
-        assert known == {char: ids[0] for char, ids in every.items() if len(ids) == 1} and known
+    assert (fast._stand_in is None) == bool(joining)
     texts = ["床前", "床a前", "前", "a床前，明月b", "床前\n明月 光", "𠮷床𠮷", "龦前龥一", "床龘龘前龘", "abc"]
-    same(tokenizer, [*texts, "前" * 300])
+    same(tokenizer, [*texts, "前" * 300, *map(chr, range(0x4DF0, 0x9FB0)), "".join(map(chr, range(0x4DF0, 0x9FB0)))])
 
 
 def test_characters_that_no_pattern_knows(tokenizer):
