@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
+from preprocess_data import fast_encoder
 from preprocess_data.fast_encoder import (
     FAST,
     REFERENCE,
@@ -119,6 +120,14 @@ def test_table_only_where_no_token_joins_a_chinese_character_to_its_neighbour(to
     assert (fast._stand_in is None) == bool(joining)
     texts = ["床前", "床a前", "前", "a床前，明月b", "床前\n明月 光", "𠮷床𠮷", "龦前龥一", "床龘龘前龘", "abc"]
     same(tokenizer, [*texts, "前" * 300, *map(chr, range(0x4DF0, 0x9FB0)), "".join(map(chr, range(0x4DF0, 0x9FB0)))])
+
+
+def test_what_the_library_remembers_is_bounded(tokenizer, monkeypatch):
+    monkeypatch.setattr(fast_encoder, "REMEMBERED", 100)
+    fast = FastTokenizer(tokenizer)
+    first = fast._fast
+    assert [fast.encode_batch([text]) for text in SENTENCES * 5] == [tokenizer.encode_batch([t]) for t in SENTENCES * 5]
+    assert fast._fast is not first
 
 
 def test_characters_that_no_pattern_knows(tokenizer):
