@@ -144,6 +144,7 @@ class Page:
 
     def say(self, text):
         """Send a message as if it were pasted: Chromium's driver types no character beyond 16 bits."""
+        wait(self.ended)
         before = len(self.messages())
         box = self.all('[data-testid="stChatInput"] textarea')[0]
         box.click()

@@ -236,15 +236,38 @@ def test_two_browsers_see_nothing_of_each_other(page, browser, tmp_path):
         assert here.messages() == []
 
 
-def test_the_dark_theme(page, browser):
-    dark(browser)
+def darkness(view):
+    """The largest of red, green and blue of the page's background, and the smallest of its text."""
+    def colour(name):
+        value = view.all('[data-testid="stApp"]')[0].value_of_css_property(name)
+        return [int(part) for part in value[value.index("(") + 1:].rstrip(")").split(",")[:3]]
+    return max(colour("background-color")), min(colour("color"))
+
+
+def test_both_themes_by_the_system_and_by_the_menu(page, browser):
     view = Page(browser, page)
+    assert darkness(view)[0] > 240 and darkness(view)[1] < 64
+    dark(browser)
+    wait(lambda: darkness(view)[0] < 64 and darkness(view)[1] > 200, report=view.text)
+    view.choose(0, "中文")
+    view.shows(ZH["temperature"])
     view.ask("背一首春晓")
-    colour = view.all('[data-testid="stApp"]')[0].value_of_css_property("background-color")
-    assert max(map(int, colour[colour.index("(") + 1:].rstrip(")").split(",")[:3])) < 64, colour
-    view.click(EN["probabilities"])
+    view.click(ZH["probabilities"])
     wait(lambda: view.shadow(".token"), report=view.text)
-    view.shoot("dark")
+    view.shoot("dark_zh")
+    view.press(ZH["record"])
+    view.shows(ZH["curve_loss"], "config.yaml")
+    wait(lambda: len(view.all('[aria-roledescription="line mark"]')) == 2, report=view.text)
+    view.press("config.yaml", "summary")
+    view.shows("stage: sft")
+    view.shoot("dark_training_zh")
+    try:
+        for theme, is_dark in (("Light", False), ("Dark", True)):         # against the system, and with it
+            wait(lambda theme=theme: view.all(f'[data-testid="stMainMenuItem-theme-{theme}"]')
+                 or view.all('[data-testid="stMainMenuButton"]')[0].click())[0].click()
+            wait(lambda is_dark=is_dark: (darkness(view)[0] < 64) == is_dark, report=view.text)
+    finally:
+        browser.execute_script("localStorage.clear()")                                  # where the choice is kept
 
 
 def test_every_setting_is_moved_by_hand_and_reaches_the_model(parrot, browser, home):
@@ -308,8 +331,9 @@ def test_no_text_is_more_than_text(parrot, browser):
             view.press(EN["clear"])
             wait(lambda: not view.messages() and view.ended(), report=view.text)
     look(view, title)
+    assert RUN not in view.messages()                                       # what was thought is folded away
     view.press(EN["thought"], "summary")
-    view.shows(RUN)
+    wait(lambda: RUN in view.messages(), report=view.text)
     view.shoot("payloads")
     view.press(EN["experts"])
     wait(lambda: view.all('[data-testid="stDataFrame"]') and view.ended(), report=view.text)
