@@ -146,10 +146,17 @@ class Page:
         """Send a message as if it were pasted: Chromium's driver types no character beyond 16 bits."""
         wait(self.ended)
         before = len(self.messages())
-        box = self.all('[data-testid="stChatInput"] textarea')[0]
-        box.click()
-        self.driver.execute_cdp_cmd("Input.insertText", {"text": text})
-        box.send_keys("\ue007")                     # Enter
+
+        def sent():                                 # the page may be drawn anew, with an empty box, at any moment
+            box = self.all('[data-testid="stChatInput"] textarea')[0]
+            if len(self.messages()) > before:
+                return True
+            if box.get_attribute("value"):
+                box.send_keys("\ue007")             # Enter
+                return True
+            box.click()
+            self.driver.execute_cdp_cmd("Input.insertText", {"text": text})
+        wait(sent, report=self.text)
         wait(lambda: len(self.messages()) >= before + 2, report=self.text)
 
     def ask(self, text):
