@@ -69,15 +69,18 @@ def test_texts_come_back_split_as_the_design_says(tokenizer, tmp_path):
     assert train["sources"] == [str(source)] and train["dropped"] == {}
 
 
-def test_any_number_of_workers_writes_the_same_bytes(tokenizer, tmp_path, monkeypatch):
+def test_any_number_of_workers_and_either_encoder_write_the_same_bytes(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("preprocess_data.readers.BLOCK", 2000)
     source = write_lines(tmp_path / "my.jsonl", [{"text": text} for text in some_texts(600)])
-    for workers in (1, 2):
-        run("pretrain", tokenizer, source, tmp_path / str(workers), f"--workers={workers}")
+    ways = [(1, "tokenizers"), (2, "tokenizers"), (4, "auto"), (1, "auto")]
+    for workers, encoder in ways:
+        folder = tmp_path / f"{workers}{encoder}"
+        run("pretrain", tokenizer, source, folder, f"--workers={workers}", f"--encoder={encoder}")
     for split in ("train", "val"):
         for suffix in SUFFIXES:
-            one, two = ((tmp_path / w / f"pretrain_{split}{suffix}").read_bytes() for w in "12")
-            assert one == two
+            files = [(tmp_path / f"{w}{e}" / f"pretrain_{split}{suffix}").read_bytes() for w, e in ways]
+            assert files[0] == files[1] and files[2] == files[3]
+            assert (files[0] == files[2]) == (suffix != ".meta.json")       # which names the encoder
 
 
 def test_what_cannot_be_used_is_counted_by_reason(tokenizer, tmp_path):
