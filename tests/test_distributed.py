@@ -39,6 +39,22 @@ def train(folder: Path, processes: int, output="output", trouble=None, restarts=
     return read_metrics(run / "metrics.jsonl"), load_file(final) if final.exists() else None, done.stdout + done.stderr
 
 
+def test_a_thread_still_at_work_does_not_abort_a_process_that_has_finished():
+    """As one of gloo's may be; without the way out of run_script this one aborts."""
+    code = """
+import atexit, threading, torch
+from utils.errors import run_script
+def main():
+    number = torch.ones(100)
+    threading.Thread(target=lambda: [number + number for _ in iter(int, 1)], daemon=True).start()
+    atexit.register(print, "and left")
+    print("finished")
+run_script(main)"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "WORLD_SIZE": "2"}, text=True,
+                          cwd=WORKER.parent.parent, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "finished\nand left\n"), done.stderr
+
+
 def figures(records, *names):
     """What is comparable in metrics: everything but times, or the named figures."""
     times = ("tokens_per_s", "mfu")

@@ -1,5 +1,6 @@
 """Errors that are the user's to mend: one line that says what, why, and what to change."""
 
+import atexit
 import errno
 import os
 import sys
@@ -13,6 +14,18 @@ class UserError(ValueError):
     user_error = True  # model/ cannot import utils, so its own error class carries the same mark
 
 
+def leave() -> None:
+    """End a process of a group well, and without taking the interpreter down.
+
+    The threads of gloo outlive the group (DTensor's caches keep it). One that lets go of a tensor while the interpreter
+    goes down aborts the process, and torchrun calls a finished run failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def run_script(main) -> None:
     """Call main() and end the process: 0; 2, with one line on stderr, after a user's error, for a path that cannot be
     used, a full disk, or out of memory; 130 after Ctrl-C."""
@@ -21,6 +34,8 @@ def run_script(main) -> None:
             out.reconfigure(errors="replace")  # where the locale knows no Chinese, a ? and no UnicodeEncodeError
     try:
         main()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            leave()
     except ValueError as error:
         if not getattr(error, "user_error", False):
             raise
