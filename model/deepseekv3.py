@@ -26,6 +26,7 @@ from .layers import (
     cache_append,
     lm_loss,
     rotate,
+    small_matmul,
     token_positions,
     yarn_mscale,
 )
@@ -124,10 +125,9 @@ class LatentAttention(nn.Module):
         k_rope = rotate(k_rope[:, :, None], *rope)[:, :, 0]  # (B, T, rope), one for all heads
 
         if state is not None:
-            latents = cache_append(state, self.layer, "latent", latent)  # (B, S, R)
-            k_ropes = cache_append(state, self.layer, "k_rope", k_rope)  # (B, S, rope)
+            seen = cache_append(state, self.layer, "latent", torch.cat((latent, k_rope), dim=-1))  # (B, S, R + rope)
             if state.upto > 0:
-                return self.o_proj(self._absorbed(q_nope, q_rope, latents, k_ropes, mask).flatten(-2))
+                return self.o_proj(self._absorbed(q_nope, q_rope, seen, mask).flatten(-2))
         return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, mask).flatten(-2))
 
     def _expanded(self, q_nope, q_rope, latent, k_rope, mask):
@@ -138,17 +138,14 @@ class LatentAttention(nn.Module):
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, a.n_heads, -1)), dim=-1)
         return attention(q, k, v, mask, self.scale)  # (B, T, H, v)
 
-    def _absorbed(self, q_nope, q_rope, latents, k_ropes, mask):
+    def _absorbed(self, q_nope, q_rope, seen, mask):
         a = self.args
         up = self.kv_b_proj.weight.unflatten(0, (a.n_heads, -1))  # (H, nope + v, R)
         up_k, up_v = up.split((a.qk_nope_head_dim, a.v_head_dim), dim=1)
-        q_latent = (q_nope.transpose(1, 2) @ up_k).transpose(1, 2)  # (B, T, H, R)
-        q, keys = torch.cat((q_latent, q_rope), dim=-1).flatten(1, 2), torch.cat((latents, k_ropes), dim=-1)
-        scores = (q @ keys.transpose(1, 2)).unflatten(1, (-1, a.n_heads)).transpose(1, 2)  # (B, H, T, S)
-        scores = (scores.float() * self.scale).masked_fill(~mask, float("-inf"))
-        mixed = scores.softmax(dim=-1).to(latents.dtype).flatten(1, 2) @ latents  # (B, H * T, R)
-        mixed = mixed.unflatten(1, (a.n_heads, -1))
-        return (mixed @ up_v.transpose(1, 2)).transpose(1, 2)  # (B, T, H, v)
+        q_latent = small_matmul(q_nope.transpose(1, 2), up_k).transpose(1, 2)  # (B, T, H, R)
+        mixed = attention(torch.cat((q_latent, q_rope), dim=-1), seen[:, :, None], seen[:, :, None, :a.kv_lora_rank],
+                          mask, self.scale)  # (B, T, H, R)
+        return small_matmul(mixed.transpose(1, 2), up_v.mT).transpose(1, 2)  # (B, T, H, v)
 
 
 class MoE(nn.Module):

@@ -231,6 +231,26 @@ def _heads_last(x, groups, n_tokens):
     return x.unflatten(0, (-1, groups)).unflatten(2, (-1, n_tokens)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
+def _one_query_attention(q, k, v, mask, scale):
+    """Attention of one query a row, on the CPU: PyTorch's fused kernel takes many at a time, and is slow with one."""
+    q = q[:, 0].unflatten(1, (k.shape[2], -1))  # (B, G, H / G, K)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, K)
+    scores = small_matmul(q, k.mT).float() * scale
+    probs = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return small_matmul(probs.to(v.dtype), v).flatten(1, 2)[:, None]
+
+
+SMALL = 16  # rows
+
+
+def small_matmul(a, b):
+    """a @ b for many pairs of few rows a: compiled for the CPU it is a sum, which the compiler fuses with what stands
+    around it; the library's product of matrices so small takes several times as long."""
+    if a.shape[-2] <= SMALL and a.device.type == "cpu" and torch.compiler.is_compiling():
+        return (a[..., None].float() * b.unsqueeze(-3).float()).sum(dim=-2).to(a.dtype)
+    return a @ b
+
+
 def attention(q, k, v, mask=None, scale=None):
     """Softmax attention with grouped heads. q (B, T, H, K), k (B, S, G, K), v (B, S, G, Kv) -> (B, T, H, Kv).
 
@@ -241,6 +261,8 @@ def attention(q, k, v, mask=None, scale=None):
         mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril() if mask is None else mask[:, :, None]
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
         return _ShortAttention.apply(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
+    if q.shape[1] == 1 and mask is not None and q.device.type == "cpu":
+        return _one_query_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
     v_dim = v.shape[-1]
     if v_dim < q.shape[-1]:  # the fused kernels want one head size; zero columns change nothing
         v = F.pad(v, (0, q.shape[-1] - v_dim))

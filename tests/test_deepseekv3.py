@@ -192,7 +192,12 @@ def test_absorbed_attention_equals_expanded(q_lora_rank):
     expanded, absorbed = attn._expanded, attn._absorbed
     attn._expanded = lambda *inputs: calls.setdefault("inputs", inputs) and expanded(*inputs)
     attn(x, rope, mask)
-    torch.testing.assert_close(absorbed(*calls["inputs"]), expanded(*calls["inputs"]), atol=1e-5, rtol=1e-4)
+    q_nope, q_rope, latent, k_rope, mask = calls["inputs"]
+    want, seen = expanded(*calls["inputs"]), torch.cat((latent, k_rope), dim=-1)
+    torch.testing.assert_close(absorbed(q_nope, q_rope, seen, mask), want, atol=1e-5, rtol=1e-4)
+    for at in 0, 4, 8:  # one query alone
+        one = absorbed(q_nope[:, at : at + 1], q_rope[:, at : at + 1], seen, mask[:, :, at : at + 1].expand(2, 1, 1, 9))
+        torch.testing.assert_close(one[:, 0], want[:, at], atol=1e-5, rtol=1e-4)
 
 
 def test_mtp_loss_of_packed_documents_is_that_of_each_alone():

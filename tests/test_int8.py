@@ -143,3 +143,15 @@ def test_a_compiled_step_has_the_tokens_of_the_plain_one(name, at_8_bits):
     assert generate(model, TOKENIZER, PROMPTS[:1], 25, stop_ids=(), temperature=0) == plain[:1]
     assert generate(model, TOKENIZER, PROMPTS, 25, stop_ids=(), temperature=0) == plain
     assert generate(model, TOKENIZER, PROMPTS[:1], 25, stop_ids=(), temperature=0, speculative="ngram") == plain[:1]
+
+
+@pytest.mark.slow
+def test_two_compiled_models_are_not_taken_for_each_other():
+    """Their programs are made of the same code, and differ in the weights that they hold."""
+    first, second = build("mini_llama3"), to_int8(build("mini_llama3"))
+    with torch.no_grad():
+        second.norm.weight.mul_(torch.linspace(-1, 1, len(second.norm.weight)))
+    for model in (first, second):
+        plain = generate(model, TOKENIZER, PROMPTS[:1], 12, stop_ids=(), temperature=0)
+        compile_decoding(model)
+        assert generate(model, TOKENIZER, PROMPTS[:1], 12, stop_ids=(), temperature=0) == plain
