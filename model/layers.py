@@ -247,7 +247,7 @@ def small_matmul(a, b):
     """a @ b for many pairs of few rows a: compiled for the CPU it is a sum, which the compiler fuses with what stands
     around it; the library's product of matrices so small takes several times as long."""
     if a.shape[-2] <= SMALL and a.device.type == "cpu" and torch.compiler.is_compiling():
-        return (a[..., None].float() * b.unsqueeze(-3).float()).sum(dim=-2).to(a.dtype)
+        return (a[..., None].float() * b.unsqueeze(-3)).sum(dim=-2).to(a.dtype)
     return a @ b
 
 
