@@ -86,9 +86,12 @@ def one_voice(model: torch.nn.Module):
         logits = output[0].contiguous()
         dist.broadcast(logits, src=0)
         return logits, *output[1:]
-    hook = model.register_forward_hook(first) if is_sharded(model) else None
-    try:
+    if not is_sharded(model):
         yield
+        return
+    hook = model.register_forward_hook(first)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # the text grows by a token: no program for every length
+            yield
     finally:
-        if hook is not None:
-            hook.remove()
+        hook.remove()

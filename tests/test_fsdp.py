@@ -156,6 +156,16 @@ def test_every_model_however_a_step_is_dealt_out(folder, name):  # noqa: F811
     assert all(torch.equal(value, theirs[key]) for key, value in model.state_dict().items() if key in theirs)
 
 
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same_and_samples_compile_nothing(folder):  # noqa: F811
+    settings = dict(model_name="mini_llama3", max_batch_size=2, max_steps=4, max_lr=0.0003, sample_interval=2, **FSDP)
+    plain, weights, _ = train(folder, 2, "layers_plain", **settings)
+    compiled, theirs, said = train(folder, 2, "layers_compiled", compile="true", **settings)
+    assert "fp32 compiled, 2 process(es), fsdp" in said and "recompile_limit" not in said
+    close(compiled, plain, rel=2e-5)
+    assert all((value - theirs[key]).norm() <= 1e-2 * value.norm() for key, value in weights.items())
+
+
 # ------------------------------------------------------------------- a group of one process: all of it within the test
 
 
