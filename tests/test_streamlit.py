@@ -174,6 +174,25 @@ def test_edit_compare_and_look_inside(page, browser, downloads):
     view.shoot("compare")
 
 
+def test_the_second_model_is_the_one_chosen(home, browser):
+    runs = shutil.copytree(small_runs(), home / "three")
+    shutil.copytree(next(runs.glob("sft_*")), runs / "once_more")
+    with serve(home, "run_model.py", f"--output_path={runs}", "--temperature=0") as address:
+        view = Page(browser, address)
+        view.all('[data-testid="stSidebar"] [data-testid="stCheckbox"] label')[0].click()
+        view.shows(EN["other"])
+        chosen = view.all('[data-testid="stSelectbox"] input')[1].get_attribute("value")
+        view.choose(2, "pretrain")
+        wait(lambda: " · pretrain" in view.all('[data-testid="stSelectbox"] input')[2].get_attribute("value"))
+        wait(view.ended)
+        view.choose(2, "sft")
+        wait(lambda: " · sft" in view.all('[data-testid="stSelectbox"] input')[2].get_attribute("value"))
+        view.ask("谁写的")
+        question, first, answer, second, other = view.messages()
+        assert (question, answer, other) == ("谁写的", CHAT["谁写的"], CHAT["谁写的"])
+        assert chosen in first and second != first and sum("once_more" in name for name in (first, second)) == 1
+
+
 def test_the_experts_of_a_mixture(page, browser):
     view = Page(browser, page)
     stages = [stage for stage in ("sft", "pretrain") if is_mixture(stage)]
