@@ -78,7 +78,9 @@ def controls(say, options, speakers):
     for name, value in wishes.items():
         if name not in state:       # the first time, and after a run that did not draw it: Streamlit then forgets it
             state[name] = value
-    state.max_new_tokens = min(wishes["max_new_tokens"], longest)
+    wanted = min(wishes["max_new_tokens"], longest)     # what the models here can do of what was wished for
+    if state.max_new_tokens != wanted:      # a value that is set goes to the browser, over one being chosen there
+        state.max_new_tokens = wanted
     system = ""
     if not all(speaker.is_base for speaker in speakers):
         system = st.text_area(say["system"], placeholder=say["system_hint"], height=68, **known("system"))

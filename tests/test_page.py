@@ -98,3 +98,11 @@ def test_every_setting_reaches_the_model_and_outlives_language_and_view(monkeypa
     page.chat_input[0].set_value("背一首春晓").run()
     assert asked == [([{"role": "system", "content": "be brief"}, {"role": "user", "content": "背一首春晓"}], SETTINGS)]
     assert any(caption.value.startswith("3 词元") for caption in page.caption) and not page.exception
+
+
+def test_a_run_sets_no_control_that_nobody_changed(monkeypatch):
+    """A value that the page sets would replace one that is being chosen in the browser at that moment."""
+    page = open_page(monkeypatch, f"--output_path={small_runs()}")
+    control(page, "temperature").set_value(0.3).run()
+    settings = [*page.slider, *page.number_input, *page.text_area]
+    assert len(settings) == len(SETTINGS) + 1 and not any(one.proto.set_value for one in settings)
