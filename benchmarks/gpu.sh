@@ -2,7 +2,7 @@
 # What a machine with an NVIDIA GPU is asked:  bash benchmarks/gpu.sh     (under 9 minutes on an H100)
 #
 # The tests that need a GPU; then training speed, MFU and memory of the default sizes at 512 and 2048 tokens, ours and
-# transformers', eager and compiled: benchmarks/results/train_cuda.json. With DEVICE=cpu the same commands at tiny
+# transformers', eager and compiled, and packed rows: benchmarks/results/train_cuda.json. With DEVICE=cpu the same commands at tiny
 # sizes, to see that they run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -10,6 +10,7 @@ on the device. All take turns, step by step, in one process; a figure is the med
 the two losses are compared. The FLOPs of `flops_per_token` (3 x forward, attention over the full square) are shown as a
 share of the rate of a large matmul of the same type, which takes its turn in the same rounds; on CUDA as a share of
 the device's published peak (MFU, engine/peak.py). Peak memory: on CUDA of each step, else in processes of their own.
+On CUDA last, the dense model on packed rows of 2048 tokens, compiled, by flex_attention and by the dense mask.
 Writes benchmarks/results/train.json (on CUDA train_cuda.json) and prints the table. A row is written when it is done,
 with what it was measured on; rows that a call does not measure stay.
 """
@@ -39,7 +40,7 @@ from engine.files import write_text  # noqa: E402
 from engine.peak import Peak, synchronize  # noqa: E402
 from engine.runfolder import git_revision  # noqa: E402
 from engine.step import Stepper  # noqa: E402
-from model import get_model_and_args  # noqa: E402
+from model import get_model_and_args, layers  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
 
@@ -138,6 +139,28 @@ def make_batch(vocab_size: int, rows: int, seq_len: int) -> dict:
     return {"input_ids": ids, "targets": targets}
 
 
+def make_packed_batch(vocab_size: int, rows: int, seq_len: int) -> dict:
+    """Random tokens in random documents, a quarter of a row long on average."""
+    batch = make_batch(vocab_size, rows, seq_len)
+    starts = torch.rand(rows, seq_len, generator=torch.Generator().manual_seed(2)) < 4 / seq_len
+    return {**batch, "doc_ids": starts.cumsum(dim=1)}
+
+
+def no_flex(x) -> int:
+    return 0
+
+
+def with_dense_mask(step):
+    """`step` as it is where flex_attention takes no head; compiled, both ways stay compiled."""
+    def dense() -> float:
+        widest, layers.widest_flex_head = layers.widest_flex_head, no_flex
+        try:
+            return step()
+        finally:
+            layers.widest_flex_head = widest
+    return dense
+
+
 def matmul_step(precision: str, device, size: int = 2048):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2, size, size, device=device).to(dtype)
@@ -222,6 +245,26 @@ def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens
     return figures
 
 
+def compare_packed(config, name: str, precision: str, sizes: dict, seq_len: int, tokens: int) -> dict:
+    """Our model on packed rows, by flex_attention where it is used, and by the dense mask."""
+    device = torch.device(config.device)
+    batch = make_packed_batch(sizes.get("vocab_size", 32000), tokens // seq_len, seq_len)
+    steps = {side: our_step(our_model(name, sizes, seq_len), precision, config.compiled, batch, device)
+             for side in ("flex", "dense mask")}
+    steps["dense mask"] = with_dense_mask(steps["dense mask"])
+    losses = {side: [step() for _ in range(3)][0] for side, step in steps.items()}
+    if abs(losses["flex"] - losses["dense mask"]) > 0.01 * losses["dense mask"]:
+        raise RuntimeError(f"{name} {precision}, packed: the losses differ: {losses}")
+    seconds = {side: [] for side in steps}
+    for _ in range(config.rounds):
+        for side, step in steps.items():
+            seconds[side].append(timed(step, device))
+    ratios = [dense / flex for dense, flex in zip(seconds["dense mask"], seconds["flex"])]
+    return {"model": name, "precision": precision, "seq_len": seq_len, "rows": tokens // seq_len, "sizes": sizes,
+            "first_losses": losses, "seconds": seconds, "ratio": statistics.median(ratios),
+            "tokens_per_s": {side: tokens / statistics.median(s) for side, s in seconds.items()}}
+
+
 def peak_memory(config, name: str, side: str) -> float:
     """MiB that two steps at a vocabulary of 32,000 with 16 rows of 512 tokens take at most, beyond model and batch."""
     sizes = {**(QUICK if config.quick else CPU)[name], "vocab_size": 1024 if config.quick else 32000}
@@ -271,6 +314,9 @@ def table(results: dict) -> str:
     for name, figures in results["memory"].items():
         lines.append(f"\npeak memory of {name}: ours {figures['ours']:,.0f} MiB, transformers "
                      f"{figures['theirs']:,.0f} MiB: {figures['share']:.0%}")
+    for name, row in results.get("packed", {}).items():
+        lines.append(f"\npacked rows, {name}: flex_attention {row['tokens_per_s']['flex']:,.0f} tokens/s, dense mask "
+                     f"{row['tokens_per_s']['dense mask']:,.0f}: {row['ratio']:.2f}")
     return "\n".join(lines)
 
 
@@ -294,7 +340,7 @@ def main(argv=None):
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"speed": {}, "memory": {}}
 
     def keep(what: str, name: str, figures: dict):
-        results[what][name] = {**figures, "about": about}
+        results.setdefault(what, {})[name] = {**figures, "about": about}
         if not config.quick or config.results:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(results, indent=1) + "\n")
@@ -308,6 +354,9 @@ def main(argv=None):
                 gc.collect()
         if config.memory and not cuda:
             keep("memory", name, memory_of_both(config, name))
+    if DENSE in config.models and (config.quick or cuda and seq_lens[-1] >= 2048):
+        figures = compare_packed(config, DENSE, "bf16", sizes[DENSE], seq_lens[-1], tokens)
+        keep("packed", f"{DENSE}, bf16, {figures['rows']} x {seq_lens[-1]}", figures)
     print(table(results))
 
 

@@ -7,10 +7,12 @@ Shapes: B batch, T tokens, S keys, D dim, H heads, G kv heads, K head dim, F ffn
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from .basemodel import ModelError
 
@@ -176,7 +178,8 @@ def token_positions(input_ids, state=None):
 
 
 def attention_mask(positions, state=None, doc_ids=None):
-    """Return which keys each query may see: None for plain causal attention, else bool (B, 1, T, S), True = visible.
+    """Return which keys each query may see, for `attention`: None is plain causal attention, else a bool (B, 1, T, S),
+    True = visible, or for packed rows where flex_attention may be used a `PackedMask`; & makes that a bool, too.
 
     Built once a forward and shared by all layers. With a state the keys are its first `upto + T` slots, and a row sees
     those up to its own position; slots beyond it may hold leftovers. With doc_ids (B, T) only the same document.
@@ -188,8 +191,46 @@ def attention_mask(positions, state=None, doc_ids=None):
         return (slots <= positions[..., None])[:, None]
     if doc_ids is not None:
         causal = positions[0, :, None] >= positions[0, None, :]  # (T, T)
-        return (causal & (doc_ids[:, :, None] == doc_ids[:, None, :]))[:, None]
+        dense = (causal & (doc_ids[:, :, None] == doc_ids[:, None, :]))[:, None]
+        flex = doc_ids.shape[1] > FLEX_BLOCK and widest_flex_head(doc_ids) > 0
+        return PackedMask(dense, document_blocks(doc_ids)) if flex else dense
     return None
+
+
+FLEX_BLOCK = 128  # tokens; in a row of one block there is none to leave out, and the compiler fails on its list
+NARROWEST_FLEX_HEAD = 16  # numbers; the least that Triton multiplies
+WITH_LARGE_SHARED_MEMORY = (8, 0), (9, 0), (10, 0), (10, 3)  # CUDA capabilities: A100, H100 and H200, B200, B300
+
+
+class PackedMask(NamedTuple):
+    """Who sees whom in packed rows, twice: a compiled forward, where alone it is made, drops what no layer uses."""
+
+    dense: torch.Tensor  # bool (B, 1, T, T)
+    blocks: BlockMask  # for flex_attention, which passes over the blocks of 128 x 128 where nobody sees anybody
+
+    def __and__(self, other):
+        return self.dense & other
+
+
+def document_blocks(doc_ids):
+    """Return the BlockMask of causal attention within each document. doc_ids (B, T)."""
+
+    def visible(b, h, q, k):
+        return (q >= k) & (doc_ids[b, q] == doc_ids[b, k])
+
+    return create_block_mask(visible, doc_ids.shape[0], None, doc_ids.shape[1], doc_ids.shape[1], doc_ids.device)
+
+
+def widest_flex_head(x):
+    """Return the size of the widest heads that flex_attention takes in what is computed from `x`; 0: of none.
+
+    Only where it is compiled (else it keeps all scores, and a user without Triton must be able to train) and in 16
+    bits: the tiles of fp32, or of wide heads on a small GPU, do not fit into its shared memory.
+    """
+    if x.device.type != "cuda" or not torch.compiler.is_compiling() or compute_dtype(x).itemsize != 2:
+        return 0
+    gpu = torch.cuda.get_device_properties(x.device)
+    return 0 if gpu.major < 8 else 128 if (gpu.major, gpu.minor) in WITH_LARGE_SHARED_MEMORY else 64
 
 
 SHORT = 256  # keys; up to there PyTorch's fused kernel for CPUs takes twice the time of three matmuls in bf16
@@ -254,8 +295,16 @@ def small_matmul(a, b):
 def attention(q, k, v, mask=None, scale=None):
     """Softmax attention with grouped heads. q (B, T, H, K), k (B, S, G, K), v (B, S, G, Kv) -> (B, T, H, Kv).
 
-    mask None means causal with S == T; else bool (B, 1, T, S). scale defaults to 1 / sqrt(K).
+    mask None means causal with S == T; else bool (B, 1, T, S) or PackedMask. scale defaults to 1 / sqrt(K).
     """
+    if isinstance(mask, PackedMask):
+        if NARROWEST_FLEX_HEAD <= min(q.shape[-1], v.shape[-1]) <= max(q.shape[-1], v.shape[-1]) <= widest_flex_head(q):
+            dtype = compute_dtype(q)  # it wants one type; and of a view into a wider tensor it may read other columns
+            q, k, v = (x.to(dtype).contiguous().transpose(1, 2) for x in (q, k, v))
+            return flex_attention(
+                q, k, v, block_mask=mask.blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            ).transpose(1, 2)
+        mask = mask.dense
     short = k.shape[1] <= SHORT and q.device.type == "cpu" and q.dtype == torch.bfloat16
     if short and torch.is_grad_enabled():
         mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril() if mask is None else mask[:, :, None]

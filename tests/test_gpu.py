@@ -6,11 +6,12 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from engine_helpers import ROOT
+from flex_helpers import SIZES, counter, flex_calls, packed_batch, small_model
 
 from checks import Subject
 from engine.config import TrainConfig
 from engine.step import Stepper
-from model import experts, list_models
+from model import experts, layers, list_models
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 
@@ -62,10 +63,20 @@ def test_compiled_steps_learn_and_never_wait_for_the_device(name):
     subject = Subject(name)
     wide = {f.name: 48 for f in fields(subject.args) if f.name.endswith("inter_dim")}  # a width for the grouped experts
     subject.args = replace(subject.args, **wide)
-    model = subject.build()
+    thirty_steps(subject.build(), batch_of(subject))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", SIZES)
+def test_packed_steps_learn_and_never_wait_for_the_device(name):
+    thirty_steps(small_model(name), packed_batch(0))
+
+
+def thirty_steps(model, batch):
     stepper = stepper_of(model, "bf16", "cuda", compile="true")
     stepper.optimizer.set_lr(0.01)
-    batch = {key: value.pin_memory() for key, value in batch_of(subject).items()}
+    batch = {key: value.pin_memory() for key, value in batch.items()}
     losses = []
     try:
         for step in range(30):
@@ -80,6 +91,61 @@ def test_compiled_steps_learn_and_never_wait_for_the_device(name):
         torch.cuda.set_sync_debug_mode("default")
     first, last = torch.stack([losses[0], losses[-1]]).tolist()
     assert last < 0.8 * first
+
+
+DEFAULT_HEADS = {"mini_llama3": dict(n_heads=12, n_kv_heads=4, head_dim=64),
+                 "mini_deepseekv3": dict(qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)}
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("heads", ["small", "default"])
+@pytest.mark.parametrize("tokens", [300, 512])
+@pytest.mark.parametrize("precision, least", [("fp32", 0.9999), ("bf16", 0.99)])
+def test_packed_rows_compiled_are_those_of_the_dense_mask(name, heads, tokens, precision, least, monkeypatch):
+    """Loss and gradients, and the loss of an evaluation: compiled, in bf16 by flex_attention, against eager."""
+    sizes, batch = DEFAULT_HEADS[name] if heads == "default" else {}, packed_batch(0, tokens=tokens)
+    torch._dynamo.reset()
+    compile, backend = torch.compile, counter("inductor")
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compile(model, backend=backend, **how))
+    losses, flat = [], []
+    for compiled in ("false", "true"):
+        model = small_model(name, **sizes)
+        stepper = stepper_of(model, precision, "cuda", compiled)
+        losses.append(stepper.gradients([batch], [1.0], [0], 1.0)["loss"])
+        flat.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        with torch.no_grad(), stepper.compute():
+            losses.append(stepper.forward(**{key: value.cuda() for key, value in batch.items()})[1].float())
+    torch.testing.assert_close(losses, losses[:1] * 4, atol=0.01, rtol=0.01)
+    assert torch.cosine_similarity(*flat, dim=0) > least
+    if precision == "fp32":
+        assert flex_calls(backend) == 0
+    elif heads == "small" and torch.cuda.get_device_capability() >= (8, 0):
+        assert flex_calls(backend) == 2 * (2 + len(getattr(model, "mtp", ())))  # with gradients and without
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("size, v_size", [(16, 16), (24, 16), (64, 64), (96, 64), (128, 128)])
+def test_flex_attention_is_attention(size, v_size):
+    """Forward and gradients of bf16, each against the dense mask in fp32, values a view into a wider tensor."""
+    doc_ids, positions = packed_batch(0)["doc_ids"].cuda(), torch.arange(300, device="cuda")[None]
+    torch.manual_seed(0)
+    leaves = [torch.randn(3, 300, *shape, device="cuda") for shape in ((6, size), (2, size), (2, 3 * v_size))]
+
+    def attend(q, k, v):
+        mask = layers.attention_mask(positions, doc_ids=doc_ids)
+        return layers.attention(q, k, v.tanh()[..., -v_size:], mask)
+
+    outcomes = []
+    for function, dtype in ((attend, torch.float32), (torch.compile(attend, dynamic=False), torch.bfloat16)):
+        inputs = [x.to(dtype).requires_grad_() for x in leaves]
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = function(*inputs)
+        outcomes.append([out, *torch.autograd.grad(out.float().sin().sum(), inputs)])
+    for want, got in zip(*outcomes, strict=True):
+        assert (got.float() - want).norm() < 0.02 * want.norm()
 
 
 def test_gpu_sh_is_a_shell_script():

@@ -122,3 +122,4 @@ def test_the_speed_benchmark_runs(tmp_path):
     results = json.loads((tmp_path / "train.json").read_text())
     assert len(results["speed"]) == 4 and all(row["ratio_eager"] > 0 for row in results["speed"].values())
     assert all(0 < figures["share"] for figures in results["memory"].values())
+    assert all(row["ratio"] > 0 for row in results["packed"].values()) and len(results["packed"]) == 1
