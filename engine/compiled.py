@@ -12,9 +12,8 @@ def compile_decoding(model, rows=1):
     """From now on, whoever reads one token a row through a state (engine/rows.py) runs a compiled forward.
 
     A model without a state, which reads its whole text for every token, is left alone, with a word. The programs are
-    made here, by writing a few tokens: one for a single row at any position, and for up to `rows` side by side one
-    for any number. The weights must not change any more: the program has its own copy of them, packed for the
-    processor's products.
+    made here: one for a single row at any position, and for up to `rows` side by side one for any number. The weights
+    must not change any more: the program has its own copy of them, packed for the processor's products.
     """
     if not model.accepts("state"):
         warn("--compile does nothing here: this model keeps no state, so it has no step of one token to compile")
@@ -35,25 +34,35 @@ def compile_decoding(model, rows=1):
         # tenth of it. But then the programs of two models must not be taken for each other: they are kept by the code.
         step.__code__ = step.__code__.replace()
         frozen = {"freezing": True}
-        options = {**frozen, "cpp.enable_concat_linear": True,
+        options = {**frozen, "cpp.enable_concat_linear": True, "cpp.enable_floating_point_contract_flag": "fast",
                    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     model.decoding_step = torch.compile(step, options=options)
     with inductor.patch(frozen):  # as an option it reaches the compiler alone, not who hands it the weights
-        for count in sorted({1, min(2, rows), rows}):
-            for longest in (4, 5):
-                _write(model, count, min(model.args.max_seq_len, longest))
+        for count in sorted({1, rows}):
+            _write(model, count)
 
 
-def _write(model, rows, tokens):
-    """Let the compiler see several positions, in states of several lengths: what varies it takes as a variable."""
-    state = model.init_state(rows, tokens)
+USUAL = 160  # tokens behind which a step usually stands: the compiler lays out the loops over them by it
+
+
+def _write(model, rows):
+    """Make the program for one row, or the one for any larger number, by taking a step: at any position, in a state of
+    any length. What varies is said beforehand: the compiler would find it out by making one program after another."""
+    longest = model.args.max_seq_len
+    tokens = min(USUAL, longest - 1)
+    state = model.init_state(rows, min(2 * USUAL, longest))
     state.last_only = True
-    token = torch.zeros(rows, 1, dtype=torch.long, device=state.pos.device)
-    model(token, state=state)
-    state.advance(1)
-    while state.upto < tokens:
-        model.decoding_step(token, state)
-        state.advance(1)
+    model(torch.zeros(rows, tokens, dtype=torch.long, device=state.pos.device), state=state)
+    state.advance(tokens)
+    ids = torch.zeros(rows, 1, dtype=torch.long, device=state.pos.device)
+    for tensor in (ids, state.pos, *(tensor for layer in state.layers for tensor in layer.values())):
+        if rows > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    for layer in state.layers:
+        for name in layer.keys() & state.appended:
+            torch._dynamo.maybe_mark_dynamic(layer[name], 1)
+    with torch.compiler.config.patch(dynamic_sources="L['state'].upto,L['state'].max_len"):
+        model.decoding_step(ids, state)
 
 
 class RowLinear(nn.Linear):

@@ -277,7 +277,10 @@ def _one_query_attention(q, k, v, mask, scale):
     q = q[:, 0].unflatten(1, (k.shape[2], -1))  # (B, G, H / G, K)
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, K)
     scores = small_matmul(q, k.mT).float() * scale
-    probs = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    # softmax, but compiled it would divide anew for every number of v that a weight meets
+    probs = weights * weights.sum(dim=-1, keepdim=True).reciprocal()
     return small_matmul(probs.to(v.dtype), v).flatten(1, 2)[:, None]
 
 
@@ -305,12 +308,13 @@ def attention(q, k, v, mask=None, scale=None):
                 q, k, v, block_mask=mask.blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             ).transpose(1, 2)
         mask = mask.dense
-    short = k.shape[1] <= SHORT and q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if short and torch.is_grad_enabled():
+    cpu = q.device.type == "cpu"
+    # the number of keys is asked last: a compiled step of decoding would be compiled anew where it passes SHORT
+    if torch.is_grad_enabled() and cpu and q.dtype == torch.bfloat16 and k.shape[1] <= SHORT:
         mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril() if mask is None else mask[:, :, None]
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
         return _ShortAttention.apply(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
-    if q.shape[1] == 1 and mask is not None and q.device.type == "cpu":
+    if q.shape[1] == 1 and mask is not None and cpu:
         return _one_query_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
     v_dim = v.shape[-1]
     if v_dim < q.shape[-1]:  # the fused kernels want one head size; zero columns change nothing

@@ -23,12 +23,12 @@ EVERY = [*list_models(), "Recurrent", "no state",
 MANY = int(os.environ.get("BATCHING_REQUESTS", 300))
 
 
-def build(name):
+def build(name, longest=LONGEST):
     if name not in PLANTED:
-        return make(name)
+        return make(name, longest)
     torch.manual_seed(3)
     Model = PLANTED[name]
-    model = Model(Model.Args(vocab_size=V, max_seq_len=LONGEST))
+    model = Model(Model.Args(vocab_size=V, max_seq_len=longest))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -51,13 +51,13 @@ class Remembers(NoState):
         return self.lm_head(torch.tanh(x + 3 * sums / (at + 1)[..., None])), None, {}
 
 
-def make(name):
+def make(name, longest=LONGEST):
     torch.manual_seed(3)
     if name in ("no state", "recurrent"):
-        return {"no state": NoState, "recurrent": Remembers}[name](BaseModelArgs(V, LONGEST)).eval()
+        return {"no state": NoState, "recurrent": Remembers}[name](BaseModelArgs(V, longest)).eval()
     Model, ModelArgs = get_model_and_args(name)
     known = {field.name for field in dataclasses.fields(ModelArgs)}
-    model = Model(ModelArgs(vocab_size=V, max_seq_len=LONGEST, **{k: v for k, v in TINY.items() if k in known}))
+    model = Model(ModelArgs(vocab_size=V, max_seq_len=longest, **{k: v for k, v in TINY.items() if k in known}))
     with torch.no_grad():       # far from uniform, so that the likeliest token is no matter of rounding
         for parameter in model.parameters():
             if parameter.ndim >= 2:

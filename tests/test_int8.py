@@ -146,6 +146,19 @@ def test_a_compiled_step_has_the_tokens_of_the_plain_one(name, at_8_bits):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [*list_models(), "Recurrent"])
+def test_two_programs_do_for_all_lengths_and_numbers_of_rows(name):
+    """What is compiled later would be compiled in the middle of an answer, and without the weights packed."""
+    model = bf16(build(name, longest=300))
+    compile_decoding(model, rows=3)
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows, length in ((1, 1), (1, 250), (2, 7), (3, 250), (3, 1)):       # 256 keys: where attention once asked
+            generate(model, TOKENIZER, [[5] * length] * rows, 12, stop_ids=(), temperature=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
+
+
+@pytest.mark.slow
 def test_two_compiled_models_are_not_taken_for_each_other():
     """Their programs are made of the same code, and differ in the weights that they hold."""
     first, second = build("mini_llama3"), to_int8(build("mini_llama3"))
