@@ -105,10 +105,10 @@ def our_step(model, precision: str, compiled: bool, batch: dict, device):
 
     def step() -> float:
         values = stepper.gradients([batch], weights=[1.0], seeds=[0], share=1.0)
-        loss, _ = torch.stack([values["loss"], stepper.clip()]).tolist()
-        stepper.update()
+        norm = stepper.clip()
+        loss, _ = torch.stack([values["loss"], norm]).tolist()
+        stepper.update(norm.isfinite())
         model.after_step({name: value for name, value in values.items() if name != "loss"})
-        stepper.optimizer.zero_grad()
         return loss
     return step
 

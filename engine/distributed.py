@@ -163,8 +163,8 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Sum .grad over ranks in flat buckets; a parameter that only some ranks touched counts as zero on the others."""
     if not dist.is_initialized():
         return
-    touched = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    for parameter, count in zip(parameters, all_reduce_sum(touched).tolist()):
+    touched = sum_numbers([p.grad is not None for p in parameters])
+    for parameter, count in zip(parameters, touched):
         if count and parameter.grad is None:  # touched nowhere stays None, as on one process
             parameter.grad = torch.zeros_like(parameter)
     bucket, size = [], 0

@@ -74,6 +74,19 @@ def _orthogonalize_wide(x):
     return product @ x
 
 
+class AdamW(torch.optim.AdamW):
+    """PyTorch's fused AdamW."""
+
+    def step(self, good):
+        """Update every parameter that has a gradient where `good`, 0-d bool, is true."""
+        if good.is_mps:  # whose kernels do not look at found_inf
+            if good.item():
+                super().step()
+            return
+        self.found_inf = 1 - good.float()  # as torch.amp.GradScaler would tell it
+        super().step()
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalized, one matrix at a time but batched over equal shapes.
 
@@ -87,8 +100,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self):
-        """Update every parameter that has a gradient."""
+    def step(self, good):
+        """Update every parameter that has a gradient where `good`, 0-d bool, is true."""
         for group in self.param_groups:
             by_shape = {}
             for param in group["params"]:
@@ -97,15 +110,16 @@ class Muon(torch.optim.Optimizer):
                     alone = id(param) if is_part(param) else None  # gathered with others, they would fill the memory
                     by_shape.setdefault((min(rows, cols), max(rows, cols), alone), []).append(param)
             for (*shape, _), params in by_shape.items():
-                self._step_batch(params, shape, group)
+                self._step_batch(params, shape, group, good)
 
-    def _step_batch(self, params, shape, group):
+    def _step_batch(self, params, shape, group, good):
         directions = []
         for param in params:
             state = self.state[param]
             if not state:
                 state["momentum"] = torch.zeros_like(param)
-            state["momentum"].lerp_(param.grad, 1 - group["momentum"])
+            momentum, gradient = local(state["momentum"]), local(param.grad)
+            choose(good, momentum.lerp(gradient, 1 - group["momentum"]), momentum)
             nesterov = param.grad.lerp(state["momentum"], group["momentum"])
             nesterov = whole(nesterov) if param.ndim == 2 else local(nesterov)
             wide = nesterov if param.shape[-2] <= param.shape[-1] else nesterov.mT
@@ -119,8 +133,13 @@ class Muon(torch.optim.Optimizer):
             mine = local(param)
             if param.ndim == 2:
                 update = local(part_of(update.reshape(param.shape), param))
-            mine.mul_(1 - group["lr"] * group["weight_decay"])
-            mine.add_(update.reshape(mine.shape), alpha=-group["lr"] * scale)
+            decayed = mine * (1 - group["lr"] * group["weight_decay"])
+            choose(good, decayed.add_(update.reshape(mine.shape), alpha=-group["lr"] * scale), mine)
+
+
+def choose(good, new, old):
+    """Overwrite `old` by `new` where `good`, 0-d bool, is true."""
+    torch.where(good, new, old, out=old)
 
 
 class Average(torch.optim.Optimizer):
@@ -130,19 +149,20 @@ class Average(torch.optim.Optimizer):
     """
 
     def __init__(self, params, decay):
-        super().__init__(params, {"decay": decay})
+        super().__init__(params, {"decay": decay, "capturable": True})  # PyTorch then loads `step` onto the device
 
     @torch.no_grad()
-    def step(self):
-        """Move the average of every parameter towards its present value."""
+    def step(self, good):
+        """Move the average of every parameter towards its present value where `good`, 0-d bool, is true."""
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state[param]
                 if not state:
-                    state["step"], state["average"] = torch.zeros(()), param.clone()
-                state["step"] += 1
-                decay = min(group["decay"], state["step"].item() / (state["step"].item() + 9))
-                state["average"].lerp_(param, 1 - decay)
+                    state["step"], state["average"] = torch.zeros((), device=param.device), param.clone()
+                count = state["step"].add_(good)
+                decay = (count / (count + 9)).clamp(max=group["decay"]).masked_fill(count == 1, 0)  # the average begins
+                average = local(state["average"])
+                choose(good, average.lerp(local(param), 1 - decay), average)
 
     @torch.no_grad()
     def swap(self):
@@ -183,9 +203,13 @@ class CombinedOptimizer:
             if self.average is not None:
                 self.average.swap()
 
-    def step(self):
+    def step(self, good):
+        """Step where `good`, 0-d bool on the parameters' device, is true; else all stays as it was, to the bit.
+
+        Nothing waits for the device (but on MPS). States that a first step makes are there after either.
+        """
         for optimizer in self.all:
-            optimizer.step()
+            optimizer.step(good)
 
     def zero_grad(self):
         for optimizer in self.optimizers:
@@ -219,7 +243,7 @@ def build_optimizer(model, config):
     if config.optimizer == "adamw":
         adamw.append(matrix)
     optimizers = [
-        torch.optim.AdamW([g for g in adamw if g["params"]], lr=config.max_lr, betas=tuple(config.betas), fused=True)
+        AdamW([g for g in adamw if g["params"]], lr=config.max_lr, betas=tuple(config.betas), fused=True)
     ]
     if config.optimizer == "muon" and matrix["params"]:
         optimizers.append(Muon([matrix], lr=config.max_lr))

@@ -74,9 +74,14 @@ class Stepper:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         return norm.float()
 
-    def update(self) -> None:
-        """Move the parameters by their gradients (fp16: unless its scale was too large)."""
-        self.scaler.step(self.optimizer)
+    def update(self, good: torch.Tensor) -> None:
+        """Move the parameters by their gradients where `good`, 0-d bool, is true; forget the gradients.
+
+        fp16: its scale goes down by the gradients that are no numbers, which no good step has.
+        """
+        self.optimizer.step(good)
+        self.scaler.update()
+        self.optimizer.zero_grad()
 
 
 class LowWeights:

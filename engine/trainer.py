@@ -120,7 +120,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     log(f"100% MFU: {peak} x {distributed.world_size()}; {format_count(flops_per_token)} FLOPs a token")
 
     progress = Progress(total_steps, state["step"], stage)
-    guard = StepGuard(model, config.spike_bound, state)
+    guard = StepGuard(model, config.spike_bound, state, run_log, overflows=scaler.is_enabled())
     saver = Saver(folder, config, model, optimizer, {
         "stage": stage, "model_name": config.model_name, "params": params["total"], "tokenizer": tokenizer.fingerprint,
         "data": train_rows.file.fingerprint})
@@ -134,6 +134,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
 
     def evaluate(batches: int, stop: StopSignal | None = None) -> bool:
         """Whether it came to its end: not when a signal came first that `stop` knows of."""
+        guard.read()
         limit = batches * plan.global_rows
         with averaged():
             found = held_out_loss(model, forward, val_rows, tokenizer.characters, plan.micro_rows, limit, device,
@@ -189,7 +190,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                 [((config.seed * 1_000_003 + step) * 65536 + number) % 2**63 for number in numbers],
                 share=1 / (len(work.batches) * distributed.world_size()))
 
-            # 4c. gradients of all processes, clipped; a step whose numbers are not to be trusted is not taken
+            # 4c. gradients of all processes, clipped; the device takes the step only if its numbers are to be trusted.
+            # The host reads them a step later: nowhere does it wait for what it has just told the device
             if not sharded:  # those of a shared model are summed in its backward pass
                 distributed.sum_gradients(parameters)
             scaler.unscale_(optimizer)
@@ -197,30 +199,23 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             if logged:
                 health.before_update()
             norm = stepper.clip()
-            loss_value, norm_value = torch.stack([values["loss"], norm]).tolist()  # the one wait for the device
-            objection = guard.objection(loss_value, norm_value)
-            if not objection:
-                stepper.update()
-                model.after_step({name: value for name, value in values.items() if name != "loss"})
-                guard.taken(loss_value, norm_value)
-                state["smooth_loss"] += (loss_value - state["smooth_loss"]) * max(0.1, 1 / (step + 1))
-            elif scaler.is_enabled() and math.isfinite(loss_value) and not math.isfinite(norm_value):
-                guard.undo()  # no fault: fp16 finds its scale by overflowing
-            else:
-                run_log.skipped({"step": step + 1, "skipped": objection, "epoch": work.epoch, "rows": work.rows})
-                guard.skipped(step + 1, objection, work.epoch, work.rows)
-            scaler.update()
-            optimizer.zero_grad()
+            good = guard.judge(values["loss"], norm, done, work.epoch, work.rows)
+            stepper.update(good)
+            model.after_step({name: value for name, value in values.items() if name != "loss"})
+            guard.settle(good)
 
             if config.dry_run:
+                guard.read()
                 synchronize(device)
                 measured = int(tokens), time.perf_counter() - started, memory.most_held(device)
                 memory.forget_most(device)
                 continue
 
             # 4d. tell
+            if logged:
+                loss_value, norm_value = guard.read()
             seconds = time.perf_counter() - started
-            state["step"], state["tokens"] = step + 1, state["tokens"] + int(tokens)
+            state["step"], state["tokens"] = done, state["tokens"] + int(tokens)
             state["seconds"] += seconds
             since_log = [since_log[0] + tokens, since_log[1] + seconds]
             text = None
@@ -241,6 +236,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             if config.sample_interval and done % config.sample_interval == 0 and not last:
                 sample()
             if last or stopping or saver.due(done):
+                guard.read()
                 run_log.sync()
                 scaling = {"scaler": scaler.state_dict()} if scaler.is_enabled() else {}
                 saver.save({**state, **scaling}, val, must=stopping and not last)

@@ -141,7 +141,10 @@ class BaseModel(nn.Module):
         """Called before each optimizer step: the place for schedules of the model's own."""
 
     def after_step(self, other_vars):
-        """Called once after each optimizer step with `other_vars` averaged over micro-batches and ranks."""
+        """Called once after each optimizer step with `other_vars` averaged over micro-batches and ranks.
+
+        Also after a step that is not taken, for only the device knows yet: what it does to saved buffers is then undone.
+        """
 
     # ---------------------------------------------------------------- optional
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import os
 import random
 import shutil
@@ -34,6 +35,7 @@ from engine.checkpoint import (
 )
 from engine.config import TrainConfig
 from engine.optim import build_optimizer
+from engine.step import Stepper
 from model import get_model_and_args, list_models
 from utils.errors import UserError
 
@@ -199,6 +201,26 @@ def test_what_is_saved_comes_back(example):
         for ours, part in zip(optimizer.all, theirs.all):
             for state, same in zip(ours.state.values(), part.state.values(), strict=True):
                 assert all(torch.equal(sharding.whole(state[key]), sharding.whole(same[key])) for key in state)
+
+
+@pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon", "ema": 0.9}])
+def test_a_step_not_taken_leaves_every_bit_of_the_parts_as_it_was(group, recipe):
+    """By gradients that are no numbers; after it the run goes on as the one without it."""
+    def run(*steps):
+        torch.manual_seed(0)
+        sharding.shard(model := tiny(), torch.device("cpu"), "fp32", compiled=False)
+        stepper = Stepper(model, TrainConfig(**recipe, compile="false"), torch.device("cpu"))
+        stepper.optimizer.set_lr(0.01)
+        for number, weight in steps:
+            ids = torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(number))
+            stepper.gradients([{"input_ids": ids, "targets": ids}], [weight], [0], 1.0)
+            stepper.update(stepper.clip().isfinite())
+        states = [state[key] for part in stepper.optimizer.all for state in part.state.values()
+                  for key in sorted(state)]
+        assert sum(map(sharding.is_part, states)) >= len(list(model.parameters())) - 1  # all but the unused one
+        return [sharding.whole(t.detach()).numpy().tobytes() for t in [*model.parameters(), *states]]
+    taken = run((1, 1.0), (2, 1.0))
+    assert run((9, math.nan), (1, 1.0), (2, 1.0), (9, math.inf)) == taken != run((1, 1.0))
 
 
 @pytest.mark.slow

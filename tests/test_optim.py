@@ -8,8 +8,11 @@ from torch import nn
 
 from checks import Subject
 from engine import optim
+from engine.config import TrainConfig
 from engine.optim import Average, CombinedOptimizer, Muon, build_optimizer, orthogonalize
 from model import list_models
+
+GOOD, BAD = torch.tensor(True), torch.tensor(False)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -44,7 +47,7 @@ def test_muon_step_equals_the_formula():
             update = torch.stack([orthogonalize(matrix[None])[0] for matrix in wide])
             update = update if stack.shape[-2] <= stack.shape[-1] else update.mT
             want[i] = want[i] * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 20**0.5 * update.reshape(param.shape)
-        optimizer.step()
+        optimizer.step(GOOD)
     for param, expected in zip(params, want):
         torch.testing.assert_close(param.detach(), expected, atol=1e-4, rtol=1e-4)
 
@@ -65,7 +68,7 @@ def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
     before = [p.detach().clone() for p in model.parameters()]
     ids = Subject(name).tokens(rows=8)
     model(ids, targets=ids.roll(-1, 1))[1].backward()
-    combined.step()
+    combined.step(GOOD)
     assert all((p != b).any() for p, b in zip(model.parameters(), before))
 
 
@@ -93,7 +96,7 @@ def test_adamw_equals_the_formula(name):
                 decay = 0.1 if kind == "matrix" else 0.0
                 want[key] -= lr * scales[kind] * (update + decay * want[key])
         optimizer.set_lr(lr)
-        optimizer.step()
+        optimizer.step(GOOD)
         optimizer.zero_grad()
     for p in model.parameters():
         torch.testing.assert_close(p.detach().double(), want[id(p)], atol=1e-5, rtol=1e-4)
@@ -108,7 +111,7 @@ def test_average_equals_the_sum_and_comes_back():
     for n in range(1, 41):
         param.data.normal_()
         values.append(param.detach().double().clone())
-        average.step()
+        average.step(GOOD)
         decay = min(0.7, n / (n + 9))
         weights = [w * decay for w in weights] + [1 - decay if n > 1 else 1.0]  # the first value starts the average
     want = sum(w * value for w, value in zip(weights, values))
@@ -118,6 +121,33 @@ def test_average_equals_the_sum_and_comes_back():
     with optimizer.averaged():
         torch.testing.assert_close(param.detach().double(), want, atol=1e-6, rtol=1e-5)
     assert torch.equal(param, now)
+
+
+def moved(optimizer, model, steps):
+    """Steps by fixed gradients, of which a bad one holds a NaN; returns every byte of weights and states."""
+    for number, good in steps:
+        for at, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * number + at))
+            p.grad.view(-1)[0] = p.grad.view(-1)[0] if good else torch.nan
+        optimizer.set_lr(0.01)
+        optimizer.step(GOOD if good else BAD)
+        optimizer.zero_grad()
+    states = [state[key] for part in optimizer.all for state in part.state.values() for key in sorted(state)]
+    return [tensor.detach().numpy().tobytes() for tensor in [*model.parameters(), *states]]
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"optimizer": "muon", "ema": 0.9}])
+def test_a_step_not_taken_leaves_every_bit_as_it_was(name, recipe):
+    """After two steps, and before the first as well: those that follow go where they would have gone without it."""
+    def run(*steps):
+        model = Subject(name).build().train()
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[:4] = torch.tensor([0.0, -0.0, 1e-40, -1e-40])  # signs, and tiny numbers
+        return moved(build_optimizer(model, TrainConfig(**recipe)), model, steps)
+    taken = run((1, True), (2, True))
+    assert run((1, True), (2, True), (7, False)) == taken
+    assert run((7, False), (1, True), (8, False), (9, False), (2, True)) == taken != run((1, True))
 
 
 def test_unknown_group_member_is_refused():

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 from engine_helpers import ROOT, TinyModel, sft_files
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import keeping
 from engine.checkpoint import find_runs, newest_checkpoint
@@ -209,6 +211,54 @@ def test_the_average_is_evaluated_and_exported(world):
     batch = {name: torch.stack([torch.from_numpy(world.val.row(i)[name]) for i in range(len(world.val))])
              for name in ("input_ids", "targets", "doc_ids")}
     assert summary["val_loss"] == pytest.approx(world.model.eval()(**batch)[2]["loss/ce"].item(), rel=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Notes in `events` every number that the host takes out of a tensor, and where a backward pass began."""
+
+    def __init__(self, patch):
+        super().__init__()
+        self.events = []
+        self.note(patch, "backward", lambda tensor: "backward")
+        for name in ("tolist", "numpy"):  # which read the memory itself
+            self.note(patch, name, lambda tensor: tensor.detach().clone())
+
+    def note(self, patch, name, event):
+        method = getattr(torch.Tensor, name)
+
+        def noted(tensor, *args, **how):
+            if threading.current_thread() is threading.main_thread():  # not of the loader, which is ahead
+                self.events.append(event(tensor))
+            return method(tensor, *args, **how)
+        patch.setattr(torch.Tensor, name, noted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:  # item(), float(), bool(), in Python and in C++
+            self.events.append(torch.tensor([float(out)]))
+        return out
+
+
+@pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon", "ema": 0.9}])
+def test_the_numbers_of_a_step_are_read_when_the_next_one_is_on_its_way(world, monkeypatch, recipe):
+    """Between log lines, and nothing else is: a GPU would still be at work on the step."""
+    settings = dict(**recipe, max_steps=24, model_fields={"dropout": 0.1})
+    told = [r for r in read_metrics(world.run(**settings)["run"] + "/metrics.jsonl") if "loss" in r]
+    with monkeypatch.context() as patch:
+        reads = Reads(patch)
+        with reads:
+            quiet = world.run(**settings, log_interval=8, resume="never")
+    assert losses(quiet) == [told[at]["loss"] for at in (0, 7, 15, 23)]
+    starts = [at for at, event in enumerate(reads.events) if isinstance(event, str)]
+    assert len(starts) == 24
+    for step in range(2, 23):  # what was read after the backward pass of this step, before that of the next
+        read = [tensor.tolist() for tensor in reads.events[starts[step - 1] + 1:starts[step]]]
+        before = told[step - 2]
+        if step % 8 == 7:  # and then the log line begins: it counts characters in its batch, which the host has made
+            assert read[0] == [before["loss"], before["grad_norm"], 1.0]
+        elif step % 8 and step > 2:
+            # those of a step with a log line have been read for it
+            assert read == ([] if step % 8 == 1 else [[before["loss"], before["grad_norm"], 1.0]]), step
 
 
 def test_resume_modes(world, capsys):
