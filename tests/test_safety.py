@@ -63,8 +63,9 @@ def test_a_bad_step_is_skipped_counted_and_named(world, capsys):
     assert "NaN" not in open(summary["run"] + "/metrics.jsonl").read()
 
 
-@pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon", "ema": 0.9}])
-def test_a_skipped_step_leaves_everything_as_if_it_had_not_been(world, recipe):
+@pytest.mark.parametrize("recipe, factor", [({"optimizer": "adamw"}, math.inf),
+                                            ({"optimizer": "muon", "ema": 0.9}, math.nan)])
+def test_a_skipped_step_leaves_everything_as_if_it_had_not_been(world, recipe, factor):
     """Weights, buffers, the optimizer's state and the average, to the bit."""
     def left(steps, poison):
         run = world.run(model_class=poison.model(), max_steps=steps, resume="never", lr_schedule="constant", **recipe)
@@ -74,15 +75,32 @@ def test_a_skipped_step_leaves_everything_as_if_it_had_not_been(world, recipe):
                   for at, state in part["state"].items() for key, value in state.items()}
         tensors = {**load_file(checkpoint / "model.safetensors"), **states}
         return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-    for factor in (math.inf, math.nan):
-        assert left(4, Poison({4}, factor)) == left(3, Poison(set(), 1.0))
+    assert left(4, Poison({4}, factor)) == left(3, Poison(set(), 1.0))
 
 
-def test_ten_bad_steps_in_a_row_stop_the_run(world):
+@pytest.mark.parametrize("log_interval", [1, 50])
+def test_ten_bad_steps_in_a_row_stop_the_run(world, log_interval):
+    """Also when the host learns of the tenth in the step after it."""
     with pytest.raises(UserError, match="10 steps in a row were skipped, the last 14"):
-        world.run(model_class=Poison(set(range(5, 99)), math.nan).model(), max_steps=30, save_interval=4)
-    newest = newest_checkpoint(world.path / "output/pretrain_tiny")
-    assert newest.name == "step-00000012"
+        world.run(model_class=Poison(set(range(5, 99)), math.nan).model(), max_steps=30, save_interval=4,
+                  log_interval=log_interval)
+    folder = world.path / "output/pretrain_tiny"
+    assert newest_checkpoint(folder).name == "step-00000012"
+    assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "skipped" in r] == list(range(5, 15))
+
+
+@pytest.mark.slow
+def test_when_the_host_looks_changes_nothing(world):
+    """Spikes at steps 50, 51 and 54: what is skipped, saved and counted is the same as with a log line at each step."""
+    def left(log_interval, save_interval):
+        run = world.run(model_class=Poison({50, 51, 54}, 40.0).model(), max_steps=55, resume="never", ema=0.9,
+                        log_interval=log_interval, save_interval=save_interval)
+        skipped = [r for r in read_metrics(run["run"] + "/metrics.jsonl") if "skipped" in r]
+        assert [r["step"] for r in skipped] == [50, 51, 54]
+        state = torch.load(newest_checkpoint(Path(run["run"])) / "trainer_state.pt", weights_only=True)
+        del state["seconds"]
+        return skipped, state, run["train_loss"], {name: w.numpy().tobytes() for name, w in world.weights().items()}
+    assert left(1, 0) == left(100, 10)
 
 
 def test_a_spike_is_skipped_and_remembered_over_a_resume(world, monkeypatch, capsys):
