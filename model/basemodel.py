@@ -143,7 +143,7 @@ class BaseModel(nn.Module):
     def after_step(self, other_vars):
         """Called once after each optimizer step with `other_vars` averaged over micro-batches and ranks.
 
-        Also after a step that is not taken, for only the device knows yet: what it does to saved buffers is then undone.
+        Also after a step that is not taken, which only the device knows yet: saved buffers then get their values back.
         """
 
     # ---------------------------------------------------------------- optional
