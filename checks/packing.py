@@ -34,10 +34,11 @@ def packed_equals_separate(subject: Subject):
     """Each document's logits in a packed row are those it has alone, whatever its neighbours are.
 
     Measured: three rows with documents at different places, one of a single token, each document against itself alone;
-    in train mode too; and one document a row against no doc_ids at all.
+    in train mode too; one document a row against no doc_ids at all; and a row that ends in padding, whose id is -1,
+    beside a row of nothing else.
     Causes: doc_ids ignored, or used in some layers only; the mask of row 0 used for all rows; learned positions that do
     not start again at each document; a convolution, a token shift or a recurrent state that runs across the border; a
-    document mask that replaces the causal one.
+    document mask that replaces the causal one; doc_ids taken for indices; a mean over no token.
     """
     subject.needs("doc_ids")
     ids = subject.tokens(rows=3)
@@ -54,6 +55,11 @@ def packed_equals_separate(subject: Subject):
                               f"row {row}, document at {start}..{end - 1}, packed against alone")
         one = logits_of(model, ids, doc_ids=torch.full_like(ids, 7))
         require_close(one, logits_of(model, ids), "one document a row against no doc_ids")
+        padded = torch.zeros_like(ids[:2])
+        padded[0, 5:], padded[1] = -1, -1
+        before = logits_of(model, ids[:2], doc_ids=padded)
+        require(before.isfinite().all(), "logits that are not finite where a row is padding, doc_ids of -1")
+        require_close(before[:1, :5], logits_of(model, ids[:1, :5]), "a document before padding, against alone")
 
 
 def gradient_stays_in_the_document(subject: Subject):

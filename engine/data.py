@@ -16,6 +16,7 @@ from utils.json_object import load_json
 from utils.log import warn
 
 IGNORE = -100  # a target without loss
+PADDING = -1  # the doc_ids of positions that hold no text
 SCAN = 1 << 24  # tokens looked at in one go
 
 
@@ -134,7 +135,6 @@ class WindowRows:
         row["input_ids"][:n] = tokens[:-1]
         row["targets"][:n] = np.where(tokens[1:] == self.file.bos_id, IGNORE, tokens[1:])
         row["doc_ids"][:n] = np.cumsum(tokens[:-1] == self.file.bos_id)
-        row["doc_ids"][n:] = self.seq_len + 1
         return row
 
 
@@ -143,7 +143,7 @@ class DocumentRows:
 
     file.mask, where there is one, says which tokens carry loss. `long` decides on a document that does not fit a row:
     "split" into pieces that overlap by one token, so that no target is lost; "drop" leaves it out; "cut" keeps its
-    beginning, if that holds a target; "error" raises UserError. Padding at the end of a row is a document of its own.
+    beginning, if that holds a target; "error" raises UserError.
     """
 
     def __init__(self, file: TokenFile, seq_len: int, pack: bool, long: str = "split"):
@@ -182,7 +182,6 @@ class DocumentRows:
         if self.file.mask is not None:
             row["targets"][:n][self.file.mask[places + 1] == 0] = IGNORE
         row["doc_ids"][:n] = np.repeat(np.arange(len(pieces)), widths)
-        row["doc_ids"][n:] = len(pieces)
         return row
 
     def summary(self) -> str:
@@ -212,9 +211,9 @@ class DocumentRows:
 
 
 def empty_row(seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
-    """A row of padding without loss."""
+    """A row of padding: no loss, and of no document."""
     return {"input_ids": np.full(seq_len, pad_id, np.int64), "targets": np.full(seq_len, IGNORE, np.int64),
-            "doc_ids": np.zeros(seq_len, np.int64)}
+            "doc_ids": np.full(seq_len, PADDING, np.int64)}
 
 
 def split(starts: np.ndarray, widths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

@@ -121,7 +121,8 @@ class BaseModel(nn.Module):
 
         input_ids (B, T) int64. targets (B, T) int64, already shifted by one; -100 means no loss at that position.
         state: optional, a `State`; read `state.pos`, append T tokens to every row, leave `pos` alone.
-        doc_ids (B, T) int64: optional; tokens of different documents in one row must not see each other.
+        doc_ids (B, T) int64: optional; tokens of different documents in one row must not see each other;
+        -1 is padding, which a count of tokens leaves out.
 
         logits (B, T, V); may be None when targets are given, and (B, 1, V) when `state.last_only`.
         loss: None exactly when targets is None, else the mean over the valid targets (0 when there is none).

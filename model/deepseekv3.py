@@ -67,15 +67,13 @@ class DeepSeekV3ModelArgs(RopeArgs, BaseModelArgs):
         a = self
         a.check_sizes("n_dense_layers", "q_lora_rank", "n_shared_experts", "n_mtp_layers")
         if a.n_routed_experts % a.n_expert_groups:
-            raise ModelError(
-                f"n_routed_experts={a.n_routed_experts} must be a multiple of n_expert_groups={a.n_expert_groups}"
-            )
+            raise ModelError(f"n_routed_experts={a.n_routed_experts} must be a multiple of "
+                             f"n_expert_groups={a.n_expert_groups}")
         per_group = a.n_routed_experts // a.n_expert_groups
         if not 1 <= a.n_activated_experts <= a.n_limited_groups * per_group:
-            raise ModelError(
-                f"n_activated_experts={a.n_activated_experts} must lie in 1..{a.n_limited_groups * per_group}, the "
-                "experts of the groups a token may use: change it or n_limited_groups"
-            )
+            raise ModelError(f"n_activated_experts={a.n_activated_experts} must lie in "
+                             f"1..{a.n_limited_groups * per_group}, the experts of the groups a token may "
+                             "use: change it or n_limited_groups")
         if not 1 <= a.n_limited_groups <= a.n_expert_groups:
             raise ModelError(f"n_limited_groups={a.n_limited_groups} must lie in 1..{a.n_expert_groups}")
         if a.n_expert_groups > 1 and per_group < 2:
@@ -150,7 +148,7 @@ class LatentAttention(nn.Module):
 
 class MoE(nn.Module):
     """DeepSeekMoE with auxiliary-loss-free balancing (equations 12-20). (B, T, D) -> (B, T, D), load (E,), balance loss
-    (None while decoding, where nobody wants it)."""
+    (None while decoding, where nobody wants it). Both are of the tokens that are `real` (B, T), all by default."""
 
     expert_weights = ("gate_proj", "up_proj", "down_proj")  # the stacks that may be held at 8 bits
 
@@ -165,7 +163,7 @@ class MoE(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(a.n_routed_experts, a.dim, a.moe_inter_dim))
         self.shared = SwiGLU(a.dim, a.n_shared_experts * a.moe_inter_dim) if a.n_shared_experts else None
 
-    def forward(self, x, decoding=False):
+    def forward(self, x, decoding=False, real=None):
         a = self.args
         tokens = x.flatten(0, 1)  # (N, D)
         with torch.autocast(x.device.type, enabled=False):  # routing in fp32: a rounded tie is a different expert
@@ -176,12 +174,12 @@ class MoE(nn.Module):
             weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
         weight = weight * a.route_scale
 
-        h, load = expert_swiglu(tokens, chosen, self.gate_proj, self.up_proj, self.down_proj, decoding)
+        h, load = expert_swiglu(tokens, chosen, self.gate_proj, self.up_proj, self.down_proj, decoding, real)
         out = (h * weight[..., None].to(h.dtype)).sum(dim=1).view_as(x)  # (B, T, D)
 
         if self.shared is not None:
             out = out + self.shared(x)
-        return out, load.float(), None if decoding else self._balance_loss(affinity.view(*x.shape[:2], -1))
+        return out, load.float(), None if decoding else self._balance_loss(affinity.view(*x.shape[:2], -1), real)
 
     def _choose(self, affinity):
         """Return the chosen experts (N, A): the best by affinity + bias, from the best groups (equation 16, 2.1.2).
@@ -197,13 +195,15 @@ class MoE(nn.Module):
             score = groups.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
         return score.topk(a.n_activated_experts, dim=-1, sorted=False).indices
 
-    def _balance_loss(self, affinity):
+    def _balance_loss(self, affinity, real=None):
         """Complementary sequence-wise balance loss (equations 17-20), the mean over the rows. affinity (B, T, E)."""
         a = self.args
         top = affinity.detach().topk(a.n_activated_experts, dim=-1, sorted=False).indices  # without the bias
         hits = torch.zeros_like(affinity).scatter_(-1, top, 1.0)
-        f = hits.mean(dim=1) * (a.n_routed_experts / a.n_activated_experts)  # (B, E)
-        p = (affinity / affinity.sum(dim=-1, keepdim=True)).mean(dim=1)
+        real = affinity.new_ones(affinity.shape[:2]) if real is None else real.to(affinity.dtype)
+        share = (real / real.sum(dim=1, keepdim=True).clamp(min=1))[..., None]  # (B, T, 1), the 1 / T
+        f = (hits * share).sum(dim=1) * (a.n_routed_experts / a.n_activated_experts)  # (B, E)
+        p = (affinity / affinity.sum(dim=-1, keepdim=True) * share).sum(dim=1)
         return a.seq_aux_alpha * (f * p).sum(dim=-1).mean()
 
     @torch.no_grad()
@@ -223,10 +223,10 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn = MoE(args) if moe else SwiGLU(args.dim, args.inter_dim)
 
-    def forward(self, x, rope, mask, state=None):
+    def forward(self, x, rope, mask, state=None, real=None):
         x = x + self.attn(self.attn_norm(x), rope, mask, state)
         if isinstance(self.ffn, MoE):
-            out, load, balance = self.ffn(self.ffn_norm(x), decoding=state is not None)
+            out, load, balance = self.ffn(self.ffn_norm(x), state is not None, real)
             return x + out, load, balance
         return x + self.ffn(self.ffn_norm(x)), None, None
 
@@ -242,9 +242,9 @@ class MTPModule(nn.Module):
         self.block = Block(args, layer=depth, moe=args.n_dense_layers < args.n_layers)
         self.norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, hidden, embedded, rope, mask, state=None):
+    def forward(self, hidden, embedded, rope, mask, state=None, real=None):
         x = self.proj(torch.cat((self.embed_norm(embedded), self.hidden_norm(hidden)), dim=-1))
-        x, load, balance = self.block(x, rope, mask, state)
+        x, load, balance = self.block(x, rope, mask, state, real)
         return self.norm(x), load, balance
 
 
@@ -308,9 +308,7 @@ class DeepSeekV3Model(BaseModel):
     def __init__(self, args):
         super().__init__(args)
         self.tok_embed = Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(
-            Block(args, layer, moe=layer >= args.n_dense_layers) for layer in range(args.n_layers)
-        )
+        self.layers = nn.ModuleList(Block(args, i, moe=i >= args.n_dense_layers) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.lm_head = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
@@ -333,11 +331,12 @@ class DeepSeekV3Model(BaseModel):
         positions = token_positions(input_ids, state)
         rope = self.rotary(positions)
         mask = attention_mask(positions, state, doc_ids)
+        real = None if doc_ids is None else doc_ids >= 0  # (B, T), not padding
 
         embedded = x = self.tok_embed(input_ids)  # (B, T, D)
         loads, balances = [], []
         for layer in self.layers:
-            x, load, balance = layer(x, rope, mask, state)
+            x, load, balance = layer(x, rope, mask, state, real)
             if load is not None:
                 loads.append(load)
             if balance is not None:
@@ -376,7 +375,8 @@ class DeepSeekV3Model(BaseModel):
                 target = target.masked_fill(docs != doc_ids[:, k:], -100)
             positions = token_positions(target)
             mask = attention_mask(positions, doc_ids=docs)
-            x, load, balance = module(x[:, :n], embedded[:, k:], self.rotary(positions), mask)
+            real = docs if docs is None else docs >= 0
+            x, load, balance = module(x[:, :n], embedded[:, k:], self.rotary(positions), mask, real=real)
             # Both equations divide by the T of the whole sequence, so a depth weighs by the targets that it has left.
             share = (target != -100).sum() / n_targets
             losses.append(lm_loss(x, self.lm_head.weight, target) * share)

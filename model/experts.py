@@ -12,13 +12,15 @@ from .layers import compute_dtype
 FEW_TOKENS = 16, 2  # of a decoding step, compiled or not: up to here the chosen experts are read without sorting
 
 
-def expert_swiglu(x, chosen, gate, up, down, decoding=False):
+def expert_swiglu(x, chosen, gate, up, down, decoding=False, real=None):
     """Run each token through its chosen experts, down(silu(gate(x)) * up(x)), and count the tokens of each expert.
 
     x (N, D), chosen (N, A), gate and up (E, F, D), down (E, D, F) -> (N, A, D), load (E,).
+    With real (B, T) bool the load is of those tokens.
     """
-    experts = torch.arange(gate.q.shape[0] if isinstance(gate, Int8Weight) else gate.shape[0], device=x.device)
-    load = (chosen[..., None] == experts).sum(dim=(0, 1))  # (E,) tokens an expert; bincount waits for the device
+    n_experts = gate.q.shape[0] if isinstance(gate, Int8Weight) else gate.shape[0]
+    counts = expert_load(chosen, n_experts)
+    load = counts if real is None else expert_load(chosen, n_experts, real.flatten())
     if decoding and len(x) <= FEW_TOKENS[not torch.compiler.is_compiling()]:
         h = F.silu(chosen_matmul(x[:, None], gate, chosen)) * chosen_matmul(x[:, None], up, chosen)
         return chosen_matmul(h, down, chosen), load
@@ -26,8 +28,14 @@ def expert_swiglu(x, chosen, gate, up, down, decoding=False):
     order = chosen.flatten().argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     h = permute_rows(x, order, inverse, chosen.shape[1])  # (N * A, D)
-    h = F.silu(expert_matmul(h, gate, load)) * expert_matmul(h, up, load)
-    return permute_rows(expert_matmul(h, down, load), inverse, order).unflatten(0, chosen.shape), load
+    h = F.silu(expert_matmul(h, gate, counts)) * expert_matmul(h, up, counts)
+    return permute_rows(expert_matmul(h, down, counts), inverse, order).unflatten(0, chosen.shape), load
+
+
+def expert_load(chosen, n_experts, real=None):
+    """Count the tokens of each expert, (E,): chosen (N, A); with real (N,) bool, of those tokens only."""
+    hits = chosen[..., None] == torch.arange(n_experts, device=chosen.device)  # (N, A, E); bincount would wait
+    return (hits if real is None else hits & real[:, None, None]).sum(dim=(0, 1))
 
 
 class _Permute(torch.autograd.Function):

@@ -7,7 +7,7 @@ import pytest
 from engine_helpers import make_tokenizer, pretrain_files, write_tokens
 
 from engine.config import BatchPlan
-from engine.data import IGNORE, DocumentRows, TokenFile, WindowRows, shuffled
+from engine.data import IGNORE, PADDING, DocumentRows, TokenFile, WindowRows, shuffled
 from engine.loader import StepLoader, held_out_batches
 from utils.errors import UserError
 
@@ -37,6 +37,7 @@ def test_windows_hold_every_target_once(tmp_path, tokenizer):
     assert row["doc_ids"].tolist() == [1, 1, 1, 1, 1, 2, 2, 2]
     last = rows.row(5)
     assert (last["targets"][len(flat) - 1 - 40 :] == IGNORE).all()
+    assert ((last["doc_ids"] == PADDING) == (np.arange(8) >= len(flat) - 1 - 40)).all()
 
 
 def test_documents_hold_every_target_once(tmp_path, tokenizer):
@@ -49,6 +50,7 @@ def test_documents_hold_every_target_once(tmp_path, tokenizer):
         targets = np.concatenate([row["targets"] for row in all_rows])
         assert sorted(targets[targets != IGNORE].tolist()) == expected
         for row in all_rows:  # within a document a target is the next input
+            assert ((row["doc_ids"] == PADDING) == (row["input_ids"] == tokenizer.pad_id)).all()
             same = row["doc_ids"][:-1] == row["doc_ids"][1:]
             valid = same & (row["targets"][:-1] != IGNORE) & (row["targets"][1:] != IGNORE)
             assert (row["targets"][:-1][valid] == row["input_ids"][1:][valid]).all()

@@ -92,6 +92,30 @@ def test_mixture_equals_a_loop_over_tokens(changes):
     assert balance.item() == pytest.approx(sum(row_losses) / 2, rel=1e-5)
 
 
+def test_padding_counts_in_no_load_and_no_balance_loss():
+    """Rows of 7, 4 and 0 real tokens in one batch, against the rows without their padding, one after another."""
+    args, lengths = small_args(seq_aux_alpha=1.0), (7, 4, 0)
+    model = sharp_model(args)
+    ids = torch.randint(args.vocab_size, (3, 7), generator=torch.Generator().manual_seed(5))
+    docs = torch.tensor([[0] * n + [-1] * (7 - n) for n in lengths])
+    targets = ids.roll(-1, 1).masked_fill(docs < 0, -100)
+    logits = model(ids, doc_ids=docs)[0]
+    _, loss, got = model(ids, targets, doc_ids=docs)
+    loss.backward()
+    assert logits.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+    model.mtp = torch.nn.ModuleList()
+    alone = [model(row[None, :n], target[None, :n])[2] for row, target, n in zip(ids, targets, lengths) if n]
+    assert torch.equal(got["moe/load"], sum(terms["moe/load"] for terms in alone))
+    assert got["moe/load_mtp"].sum().item() == args.n_activated_experts * (6 + 4)  # no position for a row's last token
+    got, plain, no_padding = (model(ids, targets, doc_ids=d)[2] for d in (docs, None, docs * 0))
+    want = sum(terms["loss/balance"] for terms in alone) / 3
+    torch.testing.assert_close(got["loss/balance"], want)
+    assert torch.equal(plain["moe/load"], no_padding["moe/load"])
+    assert not torch.equal(plain["moe/load"], got["moe/load"])
+    torch.testing.assert_close(plain["loss/balance"], no_padding["loss/balance"])
+
+
 def test_bias_steers_the_choice_and_never_the_weight():
     args = small_args(n_expert_groups=1, n_limited_groups=1, n_activated_experts=6, n_routed_experts=6)
     moe = random_moe(args)
