@@ -118,8 +118,8 @@ class Muon(torch.optim.Optimizer):
             state = self.state[param]
             if not state:
                 state["momentum"] = torch.zeros_like(param)
-            momentum, gradient = local(state["momentum"]), local(param.grad)
-            choose(good, momentum.lerp(gradient, 1 - group["momentum"]), momentum)
+            weight = torch.where(good, 1 - group["momentum"], 0.0)
+            local(state["momentum"]).lerp_(or_zero(good, local(param.grad)), weight)
             nesterov = param.grad.lerp(state["momentum"], group["momentum"])
             nesterov = whole(nesterov) if param.ndim == 2 else local(nesterov)
             wide = nesterov if param.shape[-2] <= param.shape[-1] else nesterov.mT
@@ -133,8 +133,15 @@ class Muon(torch.optim.Optimizer):
             mine = local(param)
             if param.ndim == 2:
                 update = local(part_of(update.reshape(param.shape), param))
-            decayed = mine * (1 - group["lr"] * group["weight_decay"])
-            choose(good, decayed.add_(update.reshape(mine.shape), alpha=-group["lr"] * scale), mine)
+            # a step not taken: times 1, less 0
+            mine.mul_(torch.where(good, 1 - group["lr"] * group["weight_decay"], 1.0))
+            mine.add_(or_zero(good, update.reshape(mine.shape)), alpha=-group["lr"] * scale)
+
+
+def or_zero(good, tensor):
+    """Make `tensor`, fp32, zero in place where `good`, 0-d bool, is false, NaN and all; return it."""
+    tensor.view(torch.int32).bitwise_and_(-good.int())
+    return tensor
 
 
 def choose(good, new, old):
