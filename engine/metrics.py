@@ -13,6 +13,8 @@ from engine.memory import most_held
 from utils.files import replacing
 from utils.log import format_count, warn
 
+LARGEST_BIN = 9e19  # of TensorBoard's histograms: it fails at numbers that fit none
+
 
 class RunLog:
     """Writes the numbers of a run (main process only; with folder None every method does nothing).
@@ -114,7 +116,7 @@ class RunLog:
     def _add(self, name: str, value: torch.Tensor, step: int) -> None:
         if value.ndim == 0:
             self._show("scalar", name, value.item(), step)
-        elif value.ndim <= 2 and value.numel() and bool(torch.isfinite(value).all()):  # no histogram can hold a NaN
+        elif value.ndim <= 2 and value.numel() and bool((value.abs() < LARGEST_BIN).all()):  # false for a NaN, too
             rows = value if value.ndim == 2 else value[None]
             for i, row in enumerate(rows):
                 self._show("histogram", f"{name}/{i:02d}" if value.ndim == 2 else name, row, step)

@@ -19,7 +19,7 @@ from engine.checkpoint import find_runs, newest_checkpoint
 from engine.config import BatchPlan
 from engine.data import DocumentRows, TokenFile
 from engine.loader import StepLoader
-from engine.metrics import read_metrics
+from engine.metrics import RunLog, read_metrics
 from engine.runfolder import lock_folder
 from utils.errors import UserError
 
@@ -77,6 +77,19 @@ def test_tensorboard_holds_everything_in_other_vars(world):
             "val/bpc", "loss/ce", "loss/extra", "gradient_norm/layer_00", "gradient_norm/embed",
             "activation_rms/layer_01", "update_to_weight/matrix"} <= set(board.Tags()["scalars"])
     assert set(board.Tags()["histograms"]) == {"moe/load/00", "moe/load/01"}
+
+
+def test_a_histogram_that_cannot_be_drawn_ends_no_run(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = RunLog(tmp_path, 0)
+    record = {"step": 1} | dict.fromkeys(("loss", "bpc", "lr", "grad_norm", "tokens_per_s", "mfu"), 1.0)
+    log.step(record, {name: torch.tensor([1.0, value]) for name, value in
+                      (("fine", 2.0), ("huge", 1e30), ("infinite", float("inf")), ("none", float("nan")))})
+    log.close()
+    board = EventAccumulator(str(tmp_path / "logs"))
+    board.Reload()
+    assert board.Tags()["histograms"] == ["fine"]
 
 
 def test_two_runs_are_equal(world):
