@@ -49,7 +49,7 @@ def _write(model, rows):
     """Make the program for one row, or the one for any larger number, by taking a step: at any position, in a state of
     any length. What varies is said beforehand: the compiler would find it out by making one program after another."""
     longest = model.args.max_seq_len
-    tokens = min(USUAL, longest - 1)
+    tokens = min(USUAL, longest // 2)  # at the end of its state a step would be a special case
     state = model.init_state(rows, min(2 * USUAL, longest))
     state.last_only = True
     model(torch.zeros(rows, tokens, dtype=torch.long, device=state.pos.device), state=state)

@@ -5,10 +5,12 @@ its way.
 """
 
 import math
+from contextlib import suppress
 from statistics import median
 
 import torch
 
+from model.basemodel import BaseModel
 from utils.errors import UserError
 from utils.log import warn
 
@@ -35,6 +37,7 @@ class StepGuard:
         # buffers that are saved; one that is not is a table that stays as it was built
         self.buffers = [(module, name) for module in model.modules() for name, buffer in module._buffers.items()
                         if buffer is not None and name not in module._non_persistent_buffers_set]
+        self.waits = type(model).after_step is not BaseModel.after_step and not model.after_step_keeps_to_buffers
         self.before, self.unread, self.numbers = [], None, (math.nan, math.nan)
 
     def remember(self) -> None:
@@ -52,9 +55,23 @@ class StepGuard:
         self.unread = fetch(torch.stack([loss, norm, good.float()])), limits, step, epoch, rows
         return good
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, failure, *_):
+        """What was skipped is said, whatever ended the run in the step after it."""
+        if failure is not None:
+            with suppress(Exception):
+                self.read()
+
     @torch.no_grad()
-    def settle(self, good: torch.Tensor) -> None:
-        """Give the saved buffers of a step that was not taken the values that `remember` noted."""
+    def settle(self, good: torch.Tensor, after_step) -> None:
+        """Call `after_step` of a step that was taken; give the saved buffers of one that was not the values that
+        `remember` noted. Only a model whose `after_step` may do more than move those is waited for."""
+        if self.waits and good:
+            return after_step()
+        if not self.waits:
+            after_step()
         for (module, name), before in zip(self.buffers, self.before):
             buffer = module._buffers[name]
             buffer.copy_(torch.where(good, buffer, before))

@@ -145,10 +145,13 @@ def or_zero(good, tensor):
 
 
 def choose(good, new, old):
-    """Overwrite `old` by `new`, both fp32, where `good`, 0-d bool, is true; `new` is spent.
+    """Overwrite `old` by `new` where `good`, 0-d bool, is true; `new` is spent.
 
     By bits, which a processor does several at a time, unlike torch.where: old ^ ((new ^ old) & mask).
     """
+    if new.dtype != torch.float32:  # as an author may have parameters
+        old.copy_(torch.where(good, new, old))
+        return
     new, old, mask = new.view(torch.int32), old.view(torch.int32), -good.int()
     old.bitwise_xor_(new.bitwise_xor_(old).bitwise_and_(mask))
 
@@ -170,7 +173,8 @@ class Average(torch.optim.Optimizer):
                 state = self.state[param]
                 if not state:
                     state["step"], state["average"] = torch.zeros((), device=param.device), param.clone()
-                count = state["step"].add_(good)
+                # an earlier version kept it on the CPU
+                count = state["step"] = state["step"].to(param.device).add_(good)
                 decay = (count / (count + 9)).clamp(max=group["decay"]).masked_fill(count == 1, 0)  # the average begins
                 average = local(state["average"])
                 choose(good, average.lerp(local(param), 1 - decay), average)

@@ -163,7 +163,7 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         activations = dry_run.saved_bytes(model, loader.make(0).batches[0], device, stepper.autocast)
     since_log = [0, 0.0]  # tokens and seconds of pure training since the last log line
     stopped_by = ""
-    with leave_no_empty(folder), StopSignal() as stop, closing(loader), closing(progress):
+    with leave_no_empty(folder), StopSignal() as stop, closing(loader), closing(progress), guard:
         for work in loader:
             started = time.perf_counter()
             step = state["step"]
@@ -201,8 +201,8 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             norm = stepper.clip()
             good = guard.judge(values["loss"], norm, done, work.epoch, work.rows)
             stepper.update(good)
-            model.after_step({name: value for name, value in values.items() if name != "loss"})
-            guard.settle(good)
+            other_vars = {name: value for name, value in values.items() if name != "loss"}
+            guard.settle(good, lambda other_vars=other_vars: model.after_step(other_vars))
 
             if config.dry_run:
                 guard.read()

@@ -142,10 +142,13 @@ class BaseModel(nn.Module):
         """Called before each optimizer step: the place for schedules of the model's own."""
 
     def after_step(self, other_vars):
-        """Called once after each optimizer step with `other_vars` averaged over micro-batches and ranks.
+        """Called once after each optimizer step with `other_vars` averaged over micro-batches and ranks."""
 
-        Also after a step that is not taken, which only the device knows yet: saved buffers then get their values back.
-        """
+    after_step_keeps_to_buffers = False
+    """Say True where `after_step` moves saved buffers by operations on their device, and nothing else. Then training
+    need not wait: it is called after a step, too, that turns out not to be taken, and the buffers get their values
+    back.
+    """
 
     # ---------------------------------------------------------------- optional
 

@@ -25,6 +25,7 @@ from .layers import (
     attention_mask,
     cache_append,
     lm_loss,
+    packed_mask,
     rotate,
     small_matmul,
     token_positions,
@@ -330,7 +331,7 @@ class DeepSeekV3Model(BaseModel):
         self.check_length(input_ids)
         positions = token_positions(input_ids, state)
         rope = self.rotary(positions)
-        mask = attention_mask(positions, state, doc_ids)
+        mask = packed_mask(positions, state, doc_ids)
         real = None if doc_ids is None else doc_ids >= 0  # (B, T), not padding
 
         embedded = x = self.tok_embed(input_ids)  # (B, T, D)
@@ -374,7 +375,7 @@ class DeepSeekV3Model(BaseModel):
             if docs is not None:
                 target = target.masked_fill(docs != doc_ids[:, k:], -100)
             positions = token_positions(target)
-            mask = attention_mask(positions, doc_ids=docs)
+            mask = packed_mask(positions, doc_ids=docs)
             real = docs if docs is None else docs >= 0
             x, load, balance = module(x[:, :n], embedded[:, k:], self.rotary(positions), mask, real=real)
             # Both equations divide by the T of the whole sequence, so a depth weighs by the targets that it has left.
@@ -392,6 +393,8 @@ class DeepSeekV3Model(BaseModel):
             other_vars["loss/mtp"] = self.args.mtp_loss_weight * torch.stack(losses).sum() / len(self.mtp)
         if loads:
             other_vars["moe/load_mtp"] = torch.stack(loads).detach()  # (D, E)
+
+    after_step_keeps_to_buffers = True
 
     def after_step(self, other_vars):
         """Move every routing bias by the load of the step (2.1.2, auxiliary-loss-free load balancing)."""

@@ -178,8 +178,7 @@ def token_positions(input_ids, state=None):
 
 
 def attention_mask(positions, state=None, doc_ids=None):
-    """Return which keys each query may see, for `attention`: None is plain causal attention, else a bool (B, 1, T, S),
-    True = visible, or for packed rows where flex_attention may be used a `PackedMask`; & makes that a bool, too.
+    """Return which keys each query may see: None for plain causal attention, else bool (B, 1, T, S), True = visible.
 
     Built once a forward and shared by all layers. With a state the keys are its first `upto + T` slots, and a row sees
     those up to its own position; slots beyond it may hold leftovers. With doc_ids (B, T) only the same document.
@@ -191,10 +190,17 @@ def attention_mask(positions, state=None, doc_ids=None):
         return (slots <= positions[..., None])[:, None]
     if doc_ids is not None:
         causal = positions[0, :, None] >= positions[0, None, :]  # (T, T)
-        dense = (causal & (doc_ids[:, :, None] == doc_ids[:, None, :]))[:, None]
-        flex = doc_ids.shape[1] > FLEX_BLOCK and widest_flex_head(doc_ids) > 0
-        return PackedMask(dense, document_blocks(doc_ids)) if flex else dense
+        return (causal & (doc_ids[:, :, None] == doc_ids[:, None, :]))[:, None]
     return None
+
+
+def packed_mask(positions, state=None, doc_ids=None):
+    """Return the same for those who hand it to `attention` and to nobody else: for packed rows (B, T) where
+    flex_attention may be used it is a `PackedMask`."""
+    mask = attention_mask(positions, state, doc_ids)
+    if doc_ids is None or doc_ids.shape[1] <= FLEX_BLOCK or not widest_flex_head(doc_ids):
+        return mask
+    return PackedMask(mask, document_blocks(doc_ids))
 
 
 FLEX_BLOCK = 128  # tokens; in a row of one block there is none to leave out, and the compiler fails on its list
@@ -207,9 +213,6 @@ class PackedMask(NamedTuple):
 
     dense: torch.Tensor  # bool (B, 1, T, T)
     blocks: BlockMask  # for flex_attention, which passes over the blocks of 128 x 128 where nobody sees anybody
-
-    def __and__(self, other):
-        return self.dense & other
 
 
 def document_blocks(doc_ids):

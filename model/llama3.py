@@ -16,9 +16,9 @@ from .layers import (
     Rotary,
     SwiGLU,
     attention,
-    attention_mask,
     cache_append,
     lm_loss,
+    packed_mask,
     rotate,
     token_positions,
 )
@@ -120,7 +120,7 @@ class Llama3Model(BaseModel):
         self.check_length(input_ids)
         positions = token_positions(input_ids, state)
         rope = self.rotary(positions)
-        mask = attention_mask(positions, state, doc_ids)
+        mask = packed_mask(positions, state, doc_ids)
 
         x = self.tok_embed(input_ids)  # (B, T, D)
         for layer in self.layers:

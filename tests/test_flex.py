@@ -23,7 +23,7 @@ def as_on_cuda(monkeypatch):
 
 
 def attend(q, k, v, doc_ids):
-    return layers.attention(q, k, v, layers.attention_mask(positions, doc_ids=doc_ids), 0.3)
+    return layers.attention(q, k, v, layers.packed_mask(positions, doc_ids=doc_ids), 0.3)
 
 
 def test_blocks_are_those_of_the_dense_mask():
@@ -38,9 +38,9 @@ def test_blocks_are_those_of_the_dense_mask():
 
 def test_eager_and_cpu_keep_the_dense_mask(monkeypatch):
     monkeypatch.setattr(layers, "document_blocks", None)
-    assert layers.attention_mask(positions, doc_ids=packed_batch(0)["doc_ids"]).dtype == torch.bool
+    assert layers.packed_mask(positions, doc_ids=packed_batch(0)["doc_ids"]).dtype == torch.bool
     monkeypatch.setattr(layers, "widest_flex_head", lambda x: 128)  # and so does a row of a single block
-    assert layers.attention_mask(positions[:, :128], doc_ids=packed_batch(0)["doc_ids"][:, :128]).dtype == torch.bool
+    assert layers.packed_mask(positions[:, :128], doc_ids=packed_batch(0)["doc_ids"][:, :128]).dtype == torch.bool
 
 
 @pytest.mark.parametrize("dtype, capability, widest", [
@@ -66,15 +66,16 @@ def test_heads_that_flex_does_not_take_use_the_dense_mask(size, monkeypatch):
     want = attend(q, k, v, doc_ids)
     monkeypatch.setattr(layers, "widest_flex_head", lambda x: 128)
     monkeypatch.setattr(layers, "flex_attention", None)
-    assert isinstance(layers.attention_mask(positions, doc_ids=doc_ids), layers.PackedMask)
+    assert isinstance(layers.packed_mask(positions, doc_ids=doc_ids), layers.PackedMask)
     assert torch.equal(attend(q, k, v, doc_ids), want)
 
 
-def test_a_mask_of_the_models_own_goes_with_it():
+def test_who_builds_on_the_mask_gets_a_tensor(monkeypatch):
+    """Under the same conditions: a window of the model's own, say."""
+    monkeypatch.setattr(layers, "widest_flex_head", lambda x: 128)
     doc_ids = packed_batch(0)["doc_ids"]
-    window = (positions[0, :, None] - positions) < 7
     dense = layers.attention_mask(positions, doc_ids=doc_ids)
-    assert torch.equal(layers.PackedMask(dense, layers.document_blocks(doc_ids)) & window, dense & window)
+    assert dense.dtype == torch.bool and torch.equal(dense, layers.packed_mask(positions, doc_ids=doc_ids).dense)
 
 
 def traceable_product(x, weight, counts):
@@ -128,7 +129,7 @@ def test_a_model_that_interrupts_the_graph_computes_the_same(as_on_cuda):
     window = (positions[0, :, None] - positions) < 7
 
     def interrupted(q, k, v, doc_ids):
-        mask = layers.attention_mask(positions, doc_ids=doc_ids)
+        mask = layers.packed_mask(positions, doc_ids=doc_ids)
         torch._dynamo.graph_break()
         return layers.attention(q, k, v, mask), layers.attention(q, k, v, mask & window)
 

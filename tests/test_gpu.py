@@ -162,7 +162,7 @@ def test_flex_attention_is_attention(size, v_size):
     leaves = [torch.randn(3, 300, *shape, device="cuda") for shape in ((6, size), (2, size), (2, 3 * v_size))]
 
     def attend(q, k, v):
-        mask = layers.attention_mask(positions, doc_ids=doc_ids)
+        mask = layers.packed_mask(positions, doc_ids=doc_ids)
         return layers.attention(q, k, v.tanh()[..., -v_size:], mask)
 
     outcomes = []

@@ -150,6 +150,16 @@ def test_a_step_not_taken_leaves_every_bit_as_it_was(name, recipe):
     assert run((7, False), (1, True), (8, False), (9, False), (2, True)) == taken != run((1, True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(), (3,), (16, 1)])
+def test_choose_takes_one_or_the_other_whole(dtype, shape):
+    new, old = torch.full(shape, float("nan"), dtype=dtype), torch.full(shape, 2.0, dtype=dtype)
+    optim.choose(torch.tensor(False), new, old)
+    assert (old == 2).all()
+    optim.choose(torch.tensor(True), torch.full(shape, 3.0, dtype=dtype), old)
+    assert (old == 3).all()
+
+
 def test_unknown_group_member_is_refused():
     model = Subject(list_models()[0]).build()
     model.extra = nn.Parameter(torch.zeros(3))

@@ -118,6 +118,31 @@ def test_a_spike_is_skipped_and_remembered_over_a_resume(world, monkeypatch, cap
     assert world.run(**settings, spike_bound=0.0)["skipped_steps"] == 0
 
 
+def test_an_after_step_that_does_more_than_move_buffers_is_not_called_after_a_bad_step(world):
+    class Shrinking(Poison({4}, math.nan).model()):
+        after_step_keeps_to_buffers = False
+        calls = 0
+
+        def after_step(self, other_vars):
+            super().after_step(other_vars)
+            self.layers[0].weight.data.mul_(0.99)
+            Shrinking.calls += 1
+    assert world.run(model_class=Shrinking, max_steps=6)["skipped_steps"] == 1 and Shrinking.calls == 5
+
+
+def test_a_skipped_step_is_told_when_the_run_dies_in_the_next(world, capsys):
+    class Dying(Poison({3}, math.nan).model()):
+        def before_step(self, step, total_steps):
+            super().before_step(step, total_steps)
+            if step == 3:
+                raise MemoryError
+    with pytest.raises(MemoryError):
+        world.run(model_class=Dying, max_steps=6, log_interval=50)
+    assert "step 3 skipped" in capsys.readouterr().err
+    records = read_metrics(world.path / "output/pretrain_tiny/metrics.jsonl")
+    assert [record["step"] for record in records if "skipped" in record] == [3]
+
+
 def stop_at(hook, at):
     def before_step(self, step, total_steps):
         hook(self, step, total_steps)
