@@ -129,9 +129,9 @@ def test_a_model_that_interrupts_the_graph_computes_the_same(as_on_cuda):
     window = (positions[0, :, None] - positions) < 7
 
     def interrupted(q, k, v, doc_ids):
-        mask = layers.packed_mask(positions, doc_ids=doc_ids)
+        mask, own = layers.packed_mask(positions, doc_ids=doc_ids), layers.attention_mask(positions, doc_ids=doc_ids)
         torch._dynamo.graph_break()
-        return layers.attention(q, k, v, mask), layers.attention(q, k, v, mask & window)
+        return layers.attention(q, k, v, mask), layers.attention(q, k, v, own & window)
 
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 3, TOKENS, 2, 16)
