@@ -138,22 +138,22 @@ class Muon(torch.optim.Optimizer):
             mine.add_(or_zero(good, update.reshape(mine.shape)), alpha=-group["lr"] * scale)
 
 
+def bits(tensor):
+    """The same memory as whole numbers: a processor masks several of those at a time, unlike in torch.where."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
 def or_zero(good, tensor):
-    """Make `tensor`, fp32, zero in place where `good`, 0-d bool, is false, NaN and all; return it."""
-    tensor.view(torch.int32).bitwise_and_(-good.int())
+    """Make `tensor` zero in place where `good`, 0-d bool, is false, NaN and all; return it."""
+    whole_numbers = bits(tensor)
+    whole_numbers.bitwise_and_(-good.to(whole_numbers.dtype))
     return tensor
 
 
 def choose(good, new, old):
-    """Overwrite `old` by `new` where `good`, 0-d bool, is true; `new` is spent.
-
-    By bits, which a processor does several at a time, unlike torch.where: old ^ ((new ^ old) & mask).
-    """
-    if new.dtype != torch.float32:  # as an author may have parameters
-        old.copy_(torch.where(good, new, old))
-        return
-    new, old, mask = new.view(torch.int32), old.view(torch.int32), -good.int()
-    old.bitwise_xor_(new.bitwise_xor_(old).bitwise_and_(mask))
+    """Overwrite `old` by `new` where `good`, 0-d bool, is true: old ^ ((new ^ old) & mask). `new` is spent."""
+    new, old = bits(new), bits(old)
+    old.bitwise_xor_(new.bitwise_xor_(old).bitwise_and_(-good.to(new.dtype)))
 
 
 class Average(torch.optim.Optimizer):

@@ -152,12 +152,14 @@ def test_a_step_not_taken_leaves_every_bit_as_it_was(name, recipe):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(), (3,), (16, 1)])
-def test_choose_takes_one_or_the_other_whole(dtype, shape):
+def test_a_step_is_taken_or_not_by_bits_of_any_type(dtype, shape):
     new, old = torch.full(shape, float("nan"), dtype=dtype), torch.full(shape, 2.0, dtype=dtype)
     optim.choose(torch.tensor(False), new, old)
     assert (old == 2).all()
     optim.choose(torch.tensor(True), torch.full(shape, 3.0, dtype=dtype), old)
     assert (old == 3).all()
+    assert (optim.or_zero(torch.tensor(True), old) == 3).all()
+    assert (optim.or_zero(torch.tensor(False), new.fill_(float("nan"))) == 0).all()
 
 
 def test_unknown_group_member_is_refused():
