@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from .basemodel import ModelError
+from .blocked import LONGEST, blocked_attention
 
 
 class RMSNorm(nn.Module):
@@ -236,45 +237,6 @@ def widest_flex_head(x):
     return 0 if gpu.major < 8 else 128 if (gpu.major, gpu.minor) in WITH_LARGE_SHARED_MEMORY else 64
 
 
-SHORT = 256  # keys; up to there PyTorch's fused kernel for CPUs takes twice the time of three matmuls in bf16
-
-
-class _ShortAttention(torch.autograd.Function):
-    """Attention that keeps its probabilities, (B, H, T, S) in the type of q. bias (T, S) or (B, 1, 1, T, S)."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias, scale):
-        groups = k.shape[2]
-        q, k, v = (_heads_first(x, groups) for x in (q, k, v))  # (B * G, H / G * T, K), (B * G, S, K)
-        scores = torch.bmm(q, k.mT)
-        by_head = (-1, groups, q.shape[1] // bias.shape[-2], *bias.shape[-2:])  # (B, G, H / G, T, S)
-        probs = torch.add(bias, scores.view(by_head), alpha=scale).softmax(dim=-1).view_as(scores)
-        ctx.save_for_backward(q, k, v, probs)
-        ctx.sizes, ctx.scale = (groups, *bias.shape[-2:]), scale
-        return _heads_last(torch.bmm(probs, v), groups, bias.shape[-2])
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, probs = ctx.saved_tensors
-        groups, n_queries, n_keys = ctx.sizes
-        grad = _heads_first(grad, groups)
-        grad_probs = torch.bmm(grad, v.mT)
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-        grad_q = _heads_last(torch.bmm(grad_scores, k) * ctx.scale, groups, n_queries)
-        grad_k = _heads_last(torch.bmm(grad_scores.mT, q) * ctx.scale, groups, n_keys)
-        return grad_q, grad_k, _heads_last(torch.bmm(probs.mT, grad), groups, n_keys), None, None
-
-
-def _heads_first(x, groups):
-    """(B, T, H, K) -> (B * G, H / G * T, K): the heads that share keys and values, one after the other."""
-    return x.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).reshape(x.shape[0] * groups, -1, x.shape[-1])
-
-
-def _heads_last(x, groups, n_tokens):
-    """The way back from `_heads_first`."""
-    return x.unflatten(0, (-1, groups)).unflatten(2, (-1, n_tokens)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
 def _one_query_attention(q, k, v, mask, scale):
     """Attention of one query a row, on the CPU: PyTorch's fused kernel takes many at a time, and is slow with one."""
     q = q[:, 0].unflatten(1, (k.shape[2], -1))  # (B, G, H / G, K)
@@ -312,11 +274,9 @@ def attention(q, k, v, mask=None, scale=None):
             ).transpose(1, 2)
         mask = mask.dense
     cpu = q.device.type == "cpu"
-    # the number of keys is asked last: a compiled step of decoding would be compiled anew where it passes SHORT
-    if torch.is_grad_enabled() and cpu and q.dtype == torch.bfloat16 and k.shape[1] <= SHORT:
-        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril() if mask is None else mask[:, :, None]
-        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-        return _ShortAttention.apply(q, k, v, bias, q.shape[-1] ** -0.5 if scale is None else scale)
+    # the number of keys is asked last: a compiled step of decoding would be compiled anew where it passes LONGEST
+    if torch.is_grad_enabled() and cpu and q.dtype in (torch.bfloat16, torch.float32) and k.shape[1] <= LONGEST:
+        return blocked_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
     if q.shape[1] == 1 and mask is not None and cpu:
         return _one_query_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
     v_dim = v.shape[-1]
@@ -371,16 +331,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             by_squares = torch.empty_like(logits) if need_grad and with_squares else logits
             for part, by_square, target in zip(*(x.split(piece) for x in (logits, by_squares, targets[rows]))):
                 valid, index = target[:, None] != -100, target[:, None].clamp(min=0)
-                log_p = part.log_softmax(dim=-1, dtype=torch.float32)
-                chosen = log_p.gather(1, index)
-                entropy -= (chosen * valid).sum()
-                log_z = part.gather(1, index) - chosen
+                top = part.amax(dim=-1, keepdim=True)
+                softmax = part.softmax(dim=-1, dtype=torch.float32)
+                log_z = top - softmax.amax(dim=-1, keepdim=True).log()  # the largest is at least 1 / V
+                log_p = part.gather(1, index) - log_z
+                entropy -= (log_p * valid).sum()
                 squares += (log_z.square() * valid).sum()
                 if need_grad:  # d log Z / d logits = softmax; the logits themselves are needed no more
-                    softmax = log_p.exp_().mul_(valid)
                     if with_squares:
-                        by_square.copy_(softmax * (2 * log_z))
-                    part.copy_(softmax.scatter_(1, index, chosen.expm1() * valid))
+                        by_square.copy_(softmax * (2 * log_z)).mul_(valid)
+                    part.copy_(softmax.scatter_(1, index, log_p.expm1())).mul_(valid)
             for grad, (grad_hidden, grad_weight) in zip((logits, by_squares), grads):
                 torch.mm(grad, weight, out=grad_hidden[rows])
                 grad_weight.add_(grad.T @ hidden[rows]) if start else grad_weight.copy_(grad.T @ hidden[rows])

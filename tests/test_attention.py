@@ -1,9 +1,9 @@
-"""The attention of short rows on a CPU against PyTorch's."""
+"""Attention on a CPU, in blocks for training and of one query for decoding, against PyTorch's."""
 
 import pytest
 import torch
 
-from model import layers
+from model import blocked, layers
 
 
 def inputs(heads, groups, v_dim, dtype, rows=2, tokens=7, dim=6):
@@ -25,31 +25,67 @@ def document_mask(tokens=7):
     return (docs[:, None, :, None] == docs[:, None, None, :]) & torch.ones(tokens, tokens).tril().bool()
 
 
+def both_ways_mask(tokens=7):
+    """What a model of its own might use: no query is kept from later keys, one row for the whole batch."""
+    return (torch.arange(tokens)[:, None] - torch.arange(tokens)).abs()[None, None] < 3
+
+
 @pytest.mark.parametrize("heads, groups, v_dim", [(4, 4, 6), (6, 2, 6), (3, 1, 4)])
-@pytest.mark.parametrize("mask", [None, document_mask()])
-def test_short_attention_is_attention(heads, groups, v_dim, mask):
+@pytest.mark.parametrize("mask", [None, document_mask(), both_ways_mask()])
+@pytest.mark.parametrize("block", [2, 3, 64])
+def test_blocked_attention_is_attention(heads, groups, v_dim, mask, block, monkeypatch):
     """Outputs and gradients in float64, where `attention` itself takes PyTorch's way."""
+    monkeypatch.setattr(blocked, "BLOCK", block)
     tensors = inputs(heads, groups, v_dim, torch.float64)
-    seen = torch.ones(7, 7).tril().bool() if mask is None else mask[:, :, None]
-    bias = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, float("-inf"))
     want = outcome(lambda q, k, v: layers.attention(q, k, v, mask, 0.3), tensors)
-    got = outcome(lambda q, k, v: layers._ShortAttention.apply(q, k, v, bias, 0.3), tensors)
+    got = outcome(lambda q, k, v: blocked.blocked_attention(q, k, v, mask, 0.3), tensors)
     torch.testing.assert_close(got, want)
 
 
+def test_a_block_reads_no_key_behind_what_it_sees(monkeypatch):
+    monkeypatch.setattr(blocked, "BLOCK", 3)
+    assert blocked.visible_keys(None, 7, 7) == [3, 6, 7]
+    assert blocked.visible_keys(document_mask(), 7, 7) == [3, 6, 7]
+    assert blocked.visible_keys(both_ways_mask(), 7, 7) == [5, 7, 7]
+    assert blocked.visible_keys(torch.zeros(2, 1, 4, 9, dtype=torch.bool), 4, 9) == [1, 1]
+
+
+def test_fewer_queries_than_keys(monkeypatch):
+    """As where a gradient is taken through a state: the last queries of a row, each up to itself."""
+    monkeypatch.setattr(blocked, "BLOCK", 2)
+    tensors = inputs(6, 2, 6, torch.float64)
+    tensors[0] = tensors[0].detach()[:, 4:].requires_grad_()
+    mask = torch.ones(7, 7, dtype=torch.bool).tril()[4:].expand(2, 1, 3, 7)
+    want = outcome(lambda q, k, v: layers.attention(q, k, v, mask), tensors)
+    got = outcome(lambda q, k, v: blocked.blocked_attention(q, k, v, mask, 6**-0.5), tensors)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.01), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("mask", [None, document_mask()])
-def test_bf16_takes_it_and_keeps_the_digits(mask, monkeypatch):
-    tensors = inputs(6, 2, 6, torch.bfloat16)
+def test_training_on_a_processor_takes_it_and_keeps_the_digits(mask, dtype, error, monkeypatch):
+    monkeypatch.setattr(blocked, "BLOCK", 3)
+    tensors = inputs(6, 2, 6, dtype)
     doubled = [t.detach().double().requires_grad_() for t in tensors]
     exact = outcome(lambda q, k, v: layers.attention(q, k, v, mask), doubled)
-    calls, apply = [], layers._ShortAttention.apply
-    monkeypatch.setattr(layers._ShortAttention, "apply", lambda *args: calls.append(args) or apply(*args))
+    calls = []
+    monkeypatch.setattr(layers, "blocked_attention", lambda *args: calls.append(args) or blocked.blocked_attention(*args))
     for got, want in zip(outcome(lambda q, k, v: layers.attention(q, k, v, mask), tensors), exact, strict=True):
-        assert (got.double() - want).norm() < 0.01 * want.norm()
+        assert (got.double() - want).norm() < error * want.norm()
     assert len(calls) == 1
     with torch.no_grad():
         layers.attention(*tensors, mask)
     assert len(calls) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [None, document_mask()])
+def test_blocks_compiled(mask, monkeypatch):
+    monkeypatch.setattr(blocked, "BLOCK", 3)
+    tensors = inputs(6, 2, 6, torch.float32)
+    want = outcome(lambda q, k, v: layers.attention(q, k, v, mask), tensors)
+    got = outcome(torch.compile(lambda q, k, v: layers.attention(q, k, v, mask), fullgraph=True), tensors)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("heads, groups, v_dim", [(4, 4, 6), (6, 2, 6), (3, 1, 4)])

@@ -1,0 +1,87 @@
+"""Attention of training on a processor: plain products, a block of queries at a time, over the keys that it may see.
+
+PyTorch's fused kernel for CPUs takes 1.5 to 3 times as long for rows of this length. Shapes as in layers.py: B batch,
+T queries, S keys, H heads, G kv heads, K head dim; the H / G heads of a group lie side by side behind each query.
+"""
+
+import torch
+
+LONGEST = 512  # keys; the probabilities are kept for the backward pass, and their number grows with the square
+BLOCK = 64  # queries
+
+
+def blocked_attention(q, k, v, mask, scale):
+    """Softmax attention, differentiable once. q (B, T, H, K), k (B, S, G, K), v (B, S, G, Kv) -> (B, T, H, Kv).
+
+    mask None means causal with S == T; else bool (B | 1, 1, T, S), True = visible.
+    """
+    n_queries, n_keys = q.shape[1], k.shape[1]
+    stops = visible_keys(mask, n_queries, n_keys)
+    if mask is None:
+        mask = torch.ones(1, 1, n_queries, n_keys, dtype=torch.bool, device=q.device).tril()
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+    return _BlockedAttention.apply(q, k, v, bias[:, :, :, None], scale, stops)
+
+
+def visible_keys(mask, n_queries, n_keys):
+    """Return for each block of queries how many of the first keys it needs: behind them nobody in it sees any."""
+    starts = range(0, n_queries, BLOCK)
+    if mask is None:
+        return [min(start + BLOCK, n_queries) for start in starts]
+    if torch.compiler.is_compiling():  # a program knows no mask
+        return [n_keys for _ in starts]
+    seen = mask.view(torch.uint8).amax(dim=(0, 1))  # (T, S); `any` is not vectorized
+    last = (seen * torch.arange(1, n_keys + 1)).amax(dim=1)  # (T,)
+    return [max(1, int(block.amax())) for block in last.split(BLOCK)]
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """bias (B | 1, 1, T, 1, S) is 0 or -inf; stops: the keys of each block of queries."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, scale, stops):
+        groups, per_group = k.shape[2], q.shape[2] // k.shape[2]
+        q, k, v = (_by_group(x, groups) for x in (q, k, v))  # (B * G, T * H / G, K), (B * G, S, K)
+        out, probs = q.new_empty(*q.shape[:2], v.shape[-1]), []
+        for i, (rows, block) in enumerate(_blocks(q, per_group)):
+            scores = torch.bmm(block, k[:, : stops[i]].mT)
+            hidden = bias[:, :, i * BLOCK : (i + 1) * BLOCK, :, : stops[i]]
+            by_query = scores.view(-1, groups, *hidden.shape[2:3], per_group, stops[i])
+            probs.append(torch.add(hidden, by_query, alpha=scale).softmax(dim=-1).view_as(scores))
+            out[:, rows] = torch.bmm(probs[i], v[:, : stops[i]])
+        ctx.save_for_backward(q, k, v, *probs)
+        ctx.groups, ctx.per_group, ctx.scale, ctx.stops = groups, per_group, scale, stops
+        return _by_head(out, groups, per_group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, *probs = ctx.saved_tensors
+        grad = _by_group(grad, ctx.groups)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for i, (rows, block) in enumerate(_blocks(q, ctx.per_group)):
+            keys, p = slice(ctx.stops[i]), probs[i]
+            grad_probs = torch.bmm(grad[:, rows], v[:, keys].mT)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, p, -1, p.dtype)
+            grad_q[:, rows] = torch.bmm(grad_scores, k[:, keys])
+            grad_k[:, keys] += torch.bmm(grad_scores.mT, block)
+            grad_v[:, keys] += torch.bmm(p.mT, grad[:, rows])
+        grad_q, grad_k = grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale)
+        back = (_by_head(grad_q, ctx.groups, ctx.per_group), _by_head(grad_k, ctx.groups), _by_head(grad_v, ctx.groups))
+        return *back, None, None, None
+
+
+def _blocks(q, per_group):
+    """Yield the rows of each block of queries of q (B * G, T * H / G, K), as a slice and taken out."""
+    for start in range(0, q.shape[1], BLOCK * per_group):
+        rows = slice(start, start + BLOCK * per_group)
+        yield rows, q[:, rows]
+
+
+def _by_group(x, groups):
+    """(B, T, H, K) -> (B * G, T * H / G, K): one matrix for each group, the heads of a query one after the other."""
+    return x.unflatten(2, (groups, -1)).transpose(1, 2).reshape(x.shape[0] * groups, -1, x.shape[-1])
+
+
+def _by_head(x, groups, per_group=1):
+    """The way back from `_by_group`."""
+    return x.view(-1, groups, x.shape[1] // per_group, per_group, x.shape[-1]).transpose(1, 2).flatten(2, 3)
