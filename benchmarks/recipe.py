@@ -36,7 +36,8 @@ from utils.errors import UserError, run_script  # noqa: E402
 from utils.log import format_seconds, log  # noqa: E402
 
 MODELS = ("mini_llama3", "mini_deepseekv3")
-ADAMW = ("--optimizer=adamw", "--lr_schedule=cosine", "--embed_lr_scale=1", "--min_lr=0", "--warmup_ratio=0.05")
+ADAMW = ("--optimizer=adamw", "--lr_schedule=cosine", "--embed_lr_scale=1", "--min_lr=0", "--warmup_ratio=0.05",
+         "--betas=0.9,0.95")
 LIMIT = 0.65  # of the baseline's tokens, and of its seconds
 FIRST, RATIO, LARGEST = 0.5, 0.77, 1.2  # the share of the tokens tried first, the next smaller one, and the last
 

@@ -1,4 +1,4 @@
-"""Attention on a CPU, in blocks for training and of one query for decoding, against PyTorch's."""
+"""What is computed in its own way on a CPU: attention in blocks and of one query, norms in bf16."""
 
 import pytest
 import torch
@@ -68,8 +68,8 @@ def test_training_on_a_processor_takes_it_and_keeps_the_digits(mask, dtype, erro
     tensors = inputs(6, 2, 6, dtype)
     doubled = [t.detach().double().requires_grad_() for t in tensors]
     exact = outcome(lambda q, k, v: layers.attention(q, k, v, mask), doubled)
-    calls = []
-    monkeypatch.setattr(layers, "blocked_attention", lambda *args: calls.append(args) or blocked.blocked_attention(*args))
+    calls, real = [], blocked.blocked_attention
+    monkeypatch.setattr(layers, "blocked_attention", lambda *args: calls.append(args) or real(*args))
     for got, want in zip(outcome(lambda q, k, v: layers.attention(q, k, v, mask), tensors), exact, strict=True):
         assert (got.double() - want).norm() < error * want.norm()
     assert len(calls) == 1
@@ -105,6 +105,22 @@ def test_one_query_a_row(heads, groups, v_dim, compiled):
             keys, values = k[row, : last + 1, group].double(), v[row, : last + 1, group].double()
             want = (0.3 * keys @ q[row, 0, head].double()).softmax(dim=0) @ values
             torch.testing.assert_close(got[row, 0, head].double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 24), (5, 24), (2, 3, 4, 24), (24,), (0, 24)])
+def test_a_norm_in_bf16_on_a_processor(shape):
+    """Its output and gradients, beside the formula in float64 (Zhang & Sennrich 2019, equation 4)."""
+    torch.manual_seed(0)
+    norm, x = layers.RMSNorm(24, eps=1e-3), torch.randn(shape).mul(0.1).bfloat16().requires_grad_()
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    assert x.dtype == torch.bfloat16
+    double, weight = x.detach().double().requires_grad_(), norm.weight.detach().bfloat16().double().requires_grad_()
+    exact = double / (double.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt() * weight
+    got, grad = norm(x), torch.randn(shape).bfloat16()
+    assert got.dtype == torch.bfloat16
+    want = (exact, *torch.autograd.grad(exact, (double, weight), grad.double()))
+    for ours, theirs in zip((got, *torch.autograd.grad(got, (x, norm.weight), grad)), want, strict=True):
+        assert (ours.double() - theirs).norm() <= 0.01 * theirs.norm()
 
 
 @pytest.mark.slow
