@@ -4,6 +4,9 @@ import copy
 import torch
 from torch import nn
 
+from model import kernels
+from model.int8 import Int8Linear
+from model.layers import SwiGLU
 from utils.log import warn
 
 
@@ -22,7 +25,7 @@ def compile_decoding(model, rows=1):
     from torch._inductor import config as inductor  # takes as long to import as torch
 
     on_cpu = next(model.parameters()).device.type == "cpu"
-    program = with_row_products(model) if on_cpu else model
+    program = with_kernels(model) if on_cpu else model
 
     def step(ids, state):
         return program(ids, state=state)[0]
@@ -65,23 +68,34 @@ def _write(model, rows):
         model.decoding_step(ids, state)
 
 
-class RowLinear(nn.Linear):
-    """A Linear that multiplies a single row as a sum, which the compiler writes as one loop over the weights and fuses
-    with what stands around it: on the CPU that reads 16-bit weights at twice the rate of the library's product."""
-
-    def forward(self, x):
-        if x.numel() != x.shape[-1]:
-            return super().forward(x)
-        # the product itself widens the weights: to widen them before would make a larger constant to read
-        out = (self.weight * x.float().view(1, -1)).sum(dim=-1).to(x.dtype)
-        return (out if self.bias is None else out + self.bias).view(*x.shape[:-1], -1)
-
-
-def with_row_products(model):
-    """A second view of a model on the same weights, in which every plain `nn.Linear` is a `RowLinear`."""
+def with_kernels(model):
+    """A second view of a model on the same weights, in which products are those of model/kernels.py: those of every
+    plain Linear, SwiGLU and stack of experts whose type they take."""
+    kernels.load()
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     program = copy.deepcopy(model, shared)
-    for module in program.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = RowLinear
+    packed = {}  # a weight that two modules share is packed once
+
+    def pack(weight):
+        if id(weight) not in packed:
+            packed[id(weight)] = kernels.Packed.of(weight)
+        return packed[id(weight)]
+
+    def held(linear):
+        return linear.int8 if type(linear) is Int8Linear else linear.weight
+
+    for module in list(program.modules()):
+        for name in getattr(module, "expert_weights", ()):
+            stack = pack(getattr(module, name))
+            if stack is not None:
+                delattr(module, name)
+                setattr(module, name, stack)
+        for name, child in list(module.named_children()):
+            if type(child) is SwiGLU:
+                parts = [pack(held(part)) for part in (child.gate_proj, child.up_proj, child.down_proj)]
+                if None not in parts and len({part.weight.dtype for part in parts}) == 1:
+                    setattr(module, name, kernels.PackedSwiGLU(*parts))
+            elif type(child) in (nn.Linear, Int8Linear):
+                if pack(held(child)) is not None:
+                    setattr(module, name, kernels.PackedLinear(child, pack(held(child))))
     return program

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .int8 import Int8Weight
+from .kernels import Packed, packed_experts
 from .layers import compute_dtype
 
 FEW_TOKENS = 16, 2  # of a decoding step, compiled or not: up to here the chosen experts are read without sorting
@@ -18,9 +19,11 @@ def expert_swiglu(x, chosen, gate, up, down, decoding=False, real=None):
     x (N, D), chosen (N, A), gate and up (E, F, D), down (E, D, F) -> (N, A, D), load (E,).
     With real (B, T) bool the load is of those tokens.
     """
-    n_experts = gate.q.shape[0] if isinstance(gate, Int8Weight) else gate.shape[0]
+    n_experts = (gate.q if isinstance(gate, Int8Weight) else gate.weight if isinstance(gate, Packed) else gate).shape[0]
     counts = expert_load(chosen, n_experts)
     load = counts if real is None else expert_load(chosen, n_experts, real.flatten())
+    if isinstance(gate, Packed):
+        return packed_experts(x, chosen, gate, up, down), load
     if decoding and len(x) <= FEW_TOKENS[not torch.compiler.is_compiling()]:
         h = F.silu(chosen_matmul(x[:, None], gate, chosen)) * chosen_matmul(x[:, None], up, chosen)
         return chosen_matmul(h, down, chosen), load

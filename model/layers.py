@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from .basemodel import ModelError
 from .blocked import LONGEST, blocked_attention
+from .kernels import can_attend, one_query_attention
 
 
 class RMSNorm(nn.Module):
@@ -303,7 +304,8 @@ def attention(q, k, v, mask=None, scale=None):
     if torch.is_grad_enabled() and cpu and q.dtype in (torch.bfloat16, torch.float32) and k.shape[1] <= LONGEST:
         return blocked_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
     if q.shape[1] == 1 and mask is not None and cpu:
-        return _one_query_attention(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+        one_query = one_query_attention if can_attend(q, k, v) else _one_query_attention
+        return one_query(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
     v_dim = v.shape[-1]
     if v_dim < q.shape[-1]:  # the fused kernels want one head size; zero columns change nothing
         v = F.pad(v, (0, q.shape[-1] - v_dim))
