@@ -259,7 +259,7 @@ def by_position(name, steps):
         taken = []
         for _ in range(steps):
             start = time.perf_counter()
-            model.decoding_step(token, state)
+            model.reader(token, state)
             taken.append(time.perf_counter() - start)
         times[position] = round(1000 * statistics.median(taken), 3)
     return times

@@ -1,4 +1,4 @@
-"""A compiled step of decoding: the whole forward of one token a row as one program, its weights packed for it."""
+"""Decoding compiled: the forward of one token a row as one program, and on a processor the products of our kernels."""
 import copy
 
 import torch
@@ -12,11 +12,13 @@ from utils.log import warn
 
 @torch.inference_mode()
 def compile_decoding(model, rows=1):
-    """From now on, whoever reads one token a row through a state (engine/rows.py) runs a compiled forward.
+    """From now on, whoever reads tokens through a state (engine/rows.py) takes `model.reader`, a function of ids (B, T)
+    and state that returns logits: for one token a row behind others it runs a compiled forward.
 
     A model without a state, which reads its whole text for every token, is left alone, with a word. The programs are
     made here: one for a single row at any position, and for up to `rows` side by side one for any number. The weights
-    must not change any more: the program has its own copy of them, packed for the processor's products.
+    must not change any more: on a processor there is a copy of them, packed for the kernels (model/kernels.py).
+    Raises ModelError where there is no C++ compiler.
     """
     if not model.accepts("state"):
         warn("--compile does nothing here: this model keeps no state, so it has no step of one token to compile")
@@ -27,28 +29,33 @@ def compile_decoding(model, rows=1):
     on_cpu = next(model.parameters()).device.type == "cpu"
     program = with_kernels(model) if on_cpu else model
 
-    def step(ids, state):
+    def forward(ids, state):
         return program(ids, state=state)[0]
 
     options, frozen = {}, {}
     if on_cpu:
-        # The weights become constants of the program, packed for the processor's products, those of one input as one.
-        # Nobody else holds the program, so nobody changes its modules: not to look for that in every step saves a
-        # tenth of it. But then the programs of two models must not be taken for each other: they are kept by the code.
-        step.__code__ = step.__code__.replace()
+        # The weights become constants of the program. Nobody else holds it, so nobody changes its modules: not to look
+        # for that in every step saves a tenth of it. But then the programs of two models must not be taken for each
+        # other: they are kept by the code.
+        forward.__code__ = forward.__code__.replace()
         frozen = {"freezing": True}
-        options = {**frozen, "cpp.enable_concat_linear": True, "cpp.enable_floating_point_contract_flag": "fast",
+        options = {**frozen, "size_asserts": False, "cpp.enable_floating_point_contract_flag": "fast",
                    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    model.decoding_step = torch.compile(step, options=options)
+    step = torch.compile(forward, options=options)
+
+    def reader(ids, state):
+        return (step if state.upto > 0 and ids.shape[1] == 1 else forward)(ids, state)
+
     with inductor.patch(frozen):  # as an option it reaches the compiler alone, not who hands it the weights
         for count in sorted({1, rows}):
-            _write(model, count)
+            _write(model, step, count)
+    model.reader = reader
 
 
 USUAL = 160  # tokens behind which a step usually stands: the compiler lays out the loops over them by it
 
 
-def _write(model, rows):
+def _write(model, step, rows):
     """Make the program for one row, or the one for any larger number, by taking a step: at any position, in a state of
     any length. What varies is said beforehand: the compiler would find it out by making one program after another."""
     longest = model.args.max_seq_len
@@ -65,7 +72,7 @@ def _write(model, rows):
         for name in layer.keys() & state.appended:
             torch._dynamo.maybe_mark_dynamic(layer[name], 1)
     with torch.compiler.config.patch(dynamic_sources="L['state'].upto,L['state'].max_len"):
-        model.decoding_step(ids, state)
+        step(ids, state)
 
 
 def with_kernels(model):
@@ -92,8 +99,9 @@ def with_kernels(model):
                 setattr(module, name, stack)
         for name, child in list(module.named_children()):
             if type(child) is SwiGLU:
-                parts = [pack(held(part)) for part in (child.gate_proj, child.up_proj, child.down_proj)]
-                if None not in parts and len({part.weight.dtype for part in parts}) == 1:
+                linears = child.gate_proj, child.up_proj, child.down_proj
+                parts = [pack(held(linear)) for linear in linears if linear.bias is None]
+                if len(parts) == 3 and None not in parts and len({part.weight.dtype for part in parts}) == 1:
                     setattr(module, name, kernels.PackedSwiGLU(*parts))
             elif type(child) in (nn.Linear, Int8Linear):
                 if pack(held(child)) is not None:

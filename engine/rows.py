@@ -49,11 +49,9 @@ class StateRows:
 
 
 def read(model, ids, state):
-    """The logits (B, 1|T, V) of one forward through a state; by the compiled step where there is one for it."""
-    step = getattr(model, "decoding_step", None)
-    if step is not None and state.upto > 0 and ids.shape[1] == 1:
-        return step(ids, state)
-    return model(ids, state=state)[0]
+    """The logits (B, 1|T, V) of one forward through a state; compiled where that was asked for (engine/compiled.py)."""
+    reader = getattr(model, "reader", None)
+    return model(ids, state=state)[0] if reader is None else reader(ids, state)
 
 
 class TextRows:

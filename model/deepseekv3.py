@@ -168,7 +168,7 @@ class MoE(nn.Module):
         a = self.args
         tokens = x.flatten(0, 1)  # (N, D)
         with torch.autocast(x.device.type, enabled=False):  # routing in fp32: a rounded tie is a different expert
-            affinity = (tokens.float() @ self.router.float().T).sigmoid()  # (N, E), s_{i,t}
+            affinity = small_matmul(tokens.float(), self.router.float().T).sigmoid()  # (N, E), s_{i,t}
         chosen = self._choose(affinity.detach())  # (N, A)
         weight = affinity.gather(1, chosen)
         if a.norm_topk:

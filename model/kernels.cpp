@@ -1,8 +1,8 @@
 // The products of a decoding step on a processor: a few rows times large weights, and attention of one query a row.
 //
-// Shapes: N rows, D inputs, F outputs, E experts, A chosen ones a row, B batch, S keys, H heads, G groups of them, K head dim.
-// Sixteen outputs are computed side by side, so a weight is kept packed (kernels.py), its inputs in steps of one (fp32),
-// two (bf16) or four (int8): (F / 16, steps, 16, inputs of a step), zeros where F or D has no more. Each thread then
+// Shapes: N rows, D inputs, F outputs, E experts, A chosen ones a row; B batch, S keys, H heads, G groups, K head dim.
+// 32 outputs are computed side by side, so a weight is kept packed (kernels.py), its inputs in steps of one (fp32),
+// two (bf16) or four (int8): (F / 32, steps, 32, inputs of a step), zeros where F or D has no more. Each thread then
 // reads one stretch of memory from its start to its end. Activations are fp32 or bf16, sums are fp32.
 
 #include <ATen/Parallel.h>
@@ -23,12 +23,12 @@ namespace {
 using at::Tensor;
 using bf16 = at::BFloat16;
 
-constexpr int LANES = 16, ROWS = 8;  // outputs side by side; rows that share one read of a weight
+constexpr int LANES = 16, OUTPUTS = 2 * LANES;  // numbers of a vector; outputs side by side
+constexpr int ROWS = 8;  // that share one read of a weight, and heads one of a value
 
 typedef float Floats __attribute__((vector_size(64)));     // 16 numbers
 typedef uint32_t Pairs __attribute__((vector_size(64)));   // 16 pairs of bf16, the first of a pair in the low half
 typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
 
 template <class V>
 inline V read(const void* from) {
@@ -39,8 +39,21 @@ inline V read(const void* from) {
 inline void write(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 inline Floats low(Pairs pairs) { return (Floats)(pairs << 16); }
 inline Floats high(Pairs pairs) { return (Floats)(pairs & 0xffff0000u); }
-inline Floats widen(const bf16* from) { return (Floats)(__builtin_convertvector(read<Halves>(from), Pairs) << 16); }
-inline Floats widen(const float* from) { return read<Floats>(from); }
+
+// e^x as 2^n 2^f, the latter by its Taylor series: |f| <= 1/2, where the rest is 1e-7. What is too small becomes 1e-38.
+inline Floats exponential(Floats x) {
+  Floats least = Floats{} - 87, most = Floats{} + 88, half = Floats{} + 0.5f;
+  x = x < least ? least : x > most ? most : x;
+  Floats z = x * 1.44269504f;
+  Ints n = __builtin_convertvector(z < 0.f ? z - half : z + half, Ints);  // the nearest
+  Floats f = (z - __builtin_convertvector(n, Floats)) * 0.693147181f, sum = f / 720 + 1.f / 120;
+  sum = sum * f + 1.f / 24;
+  sum = sum * f + 1.f / 6;
+  sum = sum * f + 0.5f;
+  sum = sum * f + 1.f;
+  sum = sum * f + 1.f;
+  return (Floats)((Ints)sum + (n << 23));
+}
 
 // A step of the weights of 16 outputs, and their sums with what they are multiplied by added.
 struct Fours { Pairs first, second; };
@@ -79,26 +92,31 @@ struct Input<int8_t> { using Value = bf16; using Step = uint64_t; };
 template <class T>
 constexpr int PER_STEP = sizeof(typename Input<T>::Step) / sizeof(typename Input<T>::Value);
 
-// 16 outputs of R rows: w (steps, 16, ...), x[r] (steps,) -> out (R, 16). Several sums are kept, or each would wait for itself.
+// The outputs of R rows: w (steps, 32, ...), x[r] (steps,) -> out (R, 32). Few rows keep several sums of each, or one
+// addition would wait for the other.
 template <int R, class T, class Step>
 void block_of(const T* w, const Step* const* x, int64_t steps, float* out) {
-  constexpr int WAYS = R > 4 ? 1 : R > 2 ? 2 : R > 1 ? 4 : 8, SIZE = LANES * PER_STEP<T>;
-  Floats sum[WAYS][R] = {};
+  constexpr int WAYS = R > 2 ? 1 : R > 1 ? 2 : 4, HALF = LANES * PER_STEP<T>;
+  Floats sum[WAYS][R][2] = {};
+  auto add = [&](int way, int64_t at) {
+    auto first = weights(w + at * 2 * HALF), second = weights(w + at * 2 * HALF + HALF);
+    for (int r = 0; r < R; r++) {
+      sum[way][r][0] = multiply_add(sum[way][r][0], first, x[r][at]);
+      sum[way][r][1] = multiply_add(sum[way][r][1], second, x[r][at]);
+    }
+  };
   int64_t at = 0;
   for (; at + WAYS <= steps; at += WAYS)
-    for (int way = 0; way < WAYS; way++) {
-      auto some = weights(w + (at + way) * SIZE);
-      for (int r = 0; r < R; r++) sum[way][r] = multiply_add(sum[way][r], some, x[r][at + way]);
+    for (int way = 0; way < WAYS; way++) add(way, at + way);
+  for (; at < steps; at++) add(0, at);
+  for (int r = 0; r < R; r++)
+    for (int half = 0; half < 2; half++) {
+      for (int way = 1; way < WAYS; way++) sum[0][r][half] += sum[way][r][half];
+      write(out + r * OUTPUTS + half * LANES, sum[0][r][half]);
     }
-  for (; at < steps; at++)
-    for (int r = 0; r < R; r++) sum[0][r] = multiply_add(sum[0][r], weights(w + at * SIZE), x[r][at]);
-  for (int r = 0; r < R; r++) {
-    for (int way = 1; way < WAYS; way++) sum[0][r] += sum[way][r];
-    write(out + r * LANES, sum[0][r]);
-  }
 }
 
-// The same for any number of rows: out(r, 16 sums) is called for each.
+// The same for any number of rows: out(r, its 32 sums) is called for each.
 template <class T, class Step, class Out>
 void block(const T* w, const std::vector<const Step*>& x, int64_t steps, Out out) {
   using Kernel = void (*)(const T*, const Step* const*, int64_t, float*);
@@ -106,11 +124,11 @@ void block(const T* w, const std::vector<const Step*>& x, int64_t steps, Out out
                                        block_of<4, T, Step>, block_of<5, T, Step>, block_of<6, T, Step>,
                                        block_of<7, T, Step>, block_of<8, T, Step>};
   int64_t rows = x.size(), parts = (rows + ROWS - 1) / ROWS;
-  float sums[ROWS * LANES];
+  float sums[ROWS * OUTPUTS];
   for (int64_t part = 0; part < parts; part++) {
     int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
     KERNELS[count - 1](w, x.data() + first, steps, sums);
-    for (int64_t r = 0; r < count; r++) out(first + r, sums + r * LANES);
+    for (int64_t r = 0; r < count; r++) out(first + r, sums + r * OUTPUTS);
   }
 }
 
@@ -123,7 +141,7 @@ void by_type(const Tensor& weight, Run run) {
   run(weight.const_data_ptr<int8_t>());
 }
 
-// The rows of x (N, D) as a weight of `steps` steps reads them: a D that is no multiple of a step goes on with zeros, in `room`.
+// The rows of x (N, D) as weights of `steps` steps read them; in `room` where D is no multiple of a step, with zeros.
 template <class T>
 auto rows_of(const Tensor& x, int64_t steps, std::vector<typename Input<T>::Value>& room) {
   using Value = typename Input<T>::Value;
@@ -157,7 +175,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
     Value* to = out.mutable_data_ptr<Value>();
     at::parallel_for(0, weight.size(0), 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b++) {
-        int64_t first = b * LANES, count = std::min<int64_t>(LANES, n_outputs - first);
+        int64_t first = b * OUTPUTS, count = std::min<int64_t>(OUTPUTS, n_outputs - first);
         block(w + first * steps * PER_STEP<T>, rows, steps, [&](int64_t r, const float* sums) {
           for (int64_t i = 0; i < count; i++) to[r * n_outputs + first + i] = by ? sums[i] * by[first + i] : sums[i];
         });
@@ -168,7 +186,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
 }
 
 // Each row through its chosen experts, down(silu(gate(x)) * up(x)): x (N, D), chosen (N, A) -> (N, A, D).
-// matrices and scales: of gate, up (E, F / 16, ...) and down (E, D / 16, ...); no scales: none.
+// matrices and scales: of gate, up (E, F / 32, ...) and down (E, D / 32, ...); no scales: none.
 Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList matrices, at::TensorList scale) {
   Tensor x = input.contiguous(), chosen = chosen_.contiguous();
   int64_t dim = x.size(1), active = chosen.size(1), pairs = chosen.numel();
@@ -189,7 +207,7 @@ Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList matric
     const T* w[3] = {first_weight, matrices[1].const_data_ptr<T>(), down.const_data_ptr<T>()};
     std::vector<Value> room;
     auto rows = rows_of<T>(x, gate.size(2), room);
-    int64_t in_blocks = gate.size(1), out_blocks = down.size(1), width = in_blocks * LANES;
+    int64_t in_blocks = gate.size(1), out_blocks = down.size(1), width = in_blocks * OUTPUTS;
     std::vector<Value> hidden(pairs * width);
     std::vector<std::vector<const Step*>> in(used.size()), between(used.size());
     for (size_t u = 0; u < used.size(); u++)
@@ -197,33 +215,37 @@ Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList matric
         in[u].push_back(rows[pair / active]);
         between[u].push_back(reinterpret_cast<const Step*>(hidden.data() + pair * width));
       }
-    auto size_of = [](const Tensor& t) { return t.size(2) * LANES * PER_STEP<T>; };  // of a block
+    auto size_of = [](const Tensor& t) { return t.size(2) * OUTPUTS * PER_STEP<T>; };  // of a block
     at::parallel_for(0, used.size() * in_blocks, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> gates(pairs * LANES);
+      std::vector<float> gates(pairs * OUTPUTS);
       for (int64_t i = begin; i < end; i++) {
-        int64_t u = i / in_blocks, b = used[u] * in_blocks + i % in_blocks, first = i % in_blocks * LANES;
-        auto scaled = [&](int which, float sum, int lane) { return by[which] ? sum * by[which][b * LANES + lane] : sum; };
+        int64_t u = i / in_blocks, b = used[u] * in_blocks + i % in_blocks, first = i % in_blocks * OUTPUTS;
+        auto scaled = [&](int which, float sum, int lane) {
+          return by[which] ? sum * by[which][b * OUTPUTS + lane] : sum;
+        };
         block(w[0] + b * size_of(gate), in[u], gate.size(2), [&](int64_t r, const float* sums) {
-          for (int lane = 0; lane < LANES; lane++) {
-            float g = scaled(0, sums[lane], lane);
-            gates[r * LANES + lane] = g / (1 + std::exp(-g));
+          float* gate = &gates[r * OUTPUTS];
+          for (int lane = 0; lane < OUTPUTS; lane++) gate[lane] = scaled(0, sums[lane], lane);
+          for (int lane = 0; lane < OUTPUTS; lane += LANES) {
+            auto g = read<Floats>(gate + lane);
+            write(gate + lane, g / (1.f + exponential(-g)));
           }
         });
         block(w[1] + b * size_of(gate), in[u], gate.size(2), [&](int64_t r, const float* sums) {
           Value* to = hidden.data() + of_expert[used[u]][r] * width + first;
-          for (int lane = 0; lane < LANES; lane++) to[lane] = gates[r * LANES + lane] * scaled(1, sums[lane], lane);
+          for (int lane = 0; lane < OUTPUTS; lane++) to[lane] = gates[r * OUTPUTS + lane] * scaled(1, sums[lane], lane);
         });
       }
     });
     Value* to = out.mutable_data_ptr<Value>();
     at::parallel_for(0, used.size() * out_blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
-        int64_t u = i / out_blocks, b = used[u] * out_blocks + i % out_blocks, first = i % out_blocks * LANES;
-        int64_t count = std::min<int64_t>(LANES, dim - first);
+        int64_t u = i / out_blocks, b = used[u] * out_blocks + i % out_blocks, first = i % out_blocks * OUTPUTS;
+        int64_t count = std::min<int64_t>(OUTPUTS, dim - first);
         block(w[2] + b * size_of(down), between[u], down.size(2), [&](int64_t r, const float* sums) {
           Value* row = to + of_expert[used[u]][r] * dim + first;
           for (int64_t lane = 0; lane < count; lane++)
-            row[lane] = by[2] ? sums[lane] * by[2][b * LANES + lane] : sums[lane];
+            row[lane] = by[2] ? sums[lane] * by[2][b * OUTPUTS + lane] : sums[lane];
         });
       }
     });
@@ -234,10 +256,14 @@ Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList matric
 // ------------------------------------------------------------------- attention of one query a row
 
 constexpr int TILE = 64;  // keys; their scores are known before their values are read
-constexpr float LOWEST = -1e30f;  // a score that no key has
+constexpr float LOWEST = -1e30f, HIDDEN = -2e30f;  // scores that no key has; the first stands for none so far
 
-inline Floats add_products(Floats sum, const float* a, const float* b) { return sum + read<Floats>(a) * read<Floats>(b); }
-inline Floats add_products(Floats sum, const bf16* a, const bf16* b) { return multiply_add(sum, read<Pairs>(a), read<Pairs>(b)); }
+inline Floats add_products(Floats sum, const float* a, const float* b) {
+  return sum + read<Floats>(a) * read<Floats>(b);
+}
+inline Floats add_products(Floats sum, const bf16* a, const bf16* b) {
+  return multiply_add(sum, read<Pairs>(a), read<Pairs>(b));
+}
 
 // The dot products of q (K,) with 16 keys.
 template <class T>
@@ -249,39 +275,87 @@ Floats dots(const T* q, const T* const* keys, int64_t dim) {
     for (int s = 0; s < LANES; s++) sum[s] = add_products(sum[s], q + i, keys[s] + i);
   // The numbers of each sum are added up: halves of two sums side by side, then quarters of four, until one holds all.
   for (int s = 0; s < 8; s++)
-    sum[s] = __builtin_shuffle(sum[s], sum[s + 8], Ints{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
-             __builtin_shuffle(sum[s], sum[s + 8], Ints{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+    sum[s] = __builtin_shufflevector(sum[s], sum[s + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+             __builtin_shufflevector(sum[s], sum[s + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   for (int s = 0; s < 4; s++)
-    sum[s] = __builtin_shuffle(sum[s], sum[s + 4], Ints{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}) +
-             __builtin_shuffle(sum[s], sum[s + 4], Ints{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
+    sum[s] = __builtin_shufflevector(sum[s], sum[s + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+             __builtin_shufflevector(sum[s], sum[s + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
   for (int s = 0; s < 2; s++)
-    sum[s] = __builtin_shuffle(sum[s], sum[s + 2], Ints{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}) +
-             __builtin_shuffle(sum[s], sum[s + 2], Ints{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
-  Floats all = __builtin_shuffle(sum[0], sum[1], Ints{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}) +
-               __builtin_shuffle(sum[0], sum[1], Ints{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
+    sum[s] = __builtin_shufflevector(sum[s], sum[s + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+             __builtin_shufflevector(sum[s], sum[s + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  Floats all = __builtin_shufflevector(sum[0], sum[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+               __builtin_shufflevector(sum[0], sum[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
   for (; i < dim; i++)
     for (int s = 0; s < LANES; s++) all[s] += float(q[i]) * float(keys[s][i]);
   return all;
 }
 
-// What a head has gathered of some keys: the largest score, the sum of exp(score - largest), and the values so weighted.
+// What a head has gathered of some keys: the largest score, the sum of exp(score - largest), the values so weighted.
 struct Gathered {
   float largest, total;
   float* values;
 };
 
-// values[r] += p[r][s] * v[s] over the keys of a tile, 16 numbers at a time
-template <int R, class T>
-void add_values(const float (*p)[TILE], const T* v, int64_t stride, int64_t n_keys, int64_t width, Gathered* to) {
+// values[r] += p[r][s] * v[s] over the keys of a tile; behind them p is zero
+template <int R>
+void add_values(const float (*p)[TILE], const float* v, int64_t stride, int64_t n_keys, int64_t width, Gathered* to) {
   int64_t d = 0;
   for (; d + LANES <= width; d += LANES) {
     Floats sum[R];
     for (int r = 0; r < R; r++) sum[r] = read<Floats>(to[r].values + d);
     for (int64_t s = 0; s < n_keys; s++) {
-      Floats value = widen(v + s * stride + d);
+      auto value = read<Floats>(v + s * stride + d);
       for (int r = 0; r < R; r++) sum[r] += value * p[r][s];
     }
     for (int r = 0; r < R; r++) write(to[r].values + d, sum[r]);
+  }
+  for (; d < width; d++)
+    for (int r = 0; r < R; r++)
+      for (int64_t s = 0; s < n_keys; s++) to[r].values[d] += p[r][s] * v[s * stride + d];
+}
+// The numbers of two vectors at even and at odd places, and the way back.
+inline Floats evens(Floats a, Floats b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+inline Floats odds(Floats a, Floats b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+inline Floats woven(Floats a, Floats b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline Floats woven_end(Floats a, Floats b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+inline Pairs rounded(Floats x) { return (Pairs)x + 0x7fffu + (((Pairs)x >> 16) & 1u); }  // to bf16, in the high half
+template <int R>
+void add_values(const float (*p)[TILE], const bf16* v, int64_t stride, int64_t n_keys, int64_t width, Gathered* to) {
+  uint32_t by[R][TILE / 2];  // two keys' weights side by side, as their values will be
+  for (int r = 0; r < R; r++)
+    for (int s = 0; s < TILE; s += 2 * LANES) {
+      auto a = read<Floats>(p[r] + s), b = read<Floats>(p[r] + s + LANES);
+      Pairs first = rounded(evens(a, b)), second = rounded(odds(a, b));
+      Pairs both = (first >> 16) | (second & 0xffff0000u);
+      std::memcpy(&by[r][s / 2], &both, sizeof both);
+    }
+  int64_t d = 0;
+  for (; d + 2 * LANES <= width; d += 2 * LANES) {
+    Floats even[R], odd[R];  // of the 32 values from d on
+    for (int r = 0; r < R; r++) {
+      auto a = read<Floats>(to[r].values + d), b = read<Floats>(to[r].values + d + LANES);
+      even[r] = evens(a, b), odd[r] = odds(a, b);
+    }
+    for (int64_t s = 0; s < n_keys; s += 2) {
+      auto a = read<Pairs>(v + s * stride + d), b = s + 1 < n_keys ? read<Pairs>(v + (s + 1) * stride + d) : Pairs{};
+      Pairs first = (a & 0xffffu) | (b << 16), second = (a >> 16) | (b & 0xffff0000u);
+      for (int r = 0; r < R; r++) {
+        even[r] = multiply_add(even[r], first, by[r][s / 2]);
+        odd[r] = multiply_add(odd[r], second, by[r][s / 2]);
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      write(to[r].values + d, woven(even[r], odd[r]));
+      write(to[r].values + d + LANES, woven_end(even[r], odd[r]));
+    }
   }
   for (; d < width; d++)
     for (int r = 0; r < R; r++)
@@ -299,36 +373,52 @@ struct Group {
   // `heads` are of at most ROWS heads from `first` on.
   void attend(int64_t begin, int64_t end, int64_t first, int64_t n_heads, Gathered* heads) const {
     using Add = void (*)(const float (*)[TILE], const T*, int64_t, int64_t, int64_t, Gathered*);
-    static constexpr Add ADD[] = {add_values<1, T>, add_values<2, T>, add_values<3, T>, add_values<4, T>,
-                                  add_values<5, T>, add_values<6, T>, add_values<7, T>, add_values<8, T>};
-    alignas(64) float p[ROWS][TILE];
+    static constexpr Add ADD[] = {add_values<1>, add_values<2>, add_values<3>, add_values<4>,
+                                  add_values<5>, add_values<6>, add_values<7>, add_values<8>};
+    alignas(64) float p[ROWS][TILE] = {}, hidden[TILE];  // by head; added to the scores of whom the mask hides
     for (int64_t tile = begin; tile < end; tile += TILE) {
       int64_t n_keys = std::min<int64_t>(TILE, end - tile);
       for (int64_t s = 0; s < n_keys; s += LANES) {
         const T* keys[LANES];  // those behind the last one are the last one
-        for (int64_t i = 0; i < LANES; i++) keys[i] = k + std::min(tile + s + i, end - 1) * k_stride;
+        for (int64_t i = 0; i < LANES; i++) {
+          keys[i] = k + std::min(tile + s + i, end - 1) * k_stride;
+          auto next = reinterpret_cast<const char*>(keys[i] + LANES * k_stride);  // sixteen rows ahead, in time
+          for (int64_t line = 0; line < dim * int64_t(sizeof(T)); line += 64) __builtin_prefetch(next + line);
+        }
         for (int64_t r = 0; r < n_heads; r++) write(p[r] + s, dots(q + (first + r) * dim, keys, dim) * scale);
       }
-      for (int64_t r = 0; r < n_heads; r++) weigh(p[r], mask + tile, n_keys, heads[r]);
+      for (int64_t s = 0; s < TILE; s++) hidden[s] = s < n_keys && mask[tile + s] ? 0 : HIDDEN;
+      for (int64_t r = 0; r < n_heads; r++) weigh(p[r], hidden, heads[r]);
       ADD[n_heads - 1](p, v + tile * v_stride, v_stride, n_keys, width, heads);
     }
   }
 
   // Scores become weights, and what was gathered before is brought to the same largest score.
-  void weigh(float* p, const bool* seen, int64_t n_keys, Gathered& head) const {
-    float largest = head.largest, total = 0;
-    for (int64_t s = 0; s < n_keys; s++) largest = seen[s] ? std::max(largest, p[s]) : largest;
-    for (int64_t s = 0; s < n_keys; s++) p[s] = std::exp(p[s] - largest);
-    for (int64_t s = 0; s < n_keys; s++) p[s] = seen[s] ? p[s] : 0;
-    for (int64_t s = 0; s < n_keys; s++) total += p[s];
+  void weigh(float* p, const float* hidden, Gathered& head) const {
+    Floats most = Floats{} + head.largest, total = {};
+    for (int s = 0; s < TILE; s += LANES) {
+      Floats score = read<Floats>(p + s) + read<Floats>(hidden + s);
+      most = score > most ? score : most;
+      write(p + s, score);
+    }
+    float largest = most[0];
+    for (int lane = 1; lane < LANES; lane++) largest = std::max(largest, most[lane]);
+    for (int s = 0; s < TILE; s += LANES) {
+      Floats weight = exponential(read<Floats>(p + s) - largest);
+      weight = read<Floats>(hidden + s) < 0.f ? Floats{} : weight;
+      total += weight;
+      write(p + s, weight);
+    }
     float shrunk = std::exp(head.largest - largest);
-    for (int64_t i = 0; i < width; i++) head.values[i] *= shrunk;
-    head.total = head.total * shrunk + total;
+    if (shrunk < 1)
+      for (int64_t i = 0; i < width; i++) head.values[i] *= shrunk;
+    head.total *= shrunk;
+    for (int lane = 0; lane < LANES; lane++) head.total += total[lane];
     head.largest = largest;
   }
 };
 
-// q (B, 1, H, K), k (B, S, G, K), v (B, S, G, Kv), mask (B, 1, 1, S) bool -> (B, 1, H, Kv). Each row sees a key at least.
+// q (B, 1, H, K), k (B, S, G, K), v (B, S, G, Kv), mask (B, 1, 1, S) bool -> (B, 1, H, Kv). Each row sees some key.
 template <class T>
 Tensor attend_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
   int64_t batch = q.size(0), n_heads = q.size(2), groups = k.size(2), in_group = n_heads / groups, width = v.size(3);

@@ -22,8 +22,8 @@ from .int8 import Int8Weight
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # fast sums, but a number that is not finite stays one
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
-         "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast")
-LANES = 16  # outputs side by side
+         "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast", "-Wno-psabi")
+OUTPUTS = 32  # side by side
 PER_STEP = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs side by side
 
 
@@ -31,7 +31,7 @@ _loaded = False
 
 
 def load():
-    """Register torch.ops.mini_llm, compiling it first where this machine has not. Raises ModelError without a compiler."""
+    """Register torch.ops.mini_llm, compiled first where it is not yet. Raises ModelError where no compiler is found."""
     global _loaded
     if _loaded:
         return
@@ -48,7 +48,8 @@ def _built():
         raise ModelError("the compiled decoding step needs a C++ compiler, and there is none: install g++ or clang++ "
                          "(Debian: apt install g++), or leave out --compile")
     root = Path(torch.__file__).parent
-    openmp = () if sys.platform == "darwin" else ("-fopenmp",)
+    # PyTorch's threads are those of GNU's OpenMP; with another one there would be two pools of them, so there is none
+    openmp = () if "clang" in compiler or sys.platform == "darwin" else ("-fopenmp",)
     command = [compiler, *FLAGS, *openmp, f"-I{root}/include", str(SOURCE), f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
     key = "\n".join((*command, torch.__version__, _processor(), SOURCE.read_text(encoding="utf-8")))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini_llm"
@@ -75,10 +76,10 @@ def _processor():
 
 
 def pack(weight):
-    """Lay out a weight (..., F, D), fp32, bf16 or int8, as the kernels read it: (..., F / 16, steps, 16, inputs of one)."""
+    """Lay out a weight (..., F, D), fp32, bf16 or int8, as the kernels read it: (..., F / 32, steps, 32, a step's)."""
     per_step = PER_STEP[weight.dtype]
-    weight = F.pad(weight, (0, -weight.shape[-1] % per_step, 0, -weight.shape[-2] % LANES))
-    return weight.unflatten(-1, (-1, per_step)).unflatten(-3, (-1, LANES)).transpose(-3, -2).contiguous()
+    weight = F.pad(weight, (0, -weight.shape[-1] % per_step, 0, -weight.shape[-2] % OUTPUTS))
+    return weight.unflatten(-1, (-1, per_step)).unflatten(-3, (-1, OUTPUTS)).transpose(-3, -2).contiguous()
 
 
 class Packed(nn.Module):
@@ -88,7 +89,7 @@ class Packed(nn.Module):
         super().__init__()
         self.n_outputs = weight.shape[-2]
         self.register_buffer("weight", pack(weight), persistent=False)
-        scale = None if scale is None else F.pad(scale.float(), (0, -self.n_outputs % LANES))
+        scale = None if scale is None else F.pad(scale.float(), (0, -self.n_outputs % OUTPUTS))
         self.register_buffer("scale", scale, persistent=False)
 
     @classmethod

@@ -12,7 +12,7 @@ from test_generate import PROMPTS, TOKENIZER, NoState, V
 from checks import Subject
 from engine import checkpoint
 from engine.chat import open_speaker
-from engine.compiled import compile_decoding, with_row_products
+from engine.compiled import compile_decoding
 from engine.generate import generate
 from model import BaseModelArgs, list_models
 from model.experts import chosen_matmul, expert_matmul
@@ -98,29 +98,10 @@ def test_a_linear_whose_weight_the_model_reads_stays_as_it_is():
     assert model(torch.tensor([[1, 2]]))[0].requires_grad and model.more(torch.ones(1, 4)).shape == (1, 4)
 
 
-@pytest.mark.parametrize("name", EVERY)
-@torch.no_grad()
-def test_row_products_are_those_of_the_model_on_the_same_weights(name):
-    model = build(name)
-    program, ids = with_row_products(model), torch.tensor([[3], [5]])
-    assert all(a is b for a, b in zip(model.parameters(), program.parameters(), strict=True))
-    for rows in (ids[:1], ids):                 # one row: as a sum; two: as it was
-        torch.testing.assert_close(program(rows)[0], model(rows)[0], rtol=1e-4, atol=1e-5)
-    assert not any(type(module).__name__ == "RowLinear" for module in model.modules())
-
-
-@pytest.mark.parametrize("bias", (False, True))
-def test_a_row_product_in_bf16_is_rounded_once(bias):
-    linear = torch.nn.Linear(40, 24, bias=bias).bfloat16()
-    x = torch.randn(1, 1, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
-    exact = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
-    torch.testing.assert_close(with_row_products(linear)(x).double(), exact, rtol=0.01, atol=0.01)
-
-
 def test_a_model_without_a_state_is_not_compiled_and_that_is_said(capsys):
     model = build("no state")
     compile_decoding(model)
-    assert not hasattr(model, "decoding_step") and "keeps no state" in capsys.readouterr().err
+    assert not hasattr(model, "reader") and "keeps no state" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ("bf16", "int8"))
