@@ -15,26 +15,28 @@ elif [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
     exit
 fi
 
-# The page is tested in a real browser: a Chromium, its driver, and a font with Chinese characters.
-browser_packages() {
+# The page is tested in a real browser: a Chromium, its driver, and a font with Chinese characters. Compiled decoding
+# needs a C++ compiler.
+packages_to_install() {
     command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || echo chromium
     command -v chromedriver >/dev/null || echo chromium-driver
+    command -v g++ >/dev/null || command -v clang++ >/dev/null || echo g++
     if ! command -v fc-list >/dev/null || [ -z "$(fc-list :lang=zh family)" ]; then
         echo fontconfig fonts-noto-cjk
     fi
 }
 
-install_browser() {
+install_packages() {
     local packages root=()
-    packages=$(browser_packages | tr '\n' ' ')
+    packages=$(packages_to_install | tr '\n' ' ')
     [ -n "${packages// /}" ] || return 0
     if ! command -v apt-get >/dev/null; then
-        echo "note: the browser tests need $packages: no apt-get here, install them by hand (the tests are skipped without)"
+        echo "note: some tests need $packages: no apt-get here, install them by hand (the tests are skipped without)"
         return 0
     fi
     if [ "$(id -u)" != 0 ]; then
         if ! sudo -n true 2>/dev/null; then
-            echo "note: the browser tests need $packages: sudo apt-get install $packages (the tests are skipped without)"
+            echo "note: some tests need $packages: sudo apt-get install $packages (the tests are skipped without)"
             return 0
         fi
         root=(sudo)
@@ -42,12 +44,12 @@ install_browser() {
     echo "installing $packages"
     # shellcheck disable=SC2086  # a list of names
     if ! { ${root[@]+"${root[@]}"} apt-get update -qq && ${root[@]+"${root[@]}"} env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null; }; then
-        echo "note: could not install $packages: the browser tests are skipped"
+        echo "note: could not install $packages: the tests that need them are skipped"
     fi
 }
 
 make_venv test
-install_browser
+install_packages
 export PYTHONUTF8=1
 status=0
 "$python" -m pytest ${selection[@]+"${selection[@]}"} "$@" || status=$?

@@ -147,6 +147,7 @@ auto rows_of(const Tensor& x, int64_t steps, std::vector<typename Input<T>::Valu
   using Value = typename Input<T>::Value;
   using Step = typename Input<T>::Step;
   int64_t n = x.size(0), d = x.size(1), width = steps * PER_STEP<T>;
+  TORCH_CHECK(d <= width && d > width - PER_STEP<T>, "rows of ", d, " numbers, but weights of about ", width, " inputs");
   const Value* from = x.const_data_ptr<Value>();
   if (width != d) {
     room.assign(n * width, Value(0));
@@ -199,6 +200,9 @@ Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList matric
     if (!of_expert[e].empty()) used.push_back(e);
   const float* by[3] = {};
   for (size_t i = 0; i < scale.size(); i++) by[i] = scales(scale[i]);
+  TORCH_CHECK(matrices.size() == 3 && (scale.empty() || scale.size() == 3), "gate, up and down are wanted");
+  TORCH_CHECK(chosen.size(0) == x.size(0) && matrices[1].sizes() == gate.sizes() && down.size(0) == gate.size(0) &&
+              down.size(1) == (dim + OUTPUTS - 1) / OUTPUTS, "the experts do not fit together");
 
   by_type(gate, [&](auto* first_weight) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(first_weight)>>;
@@ -472,7 +476,11 @@ Tensor attend_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 
 Tensor attend(const Tensor& q, const Tensor& k_, const Tensor& v_, const Tensor& mask_, double scale) {
   auto by_rows = [](const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); };
-  Tensor k = by_rows(k_), v = by_rows(v_), mask = by_rows(mask_);
+  int64_t batch = q.size(0), n_keys = k_.size(1), groups = k_.size(2);
+  TORCH_CHECK(q.size(1) == 1 && q.size(2) % groups == 0 && k_.size(0) == batch && k_.size(3) == q.size(3) &&
+              v_.size(0) == batch && v_.size(1) == n_keys && v_.size(2) == groups && n_keys > 0,
+              "keys ", k_.sizes(), " and values ", v_.sizes(), " do not fit queries ", q.sizes());
+  Tensor k = by_rows(k_), v = by_rows(v_), mask = by_rows(mask_.expand({batch, 1, 1, n_keys}));
   if (q.scalar_type() == at::kFloat) return attend_of<float>(q.contiguous(), k, v, mask, scale);
   return attend_of<bf16>(q.contiguous(), k, v, mask, scale);
 }

@@ -55,15 +55,24 @@ def _built():
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini_llm"
     path = folder / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as beside:  # whoever is killed here leaves no half library
-            built = Path(beside, path.name)
-            done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
-            if done.returncode:
-                raise ModelError(f"{compiler} could not compile {SOURCE.name}, so leave out --compile, or name another "
-                                 f"compiler by CXX=...: {done.stderr.strip()[-300:]}")
-            os.replace(built, path)
+        try:
+            _compile(command, path)
+        except OSError as error:
+            raise ModelError(f"cannot keep the compiled {SOURCE.name} in {folder} ({error.strerror}): name a folder "
+                             "that can be written by XDG_CACHE_HOME=..., or leave out --compile") from error
     return path
+
+
+def _compile(command, path):
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as beside:  # whoever is killed here leaves no half library
+        built = Path(beside, path.name)
+        done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
+        if done.returncode:
+            said = " ".join(done.stderr.split())[:300]
+            raise ModelError(f"{command[0]} could not compile {SOURCE.name}: name another compiler by CXX=..., or "
+                             f"leave out --compile. It says: {said}")
+        os.replace(built, path)
 
 
 def _processor():

@@ -207,9 +207,10 @@ def test_without_a_compiler_it_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True)
     assert done.returncode and "ModelError" in done.stderr.splitlines()[-1] and "CXX" in done.stderr.splitlines()[-1]
     assert not list((tmp_path / "mini_llm").iterdir())
-    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True)
-    assert "install g++" in done.stderr.splitlines()[-1]
+    for more, said in (({"PATH": str(tmp_path)}, "install g++"), ({"XDG_CACHE_HOME": __file__}, "XDG_CACHE_HOME")):
+        done = subprocess.run([sys.executable, "-c", RUN], env={**environment, "CXX": "", **more}, capture_output=True,
+                              text=True)
+        assert "ModelError" in done.stderr.splitlines()[-1] and said in done.stderr.splitlines()[-1]
 
 
 def test_two_processes_may_compile_at_once(tmp_path):
@@ -219,6 +220,22 @@ def test_two_processes_may_compile_at_once(tmp_path):
     assert [path.suffix for path in (tmp_path / "mini_llm").iterdir()] == [".so"]
 
 
-def test_an_error_of_types_is_told():
-    with pytest.raises(RuntimeError, match="expected scalar type|Float"):
-        Packed.of(torch.ones(4, 4))(torch.ones(1, 4).bfloat16())
+def test_what_does_not_fit_is_an_error():
+    """Nothing is read that is not there."""
+    packed, stack, seen = Packed.of(torch.ones(4, 4)), Packed.of(torch.ones(2, 4, 4)), torch.ones(1, 1, 1, 3).bool()
+    q, k = torch.ones(2, 1, 4, 8), torch.ones(2, 3, 2, 8)
+    for call in (
+        lambda: packed(torch.ones(1, 4).bfloat16()),
+        lambda: packed(torch.ones(1, 5)),
+        lambda: packed(torch.ones(1, 3)),
+        lambda: packed_experts(torch.ones(2, 4), torch.zeros(3, 1, dtype=torch.long), stack, stack, stack),
+        lambda: packed_experts(torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.long), stack, stack, packed),
+        lambda: one_query_attention(q, k[:1], k, seen, 1.0),
+        lambda: one_query_attention(q, k, k[:, :2], seen, 1.0),
+        lambda: one_query_attention(q, k[..., :4], k, seen, 1.0),
+        lambda: one_query_attention(q, k, k, seen[..., :2], 1.0),
+        lambda: one_query_attention(q[:, :, :3], k, k, seen, 1.0),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+    assert one_query_attention(q, k, k, seen, 1.0).shape == q.shape  # one mask for all rows
