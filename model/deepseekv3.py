@@ -175,8 +175,8 @@ class MoE(nn.Module):
             weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
         weight = weight * a.route_scale
 
-        h, load = expert_swiglu(tokens, chosen, self.gate_proj, self.up_proj, self.down_proj, decoding, real)
-        out = (h * weight[..., None].to(h.dtype)).sum(dim=1).view_as(x)  # (B, T, D)
+        out, load = expert_swiglu(tokens, chosen, weight, self.gate_proj, self.up_proj, self.down_proj, decoding, real)
+        out = out.view_as(x)  # (B, T, D)
 
         if self.shared is not None:
             out = out + self.shared(x)

@@ -6,6 +6,7 @@ Shapes: N tokens, D dim, E experts, A active ones a token, F ffn width of an exp
 import torch
 import torch.nn.functional as F
 
+from .expert_loop import looped_experts
 from .int8 import Int8Weight
 from .kernels import Packed, packed_experts
 from .layers import compute_dtype
@@ -13,26 +14,40 @@ from .layers import compute_dtype
 FEW_TOKENS = 16, 2  # of a decoding step, compiled or not: up to here the chosen experts are read without sorting
 
 
-def expert_swiglu(x, chosen, gate, up, down, decoding=False, real=None):
+def expert_swiglu(x, chosen, weight, gate, up, down, decoding=False, real=None):
     """Run each token through its chosen experts, down(silu(gate(x)) * up(x)), and count the tokens of each expert.
 
-    x (N, D), chosen (N, A), gate and up (E, F, D), down (E, D, F) -> (N, A, D), load (E,).
-    With real (B, T) bool the load is of those tokens.
+    x (N, D), chosen and weight (N, A), gate and up (E, F, D), down (E, D, F) -> sum over A of the weighted results
+    (N, D), load (E,). With real (B, T) bool the load is of those tokens.
     """
     n_experts = (gate.q if isinstance(gate, Int8Weight) else gate.weight if isinstance(gate, Packed) else gate).shape[0]
     counts = expert_load(chosen, n_experts)
     load = counts if real is None else expert_load(chosen, n_experts, real.flatten())
     if isinstance(gate, Packed):
-        return packed_experts(x, chosen, gate, up, down), load
+        return _mix(packed_experts(x, chosen, gate, up, down), weight), load
     if decoding and len(x) <= FEW_TOKENS[not torch.compiler.is_compiling()]:
         h = F.silu(chosen_matmul(x[:, None], gate, chosen)) * chosen_matmul(x[:, None], up, chosen)
-        return chosen_matmul(h, down, chosen), load
+        return _mix(chosen_matmul(h, down, chosen), weight), load
+    if not isinstance(gate, Int8Weight) and not _grouped(x, gate):
+        x, gate, up, down = (t.to(compute_dtype(x)) for t in (x, gate, up, down))
+        return looped_experts(x, chosen, weight, counts, gate, up, down), load
     # Sort the N * A (token, expert) pairs by expert, run each expert on its own stretch, and sort back.
     order = chosen.flatten().argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     h = permute_rows(x, order, inverse, chosen.shape[1])  # (N * A, D)
     h = F.silu(expert_matmul(h, gate, counts)) * expert_matmul(h, up, counts)
-    return permute_rows(expert_matmul(h, down, counts), inverse, order).unflatten(0, chosen.shape), load
+    return _mix(permute_rows(expert_matmul(h, down, counts), inverse, order).unflatten(0, chosen.shape), weight), load
+
+
+def _mix(results, weight):
+    """Sum of the results of each token's experts (N, A, D) by their weights (N, A)."""
+    return (results * weight[..., None].to(results.dtype)).sum(dim=1)
+
+
+def _grouped(x, weight):
+    """Whether the device multiplies many matrices at once: then nothing waits for the counts to reach the host."""
+    fits = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # the kernel wants rows of a multiple of 16 bytes
+    return x.is_cuda and compute_dtype(x) == torch.bfloat16 and fits
 
 
 def expert_load(chosen, n_experts, real=None):
@@ -67,31 +82,6 @@ def permute_rows(x, order, inverse, copies=1):
     return _Permute.apply(x, order, inverse, copies)
 
 
-class _ExpertMatmul(torch.autograd.Function):
-    """The loop over experts, writing into preallocated memory: autograd's own split, select and cat would copy all."""
-
-    @staticmethod
-    def forward(ctx, x, weight, counts):
-        out = x.new_empty(x.shape[0], weight.shape[1])
-        for expert, rows in enumerate(_slices(counts)):
-            if rows.start < rows.stop:  # of a few tokens most experts have none
-                torch.mm(x[rows], weight[expert].T, out=out[rows])
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_x = torch.empty_like(x)
-        grad_weight = torch.empty_like(weight)
-        for expert, rows in enumerate(_slices(ctx.counts)):
-            torch.mm(grad[rows], weight[expert], out=grad_x[rows])
-            torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])  # an expert without tokens gets zeros
-        return grad_x, grad_weight, None
-
-
 def _slices(counts):
     start = 0
     for count in counts:
@@ -104,13 +94,7 @@ def expert_matmul(x, weight, counts):
     if isinstance(weight, Int8Weight):
         return torch.cat([weight.linear(x[rows], expert) for expert, rows in enumerate(_slices(counts.tolist()))])
     x, weight = x.to(compute_dtype(x)), weight.to(compute_dtype(x))
-    fits = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # the kernel wants rows of a multiple of 16 bytes
-    if x.is_cuda and x.dtype == torch.bfloat16 and fits:  # and no wait for the counts to reach the host
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
-    # The counts are Python numbers: compiled, every new load would be a new program. And the compiler takes as long to
-    # import as torch, so only who compiles asks it.
-    loop = torch.compiler.disable(_expert_loop) if torch.compiler.is_compiling() else _expert_loop
-    return loop(x, weight, counts)
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
 
 
 def chosen_matmul(x, weight, chosen):
@@ -128,7 +112,3 @@ def chosen_matmul(x, weight, chosen):
     experts = chosen.flatten().tolist()
     rows = [weight.linear(one, e) if held else F.linear(one, weight[e]) for one, e in zip(x.split(1), experts)]
     return torch.cat(rows).unflatten(0, chosen.shape)
-
-
-def _expert_loop(x, weight, counts):
-    return _ExpertMatmul.apply(x, weight, counts.tolist())

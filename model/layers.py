@@ -370,7 +370,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     part.copy_(softmax.scatter_(1, index, log_p.expm1())).mul_(valid)
             for grad, (grad_hidden, grad_weight) in zip((logits, by_squares), grads):
                 torch.mm(grad, weight, out=grad_hidden[rows])
-                grad_weight.add_(grad.T @ hidden[rows]) if start else grad_weight.copy_(grad.T @ hidden[rows])
+                _add(grad_weight, grad.T @ hidden[rows], whole) if start else grad_weight.copy_(grad.T @ hidden[rows])
         ctx.save_for_backward(*(tensor for pair in grads for tensor in pair))
         return entropy, squares
 
@@ -382,6 +382,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden += saved[2] * incoming[1].to(saved[2].dtype)
             grad_weight += saved[3] * incoming[1]
         return grad_hidden, grad_weight, None, None, None
+
+
+def _add(total, part, whole):
+    """total += part, of a smaller type: in one pass, or (PyTorch's for a processor adds number by number) by pieces."""
+    if whole:
+        total.add_(part)
+        return
+    rows = max(1, CACHE_BYTES // (4 * total.shape[1]))
+    for piece, of_part in zip(total.split(rows), part.split(rows)):
+        piece.add_(of_part.float())
 
 
 _squares = None  # a list while `log_normalisers` is entered
@@ -399,14 +409,17 @@ def log_normalisers():
         _squares = before
 
 
-def lm_loss(hidden, weight, targets, chunk_bytes=32 << 20):
+def lm_loss(hidden, weight, targets, chunk_bytes=None):
     """Mean cross-entropy of the next token, never holding the logits of more than a chunk of tokens.
 
     hidden (B, T, D), weight (V, D) of the output head, targets (B, T) with -100 = ignored. Returns a 0-d fp32 tensor:
     the mean over the valid targets in nats, 0 with a graph when none is valid. Three matmuls as with plain logits,
     no recomputation; the memory is `chunk_bytes` of logits, in the compute type, plus one gradient of the weight.
+    They default to 32 MB, on a processor 16: what is larger its allocator gives back each time, and to take it from the
+    system anew costs as much as the product.
     """
     dtype = compute_dtype(hidden)
+    chunk_bytes = chunk_bytes or (16 if hidden.device.type == "cpu" else 32) << 20
     targets = targets.reshape(-1)
     chunk = max(1, chunk_bytes // (dtype.itemsize * weight.shape[0]))
     entropy, squares = _ChunkedCrossEntropy.apply(
