@@ -333,6 +333,7 @@ def cache_append(state, layer, name, new):
 # ------------------------------------------------------------------- loss
 
 
+CHUNK_ROWS = 512  # tokens of a chunk of the loss, on a processor
 CACHE_BYTES = 2 << 20  # of fp32 numbers that a processor's core holds at hand from one pass over them to the next
 
 
@@ -415,13 +416,14 @@ def lm_loss(hidden, weight, targets, chunk_bytes=None):
     hidden (B, T, D), weight (V, D) of the output head, targets (B, T) with -100 = ignored. Returns a 0-d fp32 tensor:
     the mean over the valid targets in nats, 0 with a graph when none is valid. Three matmuls as with plain logits,
     no recomputation; the memory is `chunk_bytes` of logits, in the compute type, plus one gradient of the weight.
-    They default to 32 MB, on a processor 16: what is larger its allocator gives back each time, and to take it from the
-    system anew costs as much as the product.
+    They default to 32 MB, on a processor to 16 and at most `CHUNK_ROWS` tokens: what is larger, its fp32 copy included,
+    the allocator gives back each time, and to take it from the system anew costs as much as the product.
     """
     dtype = compute_dtype(hidden)
-    chunk_bytes = chunk_bytes or (16 if hidden.device.type == "cpu" else 32) << 20
+    cpu = hidden.device.type == "cpu"
+    chunk_bytes = chunk_bytes or (16 if cpu else 32) << 20
     targets = targets.reshape(-1)
-    chunk = max(1, chunk_bytes // (dtype.itemsize * weight.shape[0]))
+    chunk = max(1, min(chunk_bytes // (dtype.itemsize * weight.shape[0]), CHUNK_ROWS if cpu else len(targets)))
     entropy, squares = _ChunkedCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight, targets, chunk, _squares is not None
     )
