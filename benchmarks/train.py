@@ -273,8 +273,11 @@ def peak_memory(config, name: str, side: str) -> float:
     seq_len, rows = (64, 2) if config.quick else (512, 16)
     batch, device = make_batch(sizes["vocab_size"], rows, seq_len), torch.device("cpu")
     model = our_model(name, sizes, seq_len)
-    step = (our_step(model, "bf16", False, batch, device) if side == "ours"
-            else their_step(their_model(model, "eager" if name == DENSE else EXPERTS["cpu"][0]), "bf16", False, batch, device))
+    if side == "ours":
+        step = our_step(model, "bf16", False, batch, device)
+    else:
+        experts = "eager" if name == DENSE else EXPERTS["cpu"][0]
+        step = their_step(their_model(model, experts), "bf16", False, batch, device)
     gc.collect()
     warm_up(device)
     memory.forget_most(device)
