@@ -368,7 +368,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if need_grad:  # d log Z / d logits = softmax; the logits themselves are needed no more
                     if with_squares:
                         by_square.copy_(softmax * (2 * log_z)).mul_(valid)
-                    part.copy_(softmax.scatter_(1, index, log_p.expm1())).mul_(valid)
+                    if torch.compiler.is_compiling():  # a scatter would part the program in two
+                        softmax = torch.where(index == torch.arange(weight.shape[0], device=weight.device), log_p.expm1(), softmax)
+                        part.copy_(softmax * valid)
+                    else:
+                        part.copy_(softmax.scatter_(1, index, log_p.expm1())).mul_(valid)
             for grad, (grad_hidden, grad_weight) in zip((logits, by_squares), grads):
                 torch.mm(grad, weight, out=grad_hidden[rows])
                 _add(grad_weight, grad.T @ hidden[rows], whole) if start else grad_weight.copy_(grad.T @ hidden[rows])
