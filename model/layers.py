@@ -369,8 +369,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     if with_squares:
                         by_square.copy_(softmax * (2 * log_z)).mul_(valid)
                     if torch.compiler.is_compiling():  # a scatter would part the program in two
-                        softmax = torch.where(index == torch.arange(weight.shape[0], device=weight.device), log_p.expm1(), softmax)
-                        part.copy_(softmax * valid)
+                        chosen = index == torch.arange(weight.shape[0], device=weight.device)
+                        part.copy_(torch.where(chosen, log_p.expm1(), softmax) * valid)
                     else:
                         part.copy_(softmax.scatter_(1, index, log_p.expm1())).mul_(valid)
             for grad, (grad_hidden, grad_weight) in zip((logits, by_squares), grads):
