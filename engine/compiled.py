@@ -6,7 +6,7 @@ from torch import nn
 
 from model import kernels
 from model.int8 import Int8Linear
-from model.layers import SwiGLU
+from model.layers import SMALL, SwiGLU
 from utils.log import warn
 
 
@@ -16,9 +16,9 @@ def compile_decoding(model, rows=1):
     and state that returns logits: for one token a row behind others it runs a compiled forward.
 
     A model without a state, which reads its whole text for every token, is left alone, with a word. The programs are
-    made here: one for a single row at any position, and for up to `rows` side by side one for any number. The weights
-    must not change any more: on a processor there is a copy of them, packed for the kernels (model/kernels.py).
-    Raises ModelError where there is no C++ compiler.
+    made here: one for a single row at any position, and for up to `rows` side by side one for any number, beyond 16
+    another. The weights must not change any more: on a processor there is a copy of them, packed for the kernels
+    (model/kernels.py). Raises ModelError where there is no C++ compiler.
     """
     if not model.accepts("state"):
         warn("--compile does nothing here: this model keeps no state, so it has no step of one token to compile")
@@ -48,7 +48,7 @@ def compile_decoding(model, rows=1):
         return (step if state.upto > 0 and ids.shape[1] == 1 else forward)(ids, state)
 
     with inductor.patch(frozen):  # as an option it reaches the compiler alone, not who hands it the weights
-        for count in sorted({1, rows}):
+        for count in sorted({1, min(rows, SMALL), rows}):  # small_matmul asks whether they are few
             _write(model, step, count)
     model.reader = reader
 
@@ -92,19 +92,30 @@ def with_kernels(model):
     def held(linear):
         return linear.int8 if type(linear) is Int8Linear else linear.weight
 
+    def packed_alike(weights):
+        """All of them packed, or None where one of them cannot be, or not as the others."""
+        parts = [pack(weight) for weight in weights]
+        return None if None in parts or len({part.weight.dtype for part in parts}) > 1 else parts
+
     for module in list(program.modules()):
-        for name in getattr(module, "expert_weights", ()):
-            stack = pack(getattr(module, name))
-            if stack is not None:
-                delattr(module, name)
-                setattr(module, name, stack)
+        names = getattr(module, "expert_weights", ())
+        for name, stack in zip(names, packed_alike([getattr(module, name) for name in names]) or ()):
+            delattr(module, name)
+            setattr(module, name, stack)
         for name, child in list(module.named_children()):
-            if type(child) is SwiGLU:
+            if _is_plain(child, SwiGLU) and all(_is_plain(linear, *LINEARS) for linear in child.children()):
                 linears = child.gate_proj, child.up_proj, child.down_proj
-                parts = [pack(held(linear)) for linear in linears if linear.bias is None]
-                if len(parts) == 3 and None not in parts and len({part.weight.dtype for part in parts}) == 1:
-                    setattr(module, name, kernels.PackedSwiGLU(*parts))
-            elif type(child) in (nn.Linear, Int8Linear):
-                if pack(held(child)) is not None:
-                    setattr(module, name, kernels.PackedLinear(child, pack(held(child))))
+                parts = packed_alike([held(linear) for linear in linears if linear.bias is None])
+                if parts and len(parts) == 3:
+                    setattr(module, name, kernels.PackedSwiGLU(child, parts))
+            elif _is_plain(child, *LINEARS) and pack(held(child)) is not None:
+                setattr(module, name, kernels.PackedLinear(child, pack(held(child))))
     return program
+
+
+LINEARS = nn.Linear, Int8Linear
+
+
+def _is_plain(module, *classes):
+    """Whether a module does what its class says: a subclass or a hook may do anything."""
+    return type(module) in classes and not module._forward_hooks and not module._forward_pre_hooks

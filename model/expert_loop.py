@@ -71,12 +71,12 @@ def _slices(stretches):
 
 
 def _fake_forward(x, weight, token, slot, stretches, gate, up, down):
-    gated, upped = (x.new_empty(len(token), gate.shape[1]) for _ in range(2))
-    return torch.empty_like(x), gated, upped
+    gated, upped = (x.new_empty(token.shape[0], gate.shape[1]) for _ in range(2))
+    return x.new_empty(x.shape), gated, upped
 
 
 def _fake_backward(grad, x, weight, token, slot, stretches, gate, up, down, gated, upped):
-    return tuple(torch.empty_like(t) for t in (x, weight, gate, up, down))
+    return tuple(t.new_empty(t.shape) for t in (x, weight, gate, up, down))
 
 
 def _setup(ctx, inputs, output):

@@ -90,7 +90,9 @@ def _slices(counts):
 
 
 def expert_matmul(x, weight, counts):
-    """Multiply each expert's rows by its matrix: x (N, D) sorted by expert, weight (E, F, D), counts (E,) -> (N, F)."""
+    """Multiply each expert's rows by its matrix: x (N, D) sorted by expert, weight (E, F, D), counts (E,) -> (N, F).
+
+    At 8 bits, or where `_grouped` says that the device has a product for it."""
     if isinstance(weight, Int8Weight):
         return torch.cat([weight.linear(x[rows], expert) for expert, rows in enumerate(_slices(counts.tolist()))])
     x, weight = x.to(compute_dtype(x)), weight.to(compute_dtype(x))

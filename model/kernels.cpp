@@ -30,6 +30,12 @@ typedef float Floats __attribute__((vector_size(64)));     // 16 numbers
 typedef uint32_t Pairs __attribute__((vector_size(64)));   // 16 pairs of bf16, the first of a pair in the low half
 typedef int32_t Ints __attribute__((vector_size(64)));
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+
 template <class V>
 inline V read(const void* from) {
   V value;
@@ -189,6 +195,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
 // Each row through its chosen experts, down(silu(gate(x)) * up(x)): x (N, D), chosen (N, A) -> (N, A, D).
 // matrices and scales: of gate, up (E, F / 32, ...) and down (E, D / 32, ...); no scales: none.
 Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList matrices, at::TensorList scale) {
+  TORCH_CHECK(matrices.size() == 3 && (scale.empty() || scale.size() == 3), "gate, up and down are wanted");
   Tensor x = input.contiguous(), chosen = chosen_.contiguous();
   int64_t dim = x.size(1), active = chosen.size(1), pairs = chosen.numel();
   Tensor out = at::empty({x.size(0), active, dim}, x.options());
@@ -200,7 +207,6 @@ Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList matric
     if (!of_expert[e].empty()) used.push_back(e);
   const float* by[3] = {};
   for (size_t i = 0; i < scale.size(); i++) by[i] = scales(scale[i]);
-  TORCH_CHECK(matrices.size() == 3 && (scale.empty() || scale.size() == 3), "gate, up and down are wanted");
   TORCH_CHECK(chosen.size(0) == x.size(0) && matrices[1].sizes() == gate.sizes() && down.size(0) == gate.size(0) &&
               down.size(1) == (dim + OUTPUTS - 1) / OUTPUTS, "the experts do not fit together");
 
@@ -212,6 +218,7 @@ Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList matric
     std::vector<Value> room;
     auto rows = rows_of<T>(x, gate.size(2), room);
     int64_t in_blocks = gate.size(1), out_blocks = down.size(1), width = in_blocks * OUTPUTS;
+    TORCH_CHECK(down.size(2) * PER_STEP<T> <= width, "the experts do not fit together");
     std::vector<Value> hidden(pairs * width);
     std::vector<std::vector<const Step*>> in(used.size()), between(used.size());
     for (size_t u = 0; u < used.size(); u++)
@@ -279,16 +286,16 @@ Floats dots(const T* q, const T* const* keys, int64_t dim) {
     for (int s = 0; s < LANES; s++) sum[s] = add_products(sum[s], q + i, keys[s] + i);
   // The numbers of each sum are added up: halves of two sums side by side, then quarters of four, until one holds all.
   for (int s = 0; s < 8; s++)
-    sum[s] = __builtin_shufflevector(sum[s], sum[s + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-             __builtin_shufflevector(sum[s], sum[s + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    sum[s] = SHUFFLED(sum[s], sum[s + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+             SHUFFLED(sum[s], sum[s + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   for (int s = 0; s < 4; s++)
-    sum[s] = __builtin_shufflevector(sum[s], sum[s + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-             __builtin_shufflevector(sum[s], sum[s + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    sum[s] = SHUFFLED(sum[s], sum[s + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+             SHUFFLED(sum[s], sum[s + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
   for (int s = 0; s < 2; s++)
-    sum[s] = __builtin_shufflevector(sum[s], sum[s + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-             __builtin_shufflevector(sum[s], sum[s + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  Floats all = __builtin_shufflevector(sum[0], sum[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-               __builtin_shufflevector(sum[0], sum[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    sum[s] = SHUFFLED(sum[s], sum[s + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+             SHUFFLED(sum[s], sum[s + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  Floats all = SHUFFLED(sum[0], sum[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+               SHUFFLED(sum[0], sum[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
   for (; i < dim; i++)
     for (int s = 0; s < LANES; s++) all[s] += float(q[i]) * float(keys[s][i]);
   return all;
@@ -319,16 +326,16 @@ void add_values(const float (*p)[TILE], const float* v, int64_t stride, int64_t 
 }
 // The numbers of two vectors at even and at odd places, and the way back.
 inline Floats evens(Floats a, Floats b) {
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return SHUFFLED(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 }
 inline Floats odds(Floats a, Floats b) {
-  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return SHUFFLED(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 inline Floats woven(Floats a, Floats b) {
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return SHUFFLED(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 }
 inline Floats woven_end(Floats a, Floats b) {
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return SHUFFLED(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 inline Pairs rounded(Floats x) { return (Pairs)x + 0x7fffu + (((Pairs)x >> 16) & 1u); }  // to bf16, in the high half
 template <int R>
@@ -379,7 +386,7 @@ struct Group {
     using Add = void (*)(const float (*)[TILE], const T*, int64_t, int64_t, int64_t, Gathered*);
     static constexpr Add ADD[] = {add_values<1>, add_values<2>, add_values<3>, add_values<4>,
                                   add_values<5>, add_values<6>, add_values<7>, add_values<8>};
-    alignas(64) float p[ROWS][TILE] = {}, hidden[TILE];  // by head; added to the scores of whom the mask hides
+    alignas(64) float p[ROWS][TILE] = {}, hidden[TILE];  // by head; below zero where the mask hides a key
     for (int64_t tile = begin; tile < end; tile += TILE) {
       int64_t n_keys = std::min<int64_t>(TILE, end - tile);
       for (int64_t s = 0; s < n_keys; s += LANES) {
@@ -391,7 +398,7 @@ struct Group {
         }
         for (int64_t r = 0; r < n_heads; r++) write(p[r] + s, dots(q + (first + r) * dim, keys, dim) * scale);
       }
-      for (int64_t s = 0; s < TILE; s++) hidden[s] = s < n_keys && mask[tile + s] ? 0 : HIDDEN;
+      for (int64_t s = 0; s < TILE; s++) hidden[s] = s < n_keys && mask[tile + s] ? 0 : -1;
       for (int64_t r = 0; r < n_heads; r++) weigh(p[r], hidden, heads[r]);
       ADD[n_heads - 1](p, v + tile * v_stride, v_stride, n_keys, width, heads);
     }
@@ -401,15 +408,15 @@ struct Group {
   void weigh(float* p, const float* hidden, Gathered& head) const {
     Floats most = Floats{} + head.largest, total = {};
     for (int s = 0; s < TILE; s += LANES) {
-      Floats score = read<Floats>(p + s) + read<Floats>(hidden + s);
+      Floats score = read<Floats>(hidden + s) < 0.f ? Floats{} + HIDDEN : read<Floats>(p + s);
       most = score > most ? score : most;
       write(p + s, score);
     }
     float largest = most[0];
     for (int lane = 1; lane < LANES; lane++) largest = std::max(largest, most[lane]);
     for (int s = 0; s < TILE; s += LANES) {
-      Floats weight = exponential(read<Floats>(p + s) - largest);
-      weight = read<Floats>(hidden + s) < 0.f ? Floats{} : weight;
+      Floats score = read<Floats>(p + s), weight = exponential(score - largest);
+      weight = score < LOWEST ? Floats{} : weight;
       total += weight;
       write(p + s, weight);
     }
@@ -477,9 +484,10 @@ Tensor attend_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 Tensor attend(const Tensor& q, const Tensor& k_, const Tensor& v_, const Tensor& mask_, double scale) {
   auto by_rows = [](const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); };
   int64_t batch = q.size(0), n_keys = k_.size(1), groups = k_.size(2);
-  TORCH_CHECK(q.size(1) == 1 && q.size(2) % groups == 0 && k_.size(0) == batch && k_.size(3) == q.size(3) &&
+  TORCH_CHECK(q.size(1) == 1 && groups > 0 && q.size(2) % groups == 0 && k_.size(0) == batch && k_.size(3) == q.size(3) &&
               v_.size(0) == batch && v_.size(1) == n_keys && v_.size(2) == groups && n_keys > 0,
               "keys ", k_.sizes(), " and values ", v_.sizes(), " do not fit queries ", q.sizes());
+  if (batch == 0) return at::empty({0, 1, q.size(2), v_.size(3)}, q.options());
   Tensor k = by_rows(k_), v = by_rows(v_), mask = by_rows(mask_.expand({batch, 1, 1, n_keys}));
   if (q.scalar_type() == at::kFloat) return attend_of<float>(q.contiguous(), k, v, mask, scale);
   return attend_of<bf16>(q.contiguous(), k, v, mask, scale);

@@ -6,6 +6,7 @@ What they compute is a few rows times large weights; shapes and layout are told 
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from .int8 import Int8Weight
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # fast sums, but a number that is not finite stays one
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
-         "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast", "-Wno-psabi")
+         "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast", "-fno-strict-aliasing",
+         "-Wno-psabi")
 OUTPUTS = 32  # side by side
 PER_STEP = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs side by side
 
@@ -35,7 +37,12 @@ def load():
     global _loaded
     if _loaded:
         return
-    torch.ops.load_library(str(_built()))
+    path = _built()
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ModelError(f"cannot load {path} ({error}): delete it, name another folder by XDG_CACHE_HOME=..., or "
+                         "leave out --compile") from error
     for name, fake in ("linear", _linear), ("experts", _experts), ("attend", _attend):
         torch.library.register_fake(f"mini_llm::{name}", fake)
     _loaded = True
@@ -43,14 +50,14 @@ def load():
 
 def _built():
     """The path of the library for this source, this PyTorch and this processor."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), ""))
+    if not compiler:
         raise ModelError("the compiled decoding step needs a C++ compiler, and there is none: install g++ or clang++ "
                          "(Debian: apt install g++), or leave out --compile")
     root = Path(torch.__file__).parent
     # PyTorch's threads are those of GNU's OpenMP; with another one there would be two pools of them, so there is none
-    openmp = () if "clang" in compiler or sys.platform == "darwin" else ("-fopenmp",)
-    command = [compiler, *FLAGS, *openmp, f"-I{root}/include", str(SOURCE), f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
+    openmp = () if "clang" in " ".join(compiler) or sys.platform == "darwin" else ("-fopenmp",)
+    command = [*compiler, *FLAGS, *openmp, f"-I{root}/include", str(SOURCE), f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
     key = "\n".join((*command, torch.__version__, _processor(), SOURCE.read_text(encoding="utf-8")))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini_llm"
     path = folder / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
@@ -67,9 +74,12 @@ def _compile(command, path):
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as beside:  # whoever is killed here leaves no half library
         built = Path(beside, path.name)
-        done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
-        if done.returncode:
-            said = " ".join(done.stderr.split())[:300]
+        try:
+            done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
+            said = " ".join(done.stderr.split())[:300] if done.returncode else ""
+        except FileNotFoundError:
+            said = "there is no such program"
+        if said or not built.exists():
             raise ModelError(f"{command[0]} could not compile {SOURCE.name}: name another compiler by CXX=..., or "
                              f"leave out --compile. It says: {said}")
         os.replace(built, path)
@@ -120,10 +130,12 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.linear, self.packed = linear, packed
 
-    @property
-    def weight(self):
-        """The weight as it is used, for whoever wants more of it than its product."""
-        return self.linear.weight
+    def __getattr__(self, name):
+        """What else there is to know of a Linear: weight, bias, in_features, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.linear, name)
 
     def forward(self, x):
         out = self.packed(x)
@@ -133,9 +145,10 @@ class PackedLinear(nn.Module):
 class PackedSwiGLU(nn.Module):
     """A SwiGLU by the kernels: its three products are those of a mixture's only expert."""
 
-    def __init__(self, gate, up, down):
+    def __init__(self, swiglu, parts):
         super().__init__()
-        self.matrices = nn.ModuleList((gate, up, down))
+        self.gate_proj, self.up_proj, self.down_proj = swiglu.gate_proj, swiglu.up_proj, swiglu.down_proj
+        self.matrices = nn.ModuleList(parts)
 
     def forward(self, x):
         gate, up, down = self.matrices

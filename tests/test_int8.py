@@ -127,17 +127,19 @@ def test_a_compiled_step_has_the_tokens_of_the_plain_one(name, at_8_bits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, longest", [*((name, 300) for name in list_models()), (list_models()[-1], 48),
-                                           ("Recurrent", 48)])
-def test_two_programs_do_for_all_lengths_and_numbers_of_rows(name, longest):
+@pytest.mark.parametrize("name, longest, rows", [
+    *((name, 300, 3) for name in list_models()), (list_models()[-1], 48, 3), (list_models()[0], 48, 20),
+    ("Recurrent", 48, 3),
+])
+def test_two_programs_do_for_all_lengths_and_numbers_of_rows(name, longest, rows):
     """What is compiled later would be compiled in the middle of an answer, and without the weights packed."""
     model = bf16(build(name, longest))
-    compile_decoding(model, rows=3)
+    compile_decoding(model, rows)
     made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for rows, length in ((1, 1), (1, 250), (2, 7), (3, 250), (3, 1)):       # 256 keys: where attention once asked
+        for count, length in ((1, 1), (1, 250), (2, 7), (rows, 250), (rows, 1)):    # 256 keys: attention once asked
             length = min(length, longest - 12)
-            generate(model, TOKENIZER, [[5] * length] * rows, 12, stop_ids=(), temperature=0)
+            generate(model, TOKENIZER, [[5] * length] * count, 12, stop_ids=(), temperature=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
 
 

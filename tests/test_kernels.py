@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 
@@ -24,6 +25,8 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of one result; sums ar
 
 @pytest.fixture(autouse=True)
 def loaded():
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("needs a C++ compiler")
     kernels.load()
     torch.manual_seed(0)
 
@@ -128,6 +131,16 @@ def test_attention_passes_over_keys_hidden_in_the_middle():
                                rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hidden_key_of_infinite_score_is_not_seen(dtype):
+    q, k = torch.ones(1, 1, 1, 16), torch.tensor([float("inf"), 0, 1]).view(1, 3, 1, 1).expand(1, 3, 1, 16).contiguous()
+    v, mask = torch.randn(1, 3, 1, 16), torch.tensor([False, True, True]).view(1, 1, 1, 3)
+    got = one_query_attention(*(x.to(dtype) for x in (q, k, v)), mask, 1.0)
+    assert_near(got, exact_attention(q, k, v.to(dtype), mask, 1.0), v.double().abs().amax(1, keepdim=True), 3)
+    alone = k[:, :1].neg()
+    assert one_query_attention(q, alone, v[:, :1], mask[..., 1:2], 1.0).isnan().all()  # as softmax has it
+
+
 def test_attention_keeps_its_digits_where_scores_are_far_apart():
     q, k = torch.full((1, 1, 1, 4), 10.0), torch.linspace(-30, 30, 200).view(1, 200, 1, 1).expand(1, 200, 1, 4)
     v, mask = torch.randn(1, 200, 1, 4), torch.ones(1, 1, 1, 200, dtype=torch.bool)
@@ -174,6 +187,32 @@ def test_a_linear_keeps_its_bias_and_shows_its_weight():
     assert program[0].weight is linear.weight
 
 
+class Twice(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_is_not_plain_stays_as_it_is():
+    """A subclass, within a SwiGLU too, and whoever has a hook."""
+    model = torch.nn.Sequential(SwiGLU(8, 16), SwiGLU(8, 16), SwiGLU(8, 16), torch.nn.Linear(8, 8), Twice(8, 8))
+    model[0].down_proj = Twice(16, 8, bias=False)
+    model[1].register_forward_hook(lambda module, given, out: out + 1)
+    model[2].up_proj.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
+    model[3].register_forward_hook(lambda module, given, out: out * 3)
+    program, x = with_kernels(model), torch.randn(5, 8)
+    torch.testing.assert_close(program(x), model(x))
+    assert [type(module) for module in program] == [SwiGLU, SwiGLU, SwiGLU, torch.nn.Linear, Twice]
+    assert type(program[0].gate_proj) is type(program[1].gate_proj) is PackedLinear
+    assert program[0].gate_proj.out_features == 16 and program[0].gate_proj.bias is None
+
+
+def test_stacks_of_different_types_stay_as_they_are():
+    module = torch.nn.Module()
+    module.expert_weights = ("a", "b")
+    module.a, module.b = (torch.nn.Parameter(torch.ones(2, 4, 4, dtype=t)) for t in (torch.float32, torch.bfloat16))
+    assert isinstance(with_kernels(module).a, torch.nn.Parameter)
+
+
 def test_types_without_a_kernel_stay_as_they_are():
     for other in (torch.float16, torch.float64):
         model = torch.nn.Sequential(torch.nn.Linear(8, 8), SwiGLU(8, 16)).to(other)
@@ -207,7 +246,8 @@ def test_without_a_compiler_it_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True)
     assert done.returncode and "ModelError" in done.stderr.splitlines()[-1] and "CXX" in done.stderr.splitlines()[-1]
     assert not list((tmp_path / "mini_llm").iterdir())
-    for more, said in (({"PATH": str(tmp_path)}, "install g++"), ({"XDG_CACHE_HOME": __file__}, "XDG_CACHE_HOME")):
+    for more, said in (({"PATH": str(tmp_path)}, "install g++"), ({"XDG_CACHE_HOME": __file__}, "XDG_CACHE_HOME"),
+                       ({"CXX": "no-such-compiler -x"}, "no such program")):
         done = subprocess.run([sys.executable, "-c", RUN], env={**environment, "CXX": "", **more}, capture_output=True,
                               text=True)
         assert "ModelError" in done.stderr.splitlines()[-1] and said in done.stderr.splitlines()[-1]
@@ -230,6 +270,9 @@ def test_what_does_not_fit_is_an_error():
         lambda: packed(torch.ones(1, 3)),
         lambda: packed_experts(torch.ones(2, 4), torch.zeros(3, 1, dtype=torch.long), stack, stack, stack),
         lambda: packed_experts(torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.long), stack, stack, packed),
+        lambda: packed_experts(torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.long), stack, stack,
+                               Packed.of(torch.ones(2, 4, 40))),
+        lambda: one_query_attention(q, k[:, :, :0], k[:, :, :0], seen, 1.0),
         lambda: one_query_attention(q, k[:1], k, seen, 1.0),
         lambda: one_query_attention(q, k, k[:, :2], seen, 1.0),
         lambda: one_query_attention(q, k[..., :4], k, seen, 1.0),
@@ -239,3 +282,4 @@ def test_what_does_not_fit_is_an_error():
         with pytest.raises(RuntimeError):
             call()
     assert one_query_attention(q, k, k, seen, 1.0).shape == q.shape  # one mask for all rows
+    assert one_query_attention(q[:0], k[:0], k[:0], seen[:0], 1.0).shape == (0, 1, 4, 8)
