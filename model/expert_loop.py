@@ -34,7 +34,7 @@ def looped_experts(x, chosen, weight, counts, gate, up, down):
 def _forward(x, weight, token, slot, stretches, gate, up, down):
     gated, upped = (x.new_empty(len(token), gate.shape[1]) for _ in range(2))  # (P, F), before silu
     out = x.new_empty(len(token), x.shape[1])
-    for e, rows in enumerate(_slices(stretches)):
+    for e, rows in enumerate(slices(stretches)):
         mine = x.index_select(0, token[rows])
         torch.mm(mine, gate[e].T, out=gated[rows])
         torch.mm(mine, up[e].T, out=upped[rows])
@@ -46,7 +46,7 @@ def _forward(x, weight, token, slot, stretches, gate, up, down):
 def _backward(grad, x, weight, token, slot, stretches, gate, up, down, gated, upped):
     grad_x, grad_weight = x.new_empty(len(token), x.shape[1]), torch.empty_like(weight)
     grad_gate, grad_up, grad_down = (torch.empty_like(w) for w in (gate, up, down))
-    for e, rows in enumerate(_slices(stretches)):
+    for e, rows in enumerate(slices(stretches)):
         mine, grad_out = x.index_select(0, token[rows]), grad.index_select(0, token[rows])
         activated = F.silu(gated[rows])
         h = activated * upped[rows]
@@ -63,9 +63,10 @@ def _backward(grad, x, weight, token, slot, stretches, gate, up, down, gated, up
     return F.embedding_bag(slot, grad_x, mode="sum"), grad_weight, grad_gate, grad_up, grad_down
 
 
-def _slices(stretches):
+def slices(counts):
+    """Yield the stretch of each expert, of counts (E,) rows one after the other."""
     start = 0
-    for n in stretches.tolist():
+    for n in counts.tolist():
         yield slice(start, start + n)
         start += n
 

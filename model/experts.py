@@ -6,7 +6,7 @@ Shapes: N tokens, D dim, E experts, A active ones a token, F ffn width of an exp
 import torch
 import torch.nn.functional as F
 
-from .expert_loop import looped_experts
+from .expert_loop import looped_experts, slices
 from .int8 import Int8Weight
 from .kernels import Packed, packed_experts
 from .layers import compute_dtype
@@ -82,19 +82,12 @@ def permute_rows(x, order, inverse, copies=1):
     return _Permute.apply(x, order, inverse, copies)
 
 
-def _slices(counts):
-    start = 0
-    for count in counts:
-        yield slice(start, start + count)
-        start += count
-
-
 def expert_matmul(x, weight, counts):
     """Multiply each expert's rows by its matrix: x (N, D) sorted by expert, weight (E, F, D), counts (E,) -> (N, F).
 
     At 8 bits, or where `_grouped` says that the device has a product for it."""
     if isinstance(weight, Int8Weight):
-        return torch.cat([weight.linear(x[rows], expert) for expert, rows in enumerate(_slices(counts.tolist()))])
+        return torch.cat([weight.linear(x[rows], expert) for expert, rows in enumerate(slices(counts))])
     x, weight = x.to(compute_dtype(x)), weight.to(compute_dtype(x))
     return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
 
