@@ -94,14 +94,19 @@ def ours(name, precision, compiled, rows=1):
     return answer, logits
 
 
-def theirs(name, precision, folder):
-    """The same of transformers, used as its documentation says."""
+def their_model(ours, precision, folder):
+    """transformers' model with the weights of ours."""
     from transformers import AutoModelForCausalLM
 
-    config, tensors = our_model(name, "fp32").to_hf()
+    config, tensors = ours.to_hf()
     Path(folder, "config.json").write_text(json.dumps(config))
     save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision]).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision]).eval()
+
+
+def theirs(name, precision, folder):
+    """The same of transformers, used as its documentation says."""
+    model = their_model(our_model(name, "fp32"), precision, folder)
     model.generation_config.pad_token_id = 0
 
     def answer(prompts, tokens):
@@ -243,26 +248,56 @@ def active_bytes(name, precision):
     return (counts["active"] - (0 if model.args.tie_embeddings else counts["embedding"])) * BYTES[precision]
 
 
-@torch.inference_mode()
 def by_position(name, steps):
-    """{position: milliseconds of a step}, bf16, compiled, alone."""
+    """{"ours" | "transformers": {position: milliseconds of a step}}, bf16, ours compiled; one after the other, as it is
+    the growth of each that counts."""
+    times = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for who, to in ("ours", our_walk(name)), ("transformers", their_walk(name, folder)):
+            times[who] = {}
+            for position in POSITIONS:
+                step, taken = to(position), []
+                step()
+                for _ in range(steps):
+                    start = time.perf_counter()
+                    step()
+                    taken.append(time.perf_counter() - start)
+                times[who][position] = round(1000 * statistics.median(taken), 3)
+    return times
+
+
+def pieces(length):
+    """Random tokens (1, n), n <= 512, that are `length` together: a whole square of scores would not fit."""
+    return torch.randint(0, SHARED["vocab_size"], (1, length)).split(512, dim=1)
+
+
+def our_walk(name):
+    """A function from a position to a step there."""
     model = our_model(name, "bf16", POSITIONS[-1] + 64)
     compile_decoding(model)
-    token, times = torch.tensor([[5]]), {}
-    for position in POSITIONS:
+
+    @torch.inference_mode()
+    def to(position):
         state = model.init_state(1)
         state.last_only = True
-        while state.upto < position:        # read in pieces: a whole square of scores would not fit
-            count = min(512, position - state.upto)
-            model(torch.randint(0, SHARED["vocab_size"], (1, count)), state=state)
-            state.advance(count)
-        taken = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            model.reader(token, state)
-            taken.append(time.perf_counter() - start)
-        times[position] = round(1000 * statistics.median(taken), 3)
-    return times
+        for ids in pieces(position):
+            model(ids, state=state)
+            state.advance(ids.shape[1])
+        return torch.inference_mode()(lambda: model.reader(torch.tensor([[5]]), state))
+    return to
+
+
+def their_walk(name, folder):
+    """The same of transformers; its cache grows by a token a step."""
+    model = their_model(our_model(name, "fp32", POSITIONS[-1] + 64), "bf16", folder)
+
+    @torch.inference_mode()
+    def to(position):
+        cache = None
+        for ids in pieces(position):
+            cache = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        return torch.inference_mode()(lambda: model(torch.tensor([[5]]), past_key_values=cache, use_cache=True))
+    return to
 
 
 def table(results):

@@ -8,11 +8,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -276,6 +278,22 @@ inline Floats add_products(Floats sum, const bf16* a, const bf16* b) {
   return multiply_add(sum, read<Pairs>(a), read<Pairs>(b));
 }
 
+// Lane l: a[l] + a[l ^ W], or where W is a bit of l, the same of b.
+template <int W, int... L>
+Floats folded(Floats a, Floats b, std::integer_sequence<int, L...>) {
+  return SHUFFLED(a, b, (L & W ? LANES + L : L)...) + SHUFFLED(a, b, ((L & W ? LANES : 0) + (L ^ W))...);
+}
+template <int W>
+Floats folded(Floats a, Floats b) { return folded<W>(a, b, std::make_integer_sequence<int, LANES>()); }
+// Its largest number, in every lane.
+inline Floats largest_of(Floats a) {
+  auto larger = [](Floats a, Floats b) { return a > b ? a : b; };
+  a = larger(a, SHUFFLED(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  a = larger(a, SHUFFLED(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  a = larger(a, SHUFFLED(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return larger(a, SHUFFLED(a, a, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+}
+
 // The dot products of q (K,) with 16 keys.
 template <class T>
 Floats dots(const T* q, const T* const* keys, int64_t dim) {
@@ -284,18 +302,11 @@ Floats dots(const T* q, const T* const* keys, int64_t dim) {
   int64_t i = 0;
   for (; i + SIZE <= dim; i += SIZE)
     for (int s = 0; s < LANES; s++) sum[s] = add_products(sum[s], q + i, keys[s] + i);
-  // The numbers of each sum are added up: halves of two sums side by side, then quarters of four, until one holds all.
-  for (int s = 0; s < 8; s++)
-    sum[s] = SHUFFLED(sum[s], sum[s + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-             SHUFFLED(sum[s], sum[s + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  for (int s = 0; s < 4; s++)
-    sum[s] = SHUFFLED(sum[s], sum[s + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-             SHUFFLED(sum[s], sum[s + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  for (int s = 0; s < 2; s++)
-    sum[s] = SHUFFLED(sum[s], sum[s + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-             SHUFFLED(sum[s], sum[s + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  Floats all = SHUFFLED(sum[0], sum[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-               SHUFFLED(sum[0], sum[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  // The numbers of each sum are added up: two sums become one vector of half as many partial sums each, and so on.
+  for (int s = 0; s < 8; s++) sum[s] = folded<8>(sum[s], sum[s + 8]);
+  for (int s = 0; s < 4; s++) sum[s] = folded<4>(sum[s], sum[s + 4]);
+  for (int s = 0; s < 2; s++) sum[s] = folded<2>(sum[s], sum[s + 2]);
+  Floats all = folded<1>(sum[0], sum[1]);
   for (; i < dim; i++)
     for (int s = 0; s < LANES; s++) all[s] += float(q[i]) * float(keys[s][i]);
   return all;
@@ -303,7 +314,8 @@ Floats dots(const T* q, const T* const* keys, int64_t dim) {
 
 // What a head has gathered of some keys: the largest score, the sum of exp(score - largest), the values so weighted.
 struct Gathered {
-  float largest, total;
+  float largest;
+  Floats total;  // its lanes added up
   float* values;
 };
 
@@ -412,8 +424,7 @@ struct Group {
       most = score > most ? score : most;
       write(p + s, score);
     }
-    float largest = most[0];
-    for (int lane = 1; lane < LANES; lane++) largest = std::max(largest, most[lane]);
+    float largest = largest_of(most)[0];
     for (int s = 0; s < TILE; s += LANES) {
       Floats score = read<Floats>(p + s), weight = exponential(score - largest);
       weight = score < LOWEST ? Floats{} : weight;
@@ -423,8 +434,7 @@ struct Group {
     float shrunk = std::exp(head.largest - largest);
     if (shrunk < 1)
       for (int64_t i = 0; i < width; i++) head.values[i] *= shrunk;
-    head.total *= shrunk;
-    for (int lane = 0; lane < LANES; lane++) head.total += total[lane];
+    head.total = head.total * shrunk + total;
     head.largest = largest;
   }
 };
@@ -448,7 +458,7 @@ Tensor attend_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   int64_t parts = std::max<int64_t>(1, std::min((threads + work - 1) / work, longest / (2 * TILE)));
   std::vector<float> values(work * parts * in_group * width);
   std::vector<Gathered> gathered(work * parts * in_group);
-  for (size_t i = 0; i < gathered.size(); i++) gathered[i] = {LOWEST, 0, values.data() + i * width};
+  for (size_t i = 0; i < gathered.size(); i++) gathered[i] = Gathered{LOWEST, Floats{}, values.data() + i * width};
   int64_t grain = work * parts * longest * in_group < 2 * TILE * ROWS ? work * parts : 1;
   at::parallel_for(0, work * parts, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
@@ -475,7 +485,9 @@ Tensor attend_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
         sum.total = sum.total * keep + more.total * by;
         sum.largest = largest;
       }
-      float by = 1 / sum.total;
+      float total = 0;
+      for (int lane = 0; lane < LANES; lane++) total += sum.total[lane];
+      float by = 1 / total;
       for (int64_t d = 0; d < width; d++) to[d] = sum.values[d] * by;
     }
   return out;
@@ -493,16 +505,28 @@ Tensor attend(const Tensor& q, const Tensor& k_, const Tensor& v_, const Tensor&
   return attend_of<bf16>(q.contiguous(), k, v, mask, scale);
 }
 
+// positions (B, T) -> bool (B, 1, T, S): each sees the keys up to its own place
+Tensor visible(const Tensor& positions_, int64_t n_keys) {
+  Tensor positions = positions_.contiguous();
+  Tensor out = at::zeros({positions.size(0), 1, positions.size(1), n_keys}, positions.options().dtype(at::kBool));
+  bool* to = out.mutable_data_ptr<bool>();
+  for (int64_t i = 0; i < positions.numel(); i++, to += n_keys)
+    std::fill_n(to, std::clamp<int64_t>(positions.const_data_ptr<int64_t>()[i] + 1, 0, n_keys), true);
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(mini_llm, ops) {
   ops.def("linear(Tensor x, Tensor weight, Tensor? scale, int n_outputs) -> Tensor");
   ops.def("experts(Tensor x, Tensor chosen, Tensor[] matrices, Tensor[] scales) -> Tensor");
   ops.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor");
+  ops.def("visible(Tensor positions, SymInt n_keys) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(mini_llm, CPU, ops) {
   ops.impl("linear", linear);
   ops.impl("experts", experts);
   ops.impl("attend", attend);
+  ops.impl("visible", visible);
 }

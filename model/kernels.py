@@ -43,7 +43,7 @@ def load():
     except OSError as error:
         raise ModelError(f"cannot load {path} ({error}): delete it, name another folder by XDG_CACHE_HOME=..., or "
                          "leave out --compile") from error
-    for name, fake in ("linear", _linear), ("experts", _experts), ("attend", _attend):
+    for name, fake in ("linear", _linear), ("experts", _experts), ("attend", _attend), ("visible", _visible):
         torch.library.register_fake(f"mini_llm::{name}", fake)
     _loaded = True
 
@@ -168,11 +168,22 @@ def one_query_attention(q, k, v, mask, scale):
     return torch.ops.mini_llm.attend(q, k, v, mask, scale)
 
 
-def can_attend(*tensors):
-    """Whether `one_query_attention` takes these, here and now: only a compiled step of decoding calls it."""
+def visible_keys(positions, n_keys):
+    """Return which keys queries at `positions` (B, T) see: those up to there, bool (B, 1, T, S). For the compiler it is
+    one operator, else it would put the comparison into every layer."""
+    return torch.ops.mini_llm.visible(positions, n_keys)
+
+
+def in_use(*tensors):
+    """Whether the kernels are to be used for these, here and now: only a compiled step of decoding does."""
     return (_loaded and torch.compiler.is_compiling() and not torch.is_grad_enabled()
-            and tensors[0].dtype in (torch.float32, torch.bfloat16)
-            and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype for x in tensors))
+            and all(x.device.type == "cpu" for x in tensors))
+
+
+def can_attend(*tensors):
+    """Whether `one_query_attention` takes these, here and now."""
+    dtype = tensors[0].dtype
+    return in_use(*tensors) and dtype in (torch.float32, torch.bfloat16) and all(x.dtype == dtype for x in tensors)
 
 
 def _linear(x, weight, scale, n_outputs):
@@ -185,3 +196,7 @@ def _experts(x, chosen, matrices, scales):
 
 def _attend(q, k, v, mask, scale):
     return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+def _visible(positions, n_keys):
+    return positions.new_empty(positions.shape[0], 1, positions.shape[1], n_keys, dtype=torch.bool)

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from .basemodel import ModelError
 from .blocked import LONGEST, blocked_attention
-from .kernels import can_attend, one_query_attention
+from .kernels import can_attend, in_use, one_query_attention, visible_keys
 
 
 class RMSNorm(nn.Module):
@@ -213,8 +213,10 @@ def attention_mask(positions, state=None, doc_ids=None):
     if state is not None and doc_ids is not None:
         raise ValueError("doc_ids and state together are not supported: decode each document in a row of its own")
     if state is not None and state.upto > 0:
-        slots = torch.arange(state.upto + positions.shape[1], device=positions.device)
-        return (slots <= positions[..., None])[:, None]
+        n_keys = state.upto + positions.shape[1]
+        if in_use(positions):
+            return visible_keys(positions, n_keys)
+        return (torch.arange(n_keys, device=positions.device) <= positions[..., None])[:, None]
     if doc_ids is not None:
         causal = positions[0, :, None] >= positions[0, None, :]  # (T, T)
         return (causal & (doc_ids[:, :, None] == doc_ids[:, None, :]))[:, None]

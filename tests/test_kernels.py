@@ -148,6 +148,13 @@ def test_attention_keeps_its_digits_where_scores_are_far_apart():
     torch.testing.assert_close(got.double(), exact_attention(q, k, v, mask, 1.0), rtol=1e-4, atol=1e-5)
 
 
+def test_visible_keys_are_those_up_to_the_position():
+    positions = torch.tensor([[3, 4], [0, 1], [70, 71]]).T.contiguous().T  # not in order in memory
+    want = (torch.arange(72) <= positions[..., None])[:, None]
+    assert torch.equal(kernels.visible_keys(positions, 72), want)
+    assert torch.equal(kernels.visible_keys(positions, 50), want[..., :50])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_number_of_threads_changes_no_product(threads):
     before = torch.get_num_threads()
