@@ -4,6 +4,8 @@ PyTorch's fused kernel for CPUs takes 1.5 to 3 times as long for rows of this le
 T queries, S keys, H heads, G kv heads, K head dim; the H / G heads of a group lie side by side behind each query.
 """
 
+from functools import reduce
+
 import torch
 
 LONGEST = 512  # keys; the probabilities are kept for the backward pass, and their number grows with the square
@@ -42,30 +44,31 @@ class _BlockedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, bias, scale, stops):
         groups, per_group = k.shape[2], q.shape[2] // k.shape[2]
         q, k, v = (_by_group(x, groups) for x in (q, k, v))  # (B * G, T * H / G, K), (B * G, S, K)
-        out, probs = q.new_empty(*q.shape[:2], v.shape[-1]), []
-        for i, (rows, block) in enumerate(_blocks(q, per_group)):
+        out, probs = [], []
+        for i, (_, block) in enumerate(_blocks(q, per_group)):
             scores = torch.bmm(block, k[:, : stops[i]].mT)
             hidden = bias[:, :, i * BLOCK : (i + 1) * BLOCK, :, : stops[i]]
             by_query = scores.view(-1, groups, *hidden.shape[2:3], per_group, stops[i])
             probs.append(torch.add(hidden, by_query, alpha=scale).softmax(dim=-1).view_as(scores))
-            out[:, rows] = torch.bmm(probs[i], v[:, : stops[i]])
+            out.append(torch.bmm(probs[i], v[:, : stops[i]]))
         ctx.save_for_backward(q, k, v, *probs)
         ctx.groups, ctx.per_group, ctx.scale, ctx.stops = groups, per_group, scale, stops
-        return _by_head(out, groups, per_group)
+        return _by_head(torch.cat(out, dim=1), groups, per_group)
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, *probs = ctx.saved_tensors
         grad = _by_group(grad, ctx.groups)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_q, grad_k, grad_v = [], [], []  # of each block
         for i, (rows, block) in enumerate(_blocks(q, ctx.per_group)):
             keys, p = slice(ctx.stops[i]), probs[i]
             grad_probs = torch.bmm(grad[:, rows], v[:, keys].mT)
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, p, -1, p.dtype)
-            grad_q[:, rows] = torch.bmm(grad_scores, k[:, keys])
-            grad_k[:, keys] += torch.bmm(grad_scores.mT, block)
-            grad_v[:, keys] += torch.bmm(p.mT, grad[:, rows])
-        grad_q, grad_k = grad_q.mul_(ctx.scale), grad_k.mul_(ctx.scale)
+            grad_q.append(torch.bmm(grad_scores, k[:, keys]))
+            grad_k.append(torch.bmm(grad_scores.mT, block))
+            grad_v.append(torch.bmm(p.mT, grad[:, rows]))
+        grad_k, grad_v = (_total(parts, k.shape[1]) for parts in (grad_k, grad_v))
+        grad_q, grad_k = torch.cat(grad_q, dim=1).mul_(ctx.scale), grad_k.mul_(ctx.scale)
         back = (_by_head(grad_q, ctx.groups, ctx.per_group), _by_head(grad_k, ctx.groups), _by_head(grad_v, ctx.groups))
         return *back, None, None, None
 
@@ -75,6 +78,18 @@ def _blocks(q, per_group):
     for start in range(0, q.shape[1], BLOCK * per_group):
         rows = slice(start, start + BLOCK * per_group)
         yield rows, q[:, rows]
+
+
+def _total(parts, n_keys):
+    """Add up parts (B * G, stop, K), each of the first keys -> (B * G, S, K), from one stop to the next. Added in place,
+    `+=` to the first rows, the compiler would ask for each number anew which parts it is made of."""
+    pieces, start = [], 0
+    for stop in sorted({part.shape[1] for part in parts}):
+        pieces.append(reduce(torch.add, [part[:, start:stop] for part in parts if part.shape[1] >= stop]))
+        start = stop
+    if start < n_keys:
+        pieces.append(parts[0].new_zeros(len(parts[0]), n_keys - start, parts[0].shape[-1]))
+    return torch.cat(pieces, dim=1)
 
 
 def _by_group(x, groups):
