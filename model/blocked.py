@@ -81,8 +81,8 @@ def _blocks(q, per_group):
 
 
 def _total(parts, n_keys):
-    """Add up parts (B * G, stop, K), each of the first keys -> (B * G, S, K), from one stop to the next. Added in place,
-    `+=` to the first rows, the compiler would ask for each number anew which parts it is made of."""
+    """Add up parts (B * G, stop, K), each of the first keys -> (B * G, S, K), from one stop to the next: of what is
+    added in place to first rows, compiled, every number asks anew which parts it is made of."""
     pieces, start = [], 0
     for stop in sorted({part.shape[1] for part in parts}):
         pieces.append(reduce(torch.add, [part[:, start:stop] for part in parts if part.shape[1] >= stop]))
