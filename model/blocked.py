@@ -53,24 +53,24 @@ class _BlockedAttention(torch.autograd.Function):
             out.append(torch.bmm(probs[i], v[:, : stops[i]]))
         ctx.save_for_backward(q, k, v, *probs)
         ctx.groups, ctx.per_group, ctx.scale, ctx.stops = groups, per_group, scale, stops
-        return _by_head(torch.cat(out, dim=1), groups, per_group)
+        # under autocast fp32 products are of its type
+        return _by_head(torch.cat(out, dim=1).to(q.dtype), groups, per_group)
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, *probs = ctx.saved_tensors
         grad = _by_group(grad, ctx.groups)
-        grad_q, grad_k, grad_v = [], [], []  # of each block
+        grad_q, grad_k, grad_v = [], _Sum(k), _Sum(v)
         for i, (rows, block) in enumerate(_blocks(q, ctx.per_group)):
             keys, p = slice(ctx.stops[i]), probs[i]
             grad_probs = torch.bmm(grad[:, rows], v[:, keys].mT)
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, p, -1, p.dtype)
             grad_q.append(torch.bmm(grad_scores, k[:, keys]))
-            grad_k.append(torch.bmm(grad_scores.mT, block))
-            grad_v.append(torch.bmm(p.mT, grad[:, rows]))
-        grad_k, grad_v = (_total(parts, k.shape[1]) for parts in (grad_k, grad_v))
-        grad_q, grad_k = torch.cat(grad_q, dim=1).mul_(ctx.scale), grad_k.mul_(ctx.scale)
-        back = (_by_head(grad_q, ctx.groups, ctx.per_group), _by_head(grad_k, ctx.groups), _by_head(grad_v, ctx.groups))
-        return *back, None, None, None
+            grad_k.add(torch.bmm(grad_scores.mT, block))
+            grad_v.add(torch.bmm(p.mT, grad[:, rows]))
+        grad_q, grad_k = torch.cat(grad_q, dim=1).mul_(ctx.scale), grad_k.total().mul_(ctx.scale)
+        by_key = (_by_head(grad, ctx.groups) for grad in (grad_k, grad_v.total()))
+        return _by_head(grad_q, ctx.groups, ctx.per_group), *by_key, None, None, None
 
 
 def _blocks(q, per_group):
@@ -80,16 +80,30 @@ def _blocks(q, per_group):
         yield rows, q[:, rows]
 
 
-def _total(parts, n_keys):
-    """Add up parts (B * G, stop, K), each of the first keys -> (B * G, S, K), from one stop to the next: of what is
-    added in place to first rows, compiled, every number asks anew which parts it is made of."""
-    pieces, start = [], 0
-    for stop in sorted({part.shape[1] for part in parts}):
-        pieces.append(reduce(torch.add, [part[:, start:stop] for part in parts if part.shape[1] >= stop]))
-        start = stop
-    if start < n_keys:
-        pieces.append(parts[0].new_zeros(len(parts[0]), n_keys - start, parts[0].shape[-1]))
-    return torch.cat(pieces, dim=1)
+class _Sum:
+    """The sum of parts (B * G, stop, K), each of the first keys of `like` (B * G, S, K). Compiled, one has
+    them all: the last block of causal attention, and with a mask every block."""
+
+    def __init__(self, like):
+        self.parts = []
+        self.sum = None if torch.compiler.is_compiling() else torch.zeros_like(like)
+
+    def add(self, part):
+        if self.sum is None:
+            self.parts.append(part)
+        else:
+            self.sum[:, : part.shape[1]] += part
+
+    def total(self):
+        """Compiled, of what is added in place to first rows every number asks anew which parts it is made of, and that
+        takes longer than the products: so they are added up here, from one stop to the next."""
+        if self.sum is not None:
+            return self.sum
+        pieces, start = [], 0
+        for stop in sorted({part.shape[1] for part in self.parts}):
+            pieces.append(reduce(torch.add, [part[:, start:stop] for part in self.parts if part.shape[1] >= stop]))
+            start = stop
+        return torch.cat(pieces, dim=1)
 
 
 def _by_group(x, groups):

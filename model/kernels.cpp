@@ -285,14 +285,6 @@ Floats folded(Floats a, Floats b, std::integer_sequence<int, L...>) {
 }
 template <int W>
 Floats folded(Floats a, Floats b) { return folded<W>(a, b, std::make_integer_sequence<int, LANES>()); }
-// Its largest number, in every lane.
-inline Floats largest_of(Floats a) {
-  auto larger = [](Floats a, Floats b) { return a > b ? a : b; };
-  a = larger(a, SHUFFLED(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  a = larger(a, SHUFFLED(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  a = larger(a, SHUFFLED(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  return larger(a, SHUFFLED(a, a, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-}
 
 // The dot products of q (K,) with 16 keys.
 template <class T>
@@ -424,7 +416,8 @@ struct Group {
       most = score > most ? score : most;
       write(p + s, score);
     }
-    float largest = largest_of(most)[0];
+    float largest = most[0];
+    for (int lane = 1; lane < LANES; lane++) largest = std::max(largest, most[lane]);
     for (int s = 0; s < TILE; s += LANES) {
       Floats score = read<Floats>(p + s), weight = exponential(score - largest);
       weight = score < LOWEST ? Floats{} : weight;

@@ -169,13 +169,14 @@ def one_query_attention(q, k, v, mask, scale):
 
 
 def visible_keys(positions, n_keys):
-    """Return which keys queries at `positions` (B, T) see: those up to there, bool (B, 1, T, S). For the compiler it is
-    one operator, else it would put the comparison into every layer."""
+    """Return which keys queries at `positions` (B, T) int64 see: those up to there, bool (B, 1, T, S). For the compiler
+    it is one operator, else it would put the comparison into every layer."""
     return torch.ops.mini_llm.visible(positions, n_keys)
 
 
 def in_use(*tensors):
-    """Whether the kernels are to be used for these, here and now: only a compiled step of decoding does."""
+    """Whether the kernels are to be used for these, here and now: in a compiled program on the CPU that keeps no graph,
+    as a step of decoding, once they are loaded."""
     return (_loaded and torch.compiler.is_compiling() and not torch.is_grad_enabled()
             and all(x.device.type == "cpu" for x in tensors))
 

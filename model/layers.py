@@ -214,7 +214,7 @@ def attention_mask(positions, state=None, doc_ids=None):
         raise ValueError("doc_ids and state together are not supported: decode each document in a row of its own")
     if state is not None and state.upto > 0:
         n_keys = state.upto + positions.shape[1]
-        if in_use(positions):
+        if positions.dtype == torch.int64 and in_use(positions):
             return visible_keys(positions, n_keys)
         return (torch.arange(n_keys, device=positions.device) <= positions[..., None])[:, None]
     if doc_ids is not None:

@@ -30,8 +30,13 @@ def both_ways_mask(tokens=7):
     return (torch.arange(tokens)[:, None] - torch.arange(tokens)).abs()[None, None] < 3
 
 
+def short_mask(tokens=7):
+    """The last two keys are seen by nobody, and later queries see fewer keys than the first."""
+    return both_ways_mask(tokens).flip(2) & (torch.arange(tokens) < tokens - 2)
+
+
 @pytest.mark.parametrize("heads, groups, v_dim", [(4, 4, 6), (6, 2, 6), (3, 1, 4)])
-@pytest.mark.parametrize("mask", [None, document_mask(), both_ways_mask()])
+@pytest.mark.parametrize("mask", [None, document_mask(), both_ways_mask(), short_mask()])
 @pytest.mark.parametrize("block", [2, 3, 64])
 def test_blocked_attention_is_attention(heads, groups, v_dim, mask, block, monkeypatch):
     """Outputs and gradients in float64, where `attention` itself takes PyTorch's way."""
@@ -78,8 +83,20 @@ def test_training_on_a_processor_takes_it_and_keeps_the_digits(mask, dtype, erro
     assert len(calls) == 1
 
 
+def test_fp32_under_autocast_stays_fp32():
+    """As in a model that leaves the smaller type for attention; the backward pass runs outside of autocast."""
+    tensors = inputs(6, 2, 6, torch.float32)
+    want = outcome(lambda q, k, v: layers.attention(q, k, v), tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layers.attention(*tensors)
+    torch.manual_seed(1)
+    got = [out.detach(), *torch.autograd.grad(out, tensors, torch.randn(out.shape))]
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.01 * b.norm()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", [None, document_mask()])
+@pytest.mark.parametrize("mask", [None, document_mask(), both_ways_mask()])
 def test_blocks_compiled(mask, monkeypatch):
     monkeypatch.setattr(blocked, "BLOCK", 3)
     tensors = inputs(6, 2, 6, torch.float32)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from engine.generate import generate
 from model import kernels, list_models
 from model.int8 import Int8Weight, to_int8
 from model.kernels import Packed, PackedLinear, PackedSwiGLU, one_query_attention, pack, packed_experts
-from model.layers import SwiGLU
+from model.layers import SwiGLU, attention_mask
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of one result; sums are fp32
 
@@ -153,6 +154,17 @@ def test_visible_keys_are_those_up_to_the_position():
     want = (torch.arange(72) <= positions[..., None])[:, None]
     assert torch.equal(kernels.visible_keys(positions, 72), want)
     assert torch.equal(kernels.visible_keys(positions, 50), want[..., :50])
+    assert kernels.visible_keys(positions[:0], 50).shape == (0, 1, 2, 50)
+    torch.library.opcheck(torch.ops.mini_llm.visible, (positions, 72), test_utils="test_faketensor")
+
+
+@torch.no_grad()
+def test_a_compiled_mask_is_the_mask():
+    kernels.load()
+    compiled = torch.compile(attention_mask, backend="eager", fullgraph=True)
+    for positions in torch.tensor([[3], [0], [9]]), torch.tensor([[9]]), torch.tensor([[2]], dtype=torch.int32):
+        state = SimpleNamespace(upto=9)
+        assert torch.equal(compiled(positions, state), attention_mask(positions, state))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
