@@ -6,8 +6,9 @@
 
 A step is forward, backward, clipping and AdamW. Ours is the trainer's own (engine/step.py); transformers is used as its
 documentation says: fp32 weights under autocast, SDPA, fused AdamW, the fastest of its expert implementations that run
-on the device. All take turns, step by step, in one process; a figure is the median over the rounds. Before it is timed,
-the two losses are compared. The FLOPs of `flops_per_token` (3 x forward, attention over the full square) are shown as a
+on the device. All sides of a row take turns, step by step, in one process, each row in another (what the allocator
+keeps of one model would slow the next); a figure is the median over the rounds. Before it is timed, the two losses are
+compared. The FLOPs of `flops_per_token` (3 x forward, attention over the full square) are shown as a
 share of the rate of a large matmul of the same type, which takes its turn in the same rounds; on CUDA as a share of
 the device's published peak (MFU, engine/peak.py). Peak memory: on CUDA of each step, else in processes of their own.
 On CUDA last, the dense model on packed rows of 2048 tokens, compiled, by flex_attention and by the dense mask.
@@ -20,12 +21,13 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,12 +73,11 @@ class Config:
     precisions: list[str] = opt([], "default: bf16 and fp32, on CUDA bf16 alone")
     seq_lens: list[int] = opt([], "tokens a row; default: 256, on CUDA 512 and 2048")
     tokens: int = opt(0, "of a step; default: 2048, on CUDA 32768")
-    rounds: int = opt(7, "measured steps of each")
+    rounds: int = opt(15, "measured steps of each")
     compiled: bool = opt(True, "compare the compiled models too")
     memory: bool = opt(True, "measure peak memory: vocabulary 32,000, 16 rows of 512 tokens")
     peak_tflops: float = opt(0.0, "CUDA: dense peak of the device; 0: as published, see engine/peak.py")
     quick: bool = opt(False, "tiny sizes and one round, to see that everything runs")
-    only: str = opt("", "used by the script itself: `MODEL ours|theirs`, print the peak memory of one side")
     results: str = opt("", "where the figures go")
 
 
@@ -296,14 +297,14 @@ def warm_up(device):
 
 def memory_of_both(config, name: str) -> dict:
     """{"ours", "theirs": MiB, "share"}: each in a process of its own."""
-    figures = {}
-    for side in ("ours", "theirs"):
-        words = [sys.executable, __file__, f"--only={name} {side}", *(["--quick"] if config.quick else [])]
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(words)}: {done.stderr[-2000:]}")
-        figures[side] = float(done.stdout.split()[-1])
+    figures = {side: alone(peak_memory, config, name, side) for side in ("ours", "theirs")}
     return {**figures, "share": figures["ours"] / figures["theirs"]}
+
+
+def alone(function, *args):
+    """Call a function of this file in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *args).result()
 
 
 def table(results: dict) -> str:
@@ -327,9 +328,6 @@ def table(results: dict) -> str:
 
 def main(argv=None):
     config = parse(Config, argv)
-    if config.only:
-        print(peak_memory(config, *config.only.split()))
-        return
     cuda = config.device == "cuda"
     sizes = QUICK if config.quick else CUDA if cuda else CPU
     seq_lens = config.seq_lens or ([32] if config.quick else [512, 2048] if cuda else [256])
@@ -353,14 +351,12 @@ def main(argv=None):
     for name in config.models:
         for precision in config.precisions or (["bf16"] if cuda else ["bf16", "fp32"]):
             for seq_len in seq_lens:
-                figures = compare(config, name, precision, sizes[name], seq_len, tokens)
+                figures = alone(compare, config, name, precision, sizes[name], seq_len, tokens)
                 keep("speed", f"{name}, {precision}, {figures['rows']} x {seq_len}", figures)
-                torch._dynamo.reset()
-                gc.collect()
         if config.memory and not cuda:
             keep("memory", name, memory_of_both(config, name))
     if DENSE in config.models and (config.quick or cuda and seq_lens[-1] >= 2048):
-        figures = compare_packed(config, DENSE, "bf16", sizes[DENSE], seq_lens[-1], tokens)
+        figures = alone(compare_packed, config, DENSE, "bf16", sizes[DENSE], seq_lens[-1], tokens)
         keep("packed", f"{DENSE}, bf16, {figures['rows']} x {seq_lens[-1]}", figures)
     print(table(results))
 
