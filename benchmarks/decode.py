@@ -48,6 +48,7 @@ SIZES = {
 SHARED = dict(vocab_size=8192, dim=384, n_layers=6, n_heads=6)
 PROMPT = 16
 POSITIONS = (64, 512, 1024, 2048, 4000)
+NEXT = torch.tensor([[5]])  # the token of a step there
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 TOKENIZER = SimpleNamespace(eos_id=None, im_end_id=None)
@@ -249,6 +250,7 @@ def active_bytes(name, precision):
     return (counts["active"] - (0 if model.args.tie_embeddings else counts["embedding"])) * BYTES[precision]
 
 
+@torch.inference_mode()
 def by_position(name, quick):
     """{"ours" | "transformers": {position: milliseconds of a step}}, bf16, ours compiled; one after the other, as it is
     the growth of each that counts."""
@@ -280,31 +282,29 @@ def our_walk(name):
     model = our_model(name, "bf16", POSITIONS[-1] + 64)
     compile_decoding(model)
 
-    @torch.inference_mode()
     def to(position):
         state = model.init_state(1)
         state.last_only = True
         for ids in pieces(position):
             model(ids, state=state)
             state.advance(ids.shape[1])
-        return torch.inference_mode()(lambda: model.reader(torch.tensor([[5]]), state)[0, -1].float())
+        return lambda: model.reader(NEXT, state)[0, -1]
     return to
 
 
 def their_walk(name, folder):
-    """The same of transformers, whose cache grows: each step takes off what the one before has added."""
+    """The same of transformers, whose cache grows: each step takes off what it has added."""
     model = their_model(our_model(name, "fp32", POSITIONS[-1] + 64), "bf16", folder)
 
-    @torch.inference_mode()
     def to(position):
         cache = None
         for ids in pieces(position):
             cache = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
 
-        @torch.inference_mode()
         def step():
-            cache.crop(position)
-            return model(torch.tensor([[5]]), past_key_values=cache, use_cache=True).logits[0, -1].float()
+            logits = model(NEXT, past_key_values=cache, use_cache=True).logits
+            cache.crop(-1)
+            return logits[0, -1]
         return step
     return to
 
