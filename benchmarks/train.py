@@ -8,9 +8,9 @@ A step is forward, backward, clipping and AdamW. Ours is the trainer's own (engi
 documentation says: fp32 weights under autocast, SDPA, fused AdamW, the fastest of its expert implementations that run
 on the device. All sides of a row take turns, step by step, in one process, each row in another (what the allocator
 keeps of one model would slow the next); a figure is the median over the rounds. Before it is timed, the two losses are
-compared. The FLOPs of `flops_per_token` (3 x forward, attention over the full square) are shown as a
-share of the rate of a large matmul of the same type, which takes its turn in the same rounds; on CUDA as a share of
-the device's published peak (MFU, engine/peak.py). Peak memory: on CUDA of each step, else in processes of their own.
+compared. The FLOPs of `flops_per_token` (3 x forward, attention over the full square) are shown as a share of the rate
+of a large matmul of the same type, which takes its turn in the same rounds; on CUDA as a share of the device's
+published peak (MFU, engine/peak.py). Peak memory: on CUDA of each step, else in processes of their own.
 On CUDA last, the dense model on packed rows of 2048 tokens, compiled, by flex_attention and by the dense mask.
 Writes benchmarks/results/train.json (on CUDA train_cuda.json) and prints the table. A row is written when it is done,
 with what it was measured on; rows that a call does not measure stay.
