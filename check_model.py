@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checks import CHECKS
-from checks.runner import BUILDS, first_sentence, open_subject, run_checks
+from checks.harness.runner import BUILDS, first_sentence, open_subject, run_checks
 from model import get_model_and_args, list_models
+from utils.atomic import replacing
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
-from utils.files import replacing
 
 MARKS = {"pass": "pass", "fail": "FAIL", "skip": "not applicable"}
 

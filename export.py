@@ -32,7 +32,7 @@ def main(argv=None):
         raise UserError("which run? add --run output/...")
     if config.from_hf and not config.out:
         raise UserError("where to? add --out output/imported_NAME")
-    from engine.interchange import export_hf, import_hf  # torch comes with it
+    from engine.interchange.hf import export_hf, import_hf  # torch comes with it
 
     if config.to_hf:
         export_hf(Path(config.run), Path(config.to_hf))

@@ -6,12 +6,12 @@
 
 from dataclasses import dataclass
 
-from checks.runner import refuse_unless_right
-from engine import distributed
-from engine.config import TrainConfig
-from engine.data import DocumentRows, TokenFile, WindowRows
-from engine.setup import build_model, model_args, val_path
-from engine.trainer import train
+from checks.harness.runner import refuse_unless_right
+from engine.data.sequences import DocumentRows, TokenFile, WindowRows
+from engine.distributed import process_group
+from engine.training.build import build_model, model_args, val_path
+from engine.training.config import TrainConfig
+from engine.training.loop import train
 from utils.config import opt, parse
 from utils.errors import run_script
 from utils.log import log
@@ -35,7 +35,7 @@ class PretrainConfig(TrainConfig):
 
 def main(argv=None) -> dict:
     config = parse(PretrainConfig, argv, model_args)
-    distributed.init(config.device)
+    process_group.init(config.device)
     tokenizer = load_tokenizer(config.tokenizer_path)
     model = build_model(config, tokenizer)
     seq_len, packs = model.args.max_seq_len, model.accepts("doc_ids")

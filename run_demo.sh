@@ -6,7 +6,7 @@
 # A second run skips what is done; a changed argument, preset or architecture file does its stage, and all after it, again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-. demo/venv.sh
+. scripts/venv.sh
 
 usage() {
     sed -n '2,6s/^# \{0,1\}//p' run_demo.sh

@@ -5,12 +5,12 @@ All text that a model or a person wrote is shown by st.text and the like, which 
 """
 import streamlit as st
 
-from page.record import show_run
-from page.sidebar import choose_language, choose_runs, controls, label
-from page.talk import show_error, talk
+from engine.inference.options import TalkOptions
 from utils.config import help_text, parse
 from utils.errors import UserError
-from utils.talk_options import TalkOptions
+from web.chat_view import show_error, talk
+from web.sidebar import choose_language, choose_runs, controls, label
+from web.training_view import show_run
 
 
 def main():
@@ -53,8 +53,8 @@ def load(say, run, options):
 @st.cache_resource(max_entries=3, show_spinner=False)
 def load_cached(path, modified, device, precision):
     """`modified` is part of the key: a run that was trained on is loaded again."""
-    from engine.chat import open_speaker
-    from engine.inside import reports_load
+    from engine.inference.chat import open_speaker
+    from engine.inference.inspect import reports_load
     speaker = open_speaker(path, device, precision)
     speaker.has_experts = reports_load(speaker.model)
     return speaker

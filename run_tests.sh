@@ -4,7 +4,7 @@
 # Without --all the slow tests are left out. PYTHON=... chooses the interpreter that .venv is made with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-. demo/venv.sh
+. scripts/venv.sh
 
 selection=(-m "not slow")
 if [ "${1:-}" = --all ]; then

@@ -11,10 +11,10 @@ import os
 import signal
 from dataclasses import dataclass
 
+from engine.inference.options import TalkOptions
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
 from utils.log import log
-from utils.talk_options import TalkOptions
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "MINI_LLM_API_KEY"
@@ -52,13 +52,13 @@ class ServeConfig(TalkOptions):
 
 def main():
     config = parse(ServeConfig)
-    from engine.serving.listening import listen, make_server
+    from engine.serving.server import listen, make_server
 
     listener = listen(config.host, config.port)             # what is wrong with it is told before the model is loaded
-    from engine.chat import choose_run, open_speaker  # torch comes with it
-    from engine.checkpoint import find_weights
-    from engine.sampling import Sampling
-    from engine.service import Service
+    from engine.inference.chat import choose_run, open_speaker  # torch comes with it
+    from engine.inference.sampling import Sampling
+    from engine.inference.worker import Service
+    from engine.runs.checkpoint import find_weights
     from engine.serving.app import make_app
 
     Sampling(**config.sampling())

@@ -6,11 +6,11 @@
 
 from dataclasses import dataclass
 
-from engine import distributed
-from engine.config import TrainConfig
-from engine.data import DocumentRows, TokenFile
-from engine.setup import model_args, pretrained_model, val_path
-from engine.trainer import train
+from engine.data.sequences import DocumentRows, TokenFile
+from engine.distributed import process_group
+from engine.training.build import model_args, pretrained_model, val_path
+from engine.training.config import TrainConfig
+from engine.training.loop import train
 from utils.config import opt, parse
 from utils.errors import run_script
 from utils.log import log
@@ -34,7 +34,7 @@ class SFTConfig(TrainConfig):
 
 def main(argv=None) -> dict:
     config = parse(SFTConfig, argv, model_args)
-    distributed.init(config.device)
+    process_group.init(config.device)
     model, tokenizer, seq_len, weights = pretrained_model(config)
 
     def conversations(path):

@@ -10,10 +10,10 @@ import sys
 import typing
 from dataclasses import asdict, dataclass
 
+from engine.inference.options import SAMPLING, TalkOptions
 from utils.config import convert, opt, parse
 from utils.errors import UserError, run_script
 from utils.logo import print_logo
-from utils.talk_options import SAMPLING, TalkOptions
 from utils.terminal import harmless, line_history, paint, prompt, speak_utf8
 
 HELP = """\
@@ -58,8 +58,8 @@ def main():
 
 def open_run(config):
     """Load the run that the config names, or the best one to talk to: (Speaker, path)."""
-    from engine.chat import choose_run, open_speaker  # torch comes with it
-    from engine.sampling import Sampling
+    from engine.inference.chat import choose_run, open_speaker  # torch comes with it
+    from engine.inference.sampling import Sampling
 
     Sampling(**config.sampling())                           # a wrong setting is told before the model is loaded
     path = config.run or choose_run(config.output_path)

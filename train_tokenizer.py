@@ -17,14 +17,14 @@ import gigabpe
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from preprocess_data.corpora import CORPORA_PATH, Source, find_sources
-from preprocess_data.encode import document
-from preprocess_data.readers import Broken
-from preprocess_data.resume import State, reasons
-from preprocess_data.tokenizer_report import known_tokenizers, of_folder, round_trip, write_report
+from preprocess_data.corpora.registry import CORPORA_PATH, Source, find_sources
+from preprocess_data.pipeline.encode import document
+from preprocess_data.pipeline.resume import State, reasons
+from preprocess_data.pipeline.tokenizer_report import known_tokenizers, of_folder, round_trip, write_report
+from preprocess_data.readers.files import Broken
+from utils.atomic import replacing
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
-from utils.files import replacing
 from utils.log import log
 from utils.text import is_held_out
 from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, Tokenizer, load_tokenizer, side_files

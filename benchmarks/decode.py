@@ -30,11 +30,11 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from engine.compiled import compile_decoding  # noqa: E402
-from engine.generate import generate  # noqa: E402
-from engine.rows import read  # noqa: E402
+from engine.inference.batch import read  # noqa: E402
+from engine.inference.compile import compile_decoding  # noqa: E402
+from engine.inference.generate import generate  # noqa: E402
 from model import get_model_and_args  # noqa: E402
-from model.int8 import to_int8  # noqa: E402
+from model.kernels.int8 import to_int8  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
 

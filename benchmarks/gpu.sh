@@ -6,7 +6,7 @@
 # sizes, to see that they run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. demo/venv.sh
+. scripts/venv.sh
 
 device=${DEVICE:-cuda}
 make_venv test

@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from preprocess_data.encode import available_cores  # noqa: E402
-from preprocess_data.poems import document  # noqa: E402
-from preprocess_data.write_tokens import write_atomically  # noqa: E402
+from preprocess_data.corpora.poems import document  # noqa: E402
+from preprocess_data.pipeline.encode import available_cores  # noqa: E402
+from preprocess_data.pipeline.write_tokens import write_atomically  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import UserError, run_script  # noqa: E402
 

@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import pretrain  # noqa: E402
-from engine.files import write_text  # noqa: E402
-from engine.metrics import read_metrics  # noqa: E402
-from engine.runfolder import git_revision  # noqa: E402
+from engine.runs.metrics import read_metrics  # noqa: E402
+from engine.runs.run_folder import git_revision  # noqa: E402
+from utils.atomic import write_text  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import UserError, run_script  # noqa: E402
 from utils.log import format_seconds, log  # noqa: E402

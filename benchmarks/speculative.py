@@ -22,11 +22,11 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from engine.chat import DTYPES, choose_run  # noqa: E402
-from engine.checkpoint import load_run  # noqa: E402
-from engine.generate import decode, new_request  # noqa: E402
-from engine.sampling import Sampling  # noqa: E402
-from model.int8 import to_int8  # noqa: E402
+from engine.inference.chat import DTYPES, choose_run  # noqa: E402
+from engine.inference.generate import decode, new_request  # noqa: E402
+from engine.inference.sampling import Sampling  # noqa: E402
+from engine.runs.checkpoint import load_run  # noqa: E402
+from model.kernels.int8 import to_int8  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
 

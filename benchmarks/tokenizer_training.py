@@ -28,7 +28,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers  #
 from tokenizers import Tokenizer as Backend  # noqa: E402
 
 import train_tokenizer as ours  # noqa: E402
-from preprocess_data.corpora import CORPORA_PATH, find_sources  # noqa: E402
+from preprocess_data.corpora.registry import CORPORA_PATH, find_sources  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
 from utils.log import log  # noqa: E402

@@ -4,13 +4,13 @@
     python benchmarks/train.py --device=cuda    the default sizes at 512 and 2048 tokens (benchmarks/gpu.sh)
     python benchmarks/train.py --quick          tiny sizes, one round: does it all run?
 
-A step is forward, backward, clipping and AdamW. Ours is the trainer's own (engine/step.py); transformers is used as its
+A step is forward, backward, clipping and AdamW. Ours is the trainer's own (engine/training/step.py); transformers is used as its
 documentation says: fp32 weights under autocast, SDPA, fused AdamW, the fastest of its expert implementations that run
 on the device. All sides of a row take turns, step by step, in one process, each row in another (what the allocator
 keeps of one model would slow the next); a figure is the median over the rounds. Before it is timed, the two losses are
 compared. The FLOPs of `flops_per_token` (3 x forward, attention over the full square) are shown as a share of the rate
 of a large matmul of the same type, which takes its turn in the same rounds; on CUDA as a share of the device's
-published peak (MFU, engine/peak.py). Peak memory: on CUDA of each step, else in processes of their own.
+published peak (MFU, engine/planning/mfu.py). Peak memory: on CUDA of each step, else in processes of their own.
 On CUDA last, the dense model on packed rows of 2048 tokens, compiled, by flex_attention and by the dense mask.
 Writes benchmarks/results/train.json (on CUDA train_cuda.json) and prints the table. A row is written when it is done,
 with what it was measured on; rows that a call does not measure stay.
@@ -36,13 +36,13 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from engine import memory  # noqa: E402
-from engine.config import TrainConfig  # noqa: E402
-from engine.files import write_text  # noqa: E402
-from engine.peak import Peak, synchronize  # noqa: E402
-from engine.runfolder import git_revision  # noqa: E402
-from engine.step import Stepper  # noqa: E402
+from engine.planning import memory  # noqa: E402
+from engine.planning.mfu import Peak, synchronize  # noqa: E402
+from engine.runs.run_folder import git_revision  # noqa: E402
+from engine.training.config import TrainConfig  # noqa: E402
+from engine.training.step import Stepper  # noqa: E402
 from model import get_model_and_args, layers  # noqa: E402
+from utils.atomic import write_text  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
 
@@ -76,7 +76,7 @@ class Config:
     rounds: int = opt(15, "measured steps of each")
     compiled: bool = opt(True, "compare the compiled models too")
     memory: bool = opt(True, "measure peak memory: vocabulary 32,000, 16 rows of 512 tokens")
-    peak_tflops: float = opt(0.0, "CUDA: dense peak of the device; 0: as published, see engine/peak.py")
+    peak_tflops: float = opt(0.0, "CUDA: dense peak of the device; 0: as published, see engine/planning/mfu.py")
     quick: bool = opt(False, "tiny sizes and one round, to see that everything runs")
     results: str = opt("", "where the figures go")
 

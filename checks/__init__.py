@@ -5,7 +5,7 @@ model by its contract alone (model/basemodel.py). Its docstring says what it pro
 usual ones in order, separated by semicolons; the table prints them below a failure.
 """
 
-from . import (
+from checks import (
     causality,
     contract,
     counts,
@@ -20,7 +20,7 @@ from . import (
     rows,
     state,
 )
-from .subject import CheckFailed, NotApplicable, Subject
+from checks.harness.model_under_test import CheckFailed, NotApplicable, Subject
 
 GROUPS = (
     contract, loss, causality, rows, gradients, init, learning, state, packing, persistence, precision, moe, counts,

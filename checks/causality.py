@@ -2,7 +2,7 @@
 
 import torch
 
-from .subject import (
+from checks.harness.model_under_test import (
     LONG,
     call,
     embedded_tokens,

@@ -2,8 +2,8 @@
 
 import torch
 
-from .snapshot import differences, snapshot
-from .subject import NotApplicable, call, logits_of, next_tokens, require, require_close
+from checks.harness.model_under_test import NotApplicable, call, logits_of, next_tokens, require, require_close
+from checks.harness.snapshot import differences, snapshot
 
 
 def shapes(subject):

@@ -4,9 +4,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from checks.harness.model_under_test import NotApplicable, Subject, call, next_tokens, require
 from model import BaseModel
-
-from .subject import NotApplicable, Subject, call, next_tokens, require
 
 GROUPS = {"matrix", "embed", "scalar"}
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from .subject import NotApplicable, Subject, call, next_tokens, require
-from .training import train_steps
+from checks.harness.model_under_test import NotApplicable, Subject, call, next_tokens, require
+from checks.harness.training import train_steps
 
 BOUNDS = {"activations": (1.6, 100), "gradients": (2.2, 5000)}  # factors from layer to layer, and from first to last
 STEPS = 6  # after zero-initialised projections have left zero, what stands behind them has a gradient too

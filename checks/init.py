@@ -5,8 +5,8 @@ import math
 
 import torch
 
-from .shrink import LAYERS
-from .subject import Subject, call, logits_of, next_tokens, require
+from checks.harness.model_under_test import Subject, call, logits_of, next_tokens, require
+from checks.harness.tiny_args import LAYERS
 
 AFFORDABLE = 60e6  # parameters of a model of the author's width that is still built in a second
 

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from .subject import Subject, call, require
-from .training import train_steps
+from checks.harness.model_under_test import Subject, call, require
+from checks.harness.training import train_steps
 
 RATES = (1e-2, 3e-3)  # one of them suits: an architecture is not blamed for its learning rate
 

@@ -2,7 +2,14 @@
 
 import torch
 
-from .subject import call, logits_of, negative_log_likelihood, next_tokens, require, require_close
+from checks.harness.model_under_test import (
+    call,
+    logits_of,
+    negative_log_likelihood,
+    next_tokens,
+    require,
+    require_close,
+)
 
 
 def mean_over_valid_targets(subject):

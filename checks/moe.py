@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from .shrink import ACTIVE_EXPERTS
-from .subject import NotApplicable, Subject, call, logits_of, next_tokens, require, require_close
+from checks.harness.model_under_test import NotApplicable, Subject, call, logits_of, next_tokens, require, require_close
+from checks.harness.tiny_args import ACTIVE_EXPERTS
 
 KEY = "moe/load"
 

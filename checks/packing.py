@@ -2,7 +2,7 @@
 
 import torch
 
-from .subject import (
+from checks.harness.model_under_test import (
     Subject,
     call,
     embedded_tokens,

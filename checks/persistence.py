@@ -4,8 +4,8 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from .subject import Subject, call, logits_of, next_tokens, require, require_close
-from .training import train_steps
+from checks.harness.model_under_test import Subject, call, logits_of, next_tokens, require, require_close
+from checks.harness.training import train_steps
 
 
 def _trained(subject):

@@ -2,7 +2,16 @@
 
 import torch
 
-from .subject import LONG, NotApplicable, Subject, call, logits_of, next_tokens, require, require_close
+from checks.harness.model_under_test import (
+    LONG,
+    NotApplicable,
+    Subject,
+    call,
+    logits_of,
+    next_tokens,
+    require,
+    require_close,
+)
 
 
 @torch.no_grad()

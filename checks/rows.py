@@ -2,7 +2,7 @@
 
 import torch
 
-from .subject import logits_of, require_close
+from checks.harness.model_under_test import logits_of, require_close
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import torch
 
-from .subject import LONG, NotApplicable, Subject, call, logits_of, require, require_close
+from checks.harness.model_under_test import LONG, NotApplicable, Subject, call, logits_of, require, require_close
 
 
 def _decode(model, ids, state, sizes):

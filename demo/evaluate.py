@@ -10,16 +10,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo import poems, report
 from demo.bits import bits_per_character
-from engine.checkpoint import load_run
-from engine.distributed import find_device
-from engine.generate import generate
-from preprocess_data.demo_chat import poem_request
+from engine.distributed.process_group import find_device
+from engine.inference.generate import generate
+from engine.inference.options import AnswerOptions
+from engine.runs.checkpoint import load_run
+from preprocess_data.corpora.demo_chat import poem_request
+from utils.atomic import replacing
 from utils.chat_template import encode_chat
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
-from utils.files import replacing
 from utils.log import Progress, log
-from utils.talk_options import AnswerOptions
 
 # Each of the five tasks of the chat rows, worded as they are there.
 REQUESTS = [

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.verse import form_of, rhymes, split_verses
-from preprocess_data.demo_chat import LONGEST_TITLE
-from preprocess_data.poems import FORMS, document
+from preprocess_data.corpora.demo_chat import LONGEST_TITLE
+from preprocess_data.corpora.poems import FORMS, document
 from utils.errors import UserError
 from utils.text import is_held_out
 

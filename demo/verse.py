@@ -12,7 +12,7 @@ import re
 
 from pypinyin import Style, lazy_pinyin
 
-from preprocess_data.poems import FORMS, poem_form
+from preprocess_data.corpora.poems import FORMS, poem_form
 from utils.text import HAN
 
 # pypinyin writes ü as v. A syllable that is in none of the groups (a bare m, n, ng) rhymes with nothing.

@@ -11,7 +11,7 @@ import re
 import traceback
 from pathlib import Path
 
-from .basemodel import BaseModel, BaseModelArgs, ModelError, State
+from model.basemodel import BaseModel, BaseModelArgs, ModelError, State
 
 __all__ = ["BaseModel", "BaseModelArgs", "ModelError", "State", "get_model_and_args", "list_models", "model_file"]
 

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .basemodel import BaseModel, BaseModelArgs, ModelError
-from .experts import expert_swiglu
-from .hf import Layout, interleaved_rows
-from .layers import (
+from model.basemodel import BaseModel, BaseModelArgs, ModelError
+from model.hf.layout import Layout, interleaved_rows
+from model.layers import (
     Embedding,
     RMSNorm,
     RopeArgs,
@@ -31,6 +30,7 @@ from .layers import (
     token_positions,
     yarn_mscale,
 )
+from model.layers.moe import expert_swiglu
 
 MTP_ACCURACY_STRIDE = 16  # every so many positions are looked at for "mtp/accuracy"
 LATENT_NORM_EPS = 1e-6  # of the norms of the two latents; in the published code it is no setting

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .basemodel import BaseModel, BaseModelArgs, ModelError
-from .hf import Layout
-from .layers import (
+from model.basemodel import BaseModel, BaseModelArgs, ModelError
+from model.hf.layout import Layout
+from model.layers import (
     Embedding,
     RMSNorm,
     RopeArgs,

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import ModelError, list_models
+from model import ModelError, list_models
 
 FOLDER = Path(__file__).parent
 DOC = '''"""{title}: say in one sentence what is new about it.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .basemodel import BaseModel, BaseModelArgs
-from .layers import RMSNorm, lm_loss
+from model.basemodel import BaseModel, BaseModelArgs
+from model.layers import RMSNorm, lm_loss
 
 
 # The shape of the network and nothing else. `vocab_size` and `max_seq_len` are inherited: the framework sets them from

@@ -22,18 +22,18 @@ if not __package__:
     # Run as a script, Python looks in this folder first, where preprocess_data is this file and not the package.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from preprocess_data.corpora import CORPORA, CORPORA_PATH, Source, find_sources
-from preprocess_data.dedup import KINDS
-from preprocess_data.demo_chat import make_chat
-from preprocess_data.encode import Block, Item, Recipe, Workers, encode
-from preprocess_data.fast_encoder import REFERENCE, choose_encoder, described
-from preprocess_data.filters import Filters
-from preprocess_data.idioms import fetch_idioms
-from preprocess_data.poems import fetch_poems
-from preprocess_data.readers import BLOCK, LONGEST, ROWS, Position, read_file
-from preprocess_data.report import load_drawing, write_report
-from preprocess_data.resume import JUDGED, Run, State, reasons
-from preprocess_data.write_tokens import partial, write_jsonl
+from preprocess_data.corpora.demo_chat import make_chat
+from preprocess_data.corpora.idioms import fetch_idioms
+from preprocess_data.corpora.poems import fetch_poems
+from preprocess_data.corpora.registry import CORPORA, CORPORA_PATH, Source, find_sources
+from preprocess_data.pipeline.dedup import KINDS
+from preprocess_data.pipeline.encode import Block, Item, Recipe, Workers, encode
+from preprocess_data.pipeline.fast_encoder import REFERENCE, choose_encoder, described
+from preprocess_data.pipeline.filters import Filters
+from preprocess_data.pipeline.report import load_drawing, write_report
+from preprocess_data.pipeline.resume import JUDGED, Run, State, reasons
+from preprocess_data.pipeline.write_tokens import partial, write_jsonl
+from preprocess_data.readers.files import BLOCK, LONGEST, ROWS, Position, read_file
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
 from utils.log import Progress, format_count, format_seconds, log

@@ -4,11 +4,11 @@ import signal
 
 import pytest
 import torch
-from engine_helpers import TinyModel, TinyModelArgs, make_tokenizer, pretrain_files
 
-from engine import trainer
-from engine.config import TrainConfig
-from engine.data import DocumentRows, TokenFile, WindowRows
+from engine.data.sequences import DocumentRows, TokenFile, WindowRows
+from engine.training import loop
+from engine.training.config import TrainConfig
+from tests.support.engine_helpers import TinyModel, TinyModelArgs, make_tokenizer, pretrain_files
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and all it starts
 
@@ -32,7 +32,7 @@ def world(tmp_path):
             torch.manual_seed(config.seed)
             args = TinyModelArgs(vocab_size=self.tokenizer.vocab_size, max_seq_len=32, **dict(model_fields))
             self.model = model_class(args)
-            return trainer.train(config, "pretrain", self.model, self.tokenizer, rows or self.rows, self.val,
+            return loop.train(config, "pretrain", self.model, self.tokenizer, rows or self.rows, self.val,
                                  "python next.py {run}")
 
         def weights(self):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from model import blocked, layers
+from model import layers
+from model.kernels import cpu_attention
 
 
 def inputs(heads, groups, v_dim, dtype, rows=2, tokens=7, dim=6):
@@ -40,40 +41,40 @@ def short_mask(tokens=7):
 @pytest.mark.parametrize("block", [2, 3, 64])
 def test_blocked_attention_is_attention(heads, groups, v_dim, mask, block, monkeypatch):
     """Outputs and gradients in float64, where `attention` itself takes PyTorch's way."""
-    monkeypatch.setattr(blocked, "BLOCK", block)
+    monkeypatch.setattr(cpu_attention, "BLOCK", block)
     tensors = inputs(heads, groups, v_dim, torch.float64)
     want = outcome(lambda q, k, v: layers.attention(q, k, v, mask, 0.3), tensors)
-    got = outcome(lambda q, k, v: blocked.blocked_attention(q, k, v, mask, 0.3), tensors)
+    got = outcome(lambda q, k, v: cpu_attention.blocked_attention(q, k, v, mask, 0.3), tensors)
     torch.testing.assert_close(got, want)
 
 
 def test_a_block_reads_no_key_behind_what_it_sees(monkeypatch):
-    monkeypatch.setattr(blocked, "BLOCK", 3)
-    assert blocked.visible_keys(None, 7, 7) == [3, 6, 7]
-    assert blocked.visible_keys(document_mask(), 7, 7) == [3, 6, 7]
-    assert blocked.visible_keys(both_ways_mask(), 7, 7) == [5, 7, 7]
-    assert blocked.visible_keys(torch.zeros(2, 1, 4, 9, dtype=torch.bool), 4, 9) == [1, 1]
+    monkeypatch.setattr(cpu_attention, "BLOCK", 3)
+    assert cpu_attention.visible_keys(None, 7, 7) == [3, 6, 7]
+    assert cpu_attention.visible_keys(document_mask(), 7, 7) == [3, 6, 7]
+    assert cpu_attention.visible_keys(both_ways_mask(), 7, 7) == [5, 7, 7]
+    assert cpu_attention.visible_keys(torch.zeros(2, 1, 4, 9, dtype=torch.bool), 4, 9) == [1, 1]
 
 
 def test_fewer_queries_than_keys(monkeypatch):
     """As where a gradient is taken through a state: the last queries of a row, each up to itself."""
-    monkeypatch.setattr(blocked, "BLOCK", 2)
+    monkeypatch.setattr(cpu_attention, "BLOCK", 2)
     tensors = inputs(6, 2, 6, torch.float64)
     tensors[0] = tensors[0].detach()[:, 4:].requires_grad_()
     mask = torch.ones(7, 7, dtype=torch.bool).tril()[4:].expand(2, 1, 3, 7)
     want = outcome(lambda q, k, v: layers.attention(q, k, v, mask), tensors)
-    got = outcome(lambda q, k, v: blocked.blocked_attention(q, k, v, mask, 6**-0.5), tensors)
+    got = outcome(lambda q, k, v: cpu_attention.blocked_attention(q, k, v, mask, 6**-0.5), tensors)
     torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.01), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("mask", [None, document_mask()])
 def test_training_on_a_processor_takes_it_and_keeps_the_digits(mask, dtype, error, monkeypatch):
-    monkeypatch.setattr(blocked, "BLOCK", 3)
+    monkeypatch.setattr(cpu_attention, "BLOCK", 3)
     tensors = inputs(6, 2, 6, dtype)
     doubled = [t.detach().double().requires_grad_() for t in tensors]
     exact = outcome(lambda q, k, v: layers.attention(q, k, v, mask), doubled)
-    calls, real = [], blocked.blocked_attention
+    calls, real = [], cpu_attention.blocked_attention
     monkeypatch.setattr(layers, "blocked_attention", lambda *args: calls.append(args) or real(*args))
     for got, want in zip(outcome(lambda q, k, v: layers.attention(q, k, v, mask), tensors), exact, strict=True):
         assert (got.double() - want).norm() < error * want.norm()
@@ -98,7 +99,7 @@ def test_fp32_under_autocast_stays_fp32():
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [None, document_mask(), both_ways_mask()])
 def test_blocks_compiled(mask, monkeypatch):
-    monkeypatch.setattr(blocked, "BLOCK", 3)
+    monkeypatch.setattr(cpu_attention, "BLOCK", 3)
     tensors = inputs(6, 2, 6, torch.float32)
     want = outcome(lambda q, k, v: layers.attention(q, k, v, mask), tensors)
     got = outcome(torch.compile(lambda q, k, v: layers.attention(q, k, v, mask), fullgraph=True), tensors)

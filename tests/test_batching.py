@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planted.unusual import Hybrid, LearnedPositions, Recurrent, RunningMean
-from test_generate import LONGEST, TOKENIZER, V, make, probabilities
 
-from engine.batching import Batch, QueueFull
-from engine.generate import new_request
-from engine.sampling import Sampling
-from engine.service import Service
+from engine.inference.generate import new_request
+from engine.inference.sampling import Sampling
+from engine.inference.scheduler import Batch, QueueFull
+from engine.inference.worker import Service
 from model import list_models
+from tests.planted.unusual import Hybrid, LearnedPositions, Recurrent, RunningMean
+from tests.test_generate import LONGEST, TOKENIZER, V, make, probabilities
 from utils.errors import UserError
 
 PLANTED = {Model.__name__: Model for Model in (Recurrent, Hybrid, RunningMean, LearnedPositions)}
@@ -147,7 +147,7 @@ def test_first_come_first_served_and_a_token_a_step_for_everybody():
 
 
 def test_prompts_that_wait_do_not_hold_up_those_who_write(monkeypatch):
-    monkeypatch.setattr("engine.batching.READ_TOKENS", 30)
+    monkeypatch.setattr("engine.inference.scheduler.READ_TOKENS", 30)
     batch = Batch(build("recurrent"), slots=8)
     batch.add(*(new_request(TOKENIZER, [1] * 20, 9, Sampling(0), ()) for _ in range(6)))
     read = []

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data_helpers import HOSTILE, make_tokenizer
+from tests.support.data_helpers import HOSTILE, make_tokenizer
 from utils.chat_template import ROLES, encode_chat, encode_chats
 from utils.errors import UserError
 from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS

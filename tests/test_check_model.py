@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from engine_helpers import ROOT, make_tokenizer, pretrain_files
-from planted.right import RightModel, RightModelArgs
 
 import check_model
 from checks import CHECKS, FAST, Subject
-from checks.runner import first_sentence, usual_causes
-from checks.shrink import tiny_args
+from checks.harness.runner import first_sentence, usual_causes
+from checks.harness.tiny_args import tiny_args
 from model import ModelError, list_models
 from model.new import new_file
+from tests.planted.right import RightModel, RightModelArgs
+from tests.support.engine_helpers import ROOT, make_tokenizer, pretrain_files
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_the_author_decides():
 
 
 def test_checks_leave_the_random_generator_alone():
-    from checks.runner import run_check
+    from checks.harness.runner import run_check
 
     subject = Subject.of(RightModel, RightModelArgs)
     torch.manual_seed(5)

@@ -6,9 +6,8 @@ import pickle
 
 import pytest
 import torch
-from engine_helpers import TinyModel, TinyModelArgs
 
-from engine.checkpoint import (
+from engine.runs.checkpoint import (
     damage,
     load_weights,
     manifest_bytes,
@@ -16,6 +15,7 @@ from engine.checkpoint import (
     save_checkpoint,
     weights_bytes,
 )
+from tests.support.engine_helpers import TinyModel, TinyModelArgs
 from utils.errors import UserError
 
 

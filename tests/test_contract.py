@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from checks import CHECKS, SLOW, Subject
-from checks.runner import run_check
+from checks.harness.runner import run_check
 from model import list_models, template
 
 TEMPLATE = "the template"

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from preprocess_data import demo_chat, idioms, poems
-from preprocess_data.write_tokens import write_jsonl
+from preprocess_data.corpora import demo_chat, idioms, poems
+from preprocess_data.pipeline.write_tokens import write_jsonl
 from utils.text import clean_text, is_held_out
 
 JINGYE = {"title": "靜夜思", "author": "李白", "paragraphs": ["床前看月光，疑是地上霜。", "舉頭望山月，低頭思故鄉。"]}

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from engine_helpers import make_tokenizer, pretrain_files, write_tokens
 
-from engine.config import BatchPlan
-from engine.data import IGNORE, PADDING, DocumentRows, TokenFile, WindowRows, shuffled
-from engine.loader import StepLoader, held_out_batches
+from engine.data.loader import StepLoader, held_out_batches
+from engine.data.sequences import IGNORE, PADDING, DocumentRows, TokenFile, WindowRows, shuffled
+from engine.training.config import BatchPlan
+from tests.support.engine_helpers import make_tokenizer, pretrain_files, write_tokens
 from utils.errors import UserError
 
 

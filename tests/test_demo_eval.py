@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from small_runs import POEM, small_runs
 
 from demo import evaluate, poems, report
 from demo.bits import bits_per_character
 from demo.verse import form_of, rhyme_group, rhymes, split_verses
-from engine.checkpoint import load_run
-from preprocess_data import demo_chat
-from preprocess_data.poems import document
+from engine.runs.checkpoint import load_run
+from preprocess_data.corpora import demo_chat
+from preprocess_data.corpora.poems import document
+from tests.support.small_runs import POEM, small_runs
 from utils.errors import UserError
 
 QUIET_NIGHT = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"  # guang shuang yue xiang

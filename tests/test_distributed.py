@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from engine_helpers import make_tokenizer, sft_files
 from safetensors.torch import load_file
 
-from engine import distributed
-from engine.metrics import read_metrics
+from engine.distributed import process_group
+from engine.runs.metrics import read_metrics
+from tests.support.engine_helpers import make_tokenizer, sft_files
 from utils.errors import UserError
 
-WORKER = Path(__file__).parent / "distributed_worker.py"
+WORKER = Path(__file__).parent / "support/distributed_worker.py"
 
 
 def train(folder: Path, processes: int, output="output", trouble=None, restarts=0, **settings):
@@ -138,7 +138,7 @@ def test_processes_agree_on_a_name_whatever_earlier_attempts_left():
     def meet(rank, delay):
         time.sleep(delay)
         client = dist.TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=60))
-        return distributed.agree(client, rank, 3)
+        return process_group.agree(client, rank, 3)
 
     def attempt(delays):
         with ThreadPoolExecutor(3) as pool:
@@ -152,7 +152,7 @@ def test_processes_agree_on_a_name_whatever_earlier_attempts_left():
 
 
 def test_devices(monkeypatch):
-    assert distributed.find_device("cpu").type == "cpu"
+    assert process_group.find_device("cpu").type == "cpu"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="--device=cuda, but PyTorch sees no CUDA device"):
-        distributed.find_device("cuda")
+        process_group.find_device("cuda")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.dry_run import saved_bytes
+from engine.planning.dry_run import saved_bytes
 
 
 def files(folder):

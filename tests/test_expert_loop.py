@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.expert_loop import STEP
-from model.experts import expert_swiglu
+from model.kernels.cpu_moe import STEP
+from model.layers.moe import expert_swiglu
 
 N, D, E, A, INTER = STEP + 5, 12, 6, 3, 8
 

@@ -8,19 +8,19 @@ import shutil
 
 import pytest
 import torch
-from engine_helpers import stage_files
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 import export
 import pretrain
 import sft
-from engine.chat import open_speaker
-from engine.checkpoint import load_run
-from engine.data import DocumentRows, TokenFile
-from engine.heldout import held_out_loss
+from engine.data.sequences import DocumentRows, TokenFile
+from engine.inference.chat import open_speaker
+from engine.runs.checkpoint import load_run
+from engine.training.evaluate import held_out_loss
 from model import get_model_and_args, list_models
 from model.basemodel import BaseModel
+from tests.support.engine_helpers import stage_files
 from utils.chat_template import encode_chat
 from utils.tokenizer import SPECIAL_TOKENS, StreamDecoder
 

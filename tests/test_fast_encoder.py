@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
-from preprocess_data import fast_encoder
-from preprocess_data.fast_encoder import (
+from preprocess_data.pipeline import fast_encoder
+from preprocess_data.pipeline.fast_encoder import (
     FAST,
     REFERENCE,
     FastTokenizer,
@@ -22,7 +22,7 @@ from preprocess_data.fast_encoder import (
     encode_documents,
 )
 from preprocess_data.preprocess_data import main
-from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, random_text, write_lines
+from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer, random_text, write_lines
 from utils.text import clean_text
 from utils.tokenizer import load_tokenizer
 
@@ -173,7 +173,7 @@ def test_choice_by_documents_by_wish_and_without_the_library(plain, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_any_workers_and_both_encoders_write_the_same_bytes(tokenizer, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("preprocess_data.readers.BLOCK", 5000)
+    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 5000)
     texts = [f"{SENTENCES[i % len(SENTENCES)]}{i}{HOSTILE[i % len(HOSTILE)]}" for i in range(3000)]
     rows = [{"text": text} if kind == "pretrain" else {"q": text, "a": text[::-1]} for text in texts]
     source, metas = write_lines(tmp_path / "my.jsonl", [*rows, "{"]), []

@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 
-from preprocess_data import fetching
+from preprocess_data.corpora import fetching
 from utils.errors import UserError
 
 NAME = "mobvoi_seq_monkey_general_open_corpus.jsonl"

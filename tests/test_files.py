@@ -9,13 +9,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from engine.files import write_text
-from engine.metrics import draw_curve
-from preprocess_data import preprocess_data, report
-from preprocess_data.tokenizer_report import of_folder, write_report
-from preprocess_data.write_tokens import GrowingFile, write_jsonl
-from tests.data_helpers import SENTENCES, make_tokenizer, write_lines
+from engine.runs.metrics import draw_curve
+from preprocess_data import preprocess_data
+from preprocess_data.pipeline import report
+from preprocess_data.pipeline.tokenizer_report import of_folder, write_report
+from preprocess_data.pipeline.write_tokens import GrowingFile, write_jsonl
+from tests.support.data_helpers import SENTENCES, make_tokenizer, write_lines
 from train_tokenizer import save
+from utils.atomic import write_text
 from utils.errors import UserError, run_script
 
 

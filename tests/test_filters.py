@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess_data.dedup import Dedup, IntSet, signature
-from preprocess_data.filters import Filters
+from preprocess_data.pipeline.dedup import Dedup, IntSet, signature
+from preprocess_data.pipeline.filters import Filters
 from utils.errors import UserError
 
 ZH = "床前明月光，疑是地上霜。举头望明月，低头思故乡。"

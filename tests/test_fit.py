@@ -7,13 +7,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 import yaml
-from engine_helpers import TinyModel, TinyModelArgs
 
-from engine import distributed, memory
-from engine.config import TrainConfig
-from engine.fit import fitting_rows, largest
-from engine.metrics import read_metrics
-from engine.optim import build_optimizer
+from engine.distributed import process_group
+from engine.planning import memory
+from engine.planning.batch_size import fitting_rows, largest
+from engine.runs.metrics import read_metrics
+from engine.training.config import TrainConfig
+from engine.training.optim import build_optimizer
+from tests.support.engine_helpers import TinyModel, TinyModelArgs
 from utils.errors import UserError, run_script
 
 MB = 2**20
@@ -74,7 +75,7 @@ def test_a_run_that_takes_too_much_ends_in_one_line(world, capsys):
 
 def test_the_smallest_device_decides(monkeypatch):
     of_another = iter([0, 0, 0, 0, 0, 1])  # it runs out of memory in the third of its trials
-    monkeypatch.setattr(distributed, "sum_numbers", lambda numbers: [numbers[0] + next(of_another)])
+    monkeypatch.setattr(process_group, "sum_numbers", lambda numbers: [numbers[0] + next(of_another)])
     assert largest(64, 1000, lambda count: count)[0] == 2
 
 

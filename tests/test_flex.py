@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flex_helpers import SIZES, TOKENS, counter, flex_calls, packed_batch, small_model
 from torch.nn.attention import flex_attention
 
 from model import layers
+from tests.support.flex_helpers import SIZES, TOKENS, counter, flex_calls, packed_batch, small_model
 
 positions = torch.arange(TOKENS)[None]
 

@@ -11,15 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from engine_helpers import TinyModel, TinyModelArgs
-from test_distributed import figures, folder, train, two_ranks  # noqa: F401
-from test_hostile import raw_pickle, torch_file
-from test_save_faults import CONFIG, FaultyOS, save, two_checkpoints
-from test_save_faults import trained as trained_whole
 
-from checks.shrink import tiny_args
-from engine import keeping, sharding
-from engine.checkpoint import (
+from checks.harness.tiny_args import tiny_args
+from engine.distributed import fsdp
+from engine.runs import checkpoint_manager
+from engine.runs.checkpoint import (
     MANIFEST,
     damage,
     file_sha256,
@@ -33,10 +29,15 @@ from engine.checkpoint import (
     step_of,
     weights_bytes,
 )
-from engine.config import TrainConfig
-from engine.optim import build_optimizer
-from engine.step import Stepper
+from engine.training.config import TrainConfig
+from engine.training.optim import build_optimizer
+from engine.training.step import Stepper
 from model import get_model_and_args, list_models
+from tests.support.engine_helpers import TinyModel, TinyModelArgs
+from tests.test_distributed import figures, folder, train, two_ranks  # noqa: F401
+from tests.test_hostile import raw_pickle, torch_file
+from tests.test_save_faults import CONFIG, FaultyOS, save, two_checkpoints
+from tests.test_save_faults import trained as trained_whole
 from utils.errors import UserError
 
 FLIPS = int(os.environ.get("FLIPS", "60"))
@@ -184,7 +185,7 @@ def group():
 
 def trained(seed=0):
     """A tiny model that is shared out, and its optimizer, after a step."""
-    return trained_whole(seed, lambda model: sharding.shard(model, torch.device("cpu"), "fp32", compiled=False))
+    return trained_whole(seed, lambda model: fsdp.shard(model, torch.device("cpu"), "fp32", compiled=False))
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def test_what_is_saved_comes_back(example):
         assert weights_bytes(other) == weights_bytes(model)
         for ours, part in zip(optimizer.all, theirs.all):
             for state, same in zip(ours.state.values(), part.state.values(), strict=True):
-                assert all(torch.equal(sharding.whole(state[key]), sharding.whole(same[key])) for key in state)
+                assert all(torch.equal(fsdp.whole(state[key]), fsdp.whole(same[key])) for key in state)
 
 
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon", "ema": 0.9}])
@@ -208,7 +209,7 @@ def test_a_step_not_taken_leaves_every_bit_of_the_parts_as_it_was(group, recipe)
     """By gradients that are no numbers; after it the run goes on as the one without it."""
     def run(*steps):
         torch.manual_seed(0)
-        sharding.shard(model := tiny(), torch.device("cpu"), "fp32", compiled=False)
+        fsdp.shard(model := tiny(), torch.device("cpu"), "fp32", compiled=False)
         stepper = Stepper(model, TrainConfig(**recipe, compile="false"), torch.device("cpu"))
         stepper.optimizer.set_lr(0.01)
         for number, weight in steps:
@@ -217,8 +218,8 @@ def test_a_step_not_taken_leaves_every_bit_of_the_parts_as_it_was(group, recipe)
             stepper.update(stepper.clip().isfinite())
         states = [state[key] for part in stepper.optimizer.all for state in part.state.values()
                   for key in sorted(state)]
-        assert sum(map(sharding.is_part, states)) >= len(list(model.parameters())) - 1  # all but the unused one
-        return [sharding.whole(t.detach()).numpy().tobytes() for t in [*model.parameters(), *states]]
+        assert sum(map(fsdp.is_part, states)) >= len(list(model.parameters())) - 1  # all but the unused one
+        return [fsdp.whole(t.detach()).numpy().tobytes() for t in [*model.parameters(), *states]]
     taken = run((1, 1.0), (2, 1.0))
     assert run((9, math.nan), (1, 1.0), (2, 1.0), (9, math.inf)) == taken != run((1, 1.0))
 
@@ -226,7 +227,7 @@ def test_a_step_not_taken_leaves_every_bit_of_the_parts_as_it_was(group, recipe)
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["fails", "full"])
 def test_a_fault_at_every_call_of_a_save_leaves_a_valid_checkpoint(example, tmp_path, monkeypatch, capsys, fault):
-    monkeypatch.setattr(keeping, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(checkpoint_manager, "PAUSE_SECONDS", 0)
     with pytest.MonkeyPatch.context() as patch:
         counted = FaultyOS(patch)
         save(shutil.copytree(example[0], tmp_path / "counted"), *example[1:], 3)
@@ -317,7 +318,7 @@ def test_layers_are_compiled_however_many_there_are_and_none_anew(group, monkeyp
     args = replace(tiny_args(Model, ModelArgs)[0], n_layers=10)  # more than the 8 variants that a function may have
     whole, ids = Model(args).train(), torch.randint(args.vocab_size, (2, 20))
     model, compiled = copy.deepcopy(whole), torch._dynamo.utils.counters["stats"]
-    sharding.shard(model, torch.device("cpu"), "fp32", compiled=True)
+    fsdp.shard(model, torch.device("cpu"), "fp32", compiled=True)
     graphs = []
     for _ in range(2):
         for either in (whole, model):
@@ -325,14 +326,14 @@ def test_layers_are_compiled_however_many_there_are_and_none_anew(group, monkeyp
         graphs.append(compiled["unique_graphs"])
     assert 0 < graphs[0] == graphs[1]
     for (key, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(sharding.whole(ours.grad), theirs.grad, msg=key)
+        torch.testing.assert_close(fsdp.whole(ours.grad), theirs.grad, msg=key)
     torch._dynamo.reset()
 
 
 def test_what_cannot_work_is_refused(group, tmp_path):
     with pytest.raises(UserError, match="does not go with --precision=fp16"):
-        sharding.shard(tiny(), torch.device("cpu"), "fp16", compiled=False)
+        fsdp.shard(tiny(), torch.device("cpu"), "fp16", compiled=False)
     model = tiny()
     model.scale = torch.nn.Parameter(torch.ones(()))
     with pytest.raises(UserError, match="--parallel=fsdp cannot cut scale"):
-        sharding.shard(model, torch.device("cpu"), "fp32", compiled=False)
+        fsdp.shard(model, torch.device("cpu"), "fp32", compiled=False)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.generate import decode, generate, new_request, stream
-from engine.sampling import Sampling, distribution, log_probabilities, penalize, pick
+from engine.inference.generate import decode, generate, new_request, stream
+from engine.inference.sampling import Sampling, distribution, log_probabilities, penalize, pick
 from model import BaseModel, BaseModelArgs, get_model_and_args, list_models
 from utils.errors import UserError
 

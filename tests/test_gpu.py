@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_helpers import ROOT
-from flex_helpers import SIZES, counter, flex_calls, packed_batch, small_model
 
 from checks import Subject
-from checks.shrink import tiny_args
-from engine.config import TrainConfig
-from engine.metrics import read_metrics
-from engine.step import Stepper
-from engine.trainer import train
-from model import experts, get_model_and_args, layers, list_models
+from checks.harness.tiny_args import tiny_args
+from engine.runs.metrics import read_metrics
+from engine.training.config import TrainConfig
+from engine.training.loop import train
+from engine.training.step import Stepper
+from model import get_model_and_args, layers, list_models
+from model.layers import moe
+from tests.support.engine_helpers import ROOT
+from tests.support.flex_helpers import SIZES, counter, flex_calls, packed_batch, small_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 
@@ -53,9 +54,9 @@ def test_grouped_experts_equal_the_loop():
     leaves = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
     x, weight, *stacks = leaves
     chosen = torch.rand(32, 3, device="cuda").topk(2).indices
-    grouped, load = experts.expert_swiglu(x, chosen, weight, *stacks)
+    grouped, load = moe.expert_swiglu(x, chosen, weight, *stacks)
     outcomes = [[out, *torch.autograd.grad(out.square().sum(), leaves)]
-                for out in (grouped, experts.looped_experts(x, chosen, weight, load, *stacks))]
+                for out in (grouped, moe.looped_experts(x, chosen, weight, load, *stacks))]
     for a, b in zip(*outcomes):
         assert (a.float() - b.float()).norm() <= 0.03 * b.float().norm()
 

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from engine_helpers import TinyModel, TinyModelArgs
 from torch import nn
 
 from checks import Subject
-from engine.health import SETTLED, Health
+from engine.training.diagnostics import SETTLED, Health
 from model import list_models
+from tests.support.engine_helpers import TinyModel, TinyModelArgs
 
 
 def one_step(model, health, ids, lr=0.1, step=1, other_vars=None):

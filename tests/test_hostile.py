@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from engine_helpers import stage_files
 
 import pretrain
 import sft
-from engine.checkpoint import (
+from engine.data.sequences import TokenFile
+from engine.runs.checkpoint import (
     MANIFEST,
     file_sha256,
     find_checkpoints,
@@ -21,11 +21,11 @@ from engine.checkpoint import (
     load_training_state,
     manifest_bytes,
 )
-from engine.config import TrainConfig
-from engine.data import TokenFile
-from engine.metrics import read_metrics
-from engine.optim import build_optimizer
+from engine.runs.metrics import read_metrics
+from engine.training.config import TrainConfig
+from engine.training.optim import build_optimizer
 from model import get_model_and_args, list_models
+from tests.support.engine_helpers import stage_files
 from utils.tokenizer import load_tokenizer
 
 NAME = list_models()[0]

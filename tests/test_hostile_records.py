@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from preprocess_data import preprocess_data
-from preprocess_data.chat_rows import to_messages
 from preprocess_data.preprocess_data import main
-from preprocess_data.readers import Broken
-from tests.data_helpers import HOSTILE, make_tokenizer
+from preprocess_data.readers.chat import to_messages
+from preprocess_data.readers.files import Broken
+from tests.support.data_helpers import HOSTILE, make_tokenizer
 from utils.text import clean_text
 
 RECORDS = int(os.environ.get("RECORDS", 100))

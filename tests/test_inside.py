@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from small_runs import CHAT, small_runs
 
-from engine.chat import open_speaker
-from engine.inside import expert_loads, is_load, reports_load, thinking
-from engine.request import Request
-from engine.sampling import Sampling
+from engine.inference.chat import open_speaker
+from engine.inference.inspect import expert_loads, is_load, reports_load, thinking
+from engine.inference.request import Request
+from engine.inference.sampling import Sampling
+from tests.support.small_runs import CHAT, small_runs
 
 
 @pytest.fixture(scope="module", params=["pretrain", "sft"])
@@ -76,7 +76,7 @@ def test_thinking_is_told_apart(written, expected):
 
 
 def test_export():
-    from page.export import as_jsonl, as_markdown
+    from web.export import as_jsonl, as_markdown
     exchanges = [{"ask": "春\n晓", "answers": [{"content": "a"}, {"error": "too long"}]},
                  {"ask": "# <b>x</b>", "answers": [{"content": "b\x1b[31m\n- c"}, {"content": "d"}]}]
     first, second = map(json.loads, as_jsonl(["one", "two"], exchanges, "be brief").splitlines())

@@ -4,19 +4,19 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from planted.right import RightModelArgs
-from planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
-from test_batching import build
-from test_generate import PROMPTS, TOKENIZER, NoState, V
 
 from checks import Subject
-from engine import checkpoint
-from engine.chat import open_speaker
-from engine.compiled import compile_decoding
-from engine.generate import generate
+from engine.inference.chat import open_speaker
+from engine.inference.compile import compile_decoding
+from engine.inference.generate import generate
+from engine.runs import checkpoint
 from model import BaseModelArgs, list_models
-from model.experts import chosen_matmul, expert_matmul
-from model.int8 import FEW_ROWS, Int8Linear, Int8Weight, to_int8
+from model.kernels.int8 import FEW_ROWS, Int8Linear, Int8Weight, to_int8
+from model.layers.moe import chosen_matmul, expert_matmul
+from tests.planted.right import RightModelArgs
+from tests.planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
+from tests.test_batching import build
+from tests.test_generate import PROMPTS, TOKENIZER, NoState, V
 from utils.errors import UserError
 
 EVERY = [*list_models(), "Recurrent", "Hybrid", "no state"]

@@ -10,16 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_batching import build
-from test_generate import PROMPTS, TOKENIZER
-from test_int8 import bf16
 
-from engine.compiled import with_kernels
-from engine.generate import generate
-from model import kernels, list_models
-from model.int8 import Int8Weight, to_int8
-from model.kernels import Packed, PackedLinear, PackedSwiGLU, one_query_attention, pack, packed_experts
+from engine.inference.compile import with_kernels
+from engine.inference.generate import generate
+from model import list_models
+from model.kernels import decode
+from model.kernels.decode import Packed, PackedLinear, PackedSwiGLU, one_query_attention, pack, packed_experts
+from model.kernels.int8 import Int8Weight, to_int8
 from model.layers import SwiGLU, attention_mask
+from tests.test_batching import build
+from tests.test_generate import PROMPTS, TOKENIZER
+from tests.test_int8 import bf16
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of one result; sums are fp32
 
@@ -28,7 +29,7 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of one result; sums ar
 def loaded():
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         pytest.skip("needs a C++ compiler")
-    kernels.load()
+    decode.load()
     torch.manual_seed(0)
 
 
@@ -152,15 +153,15 @@ def test_attention_keeps_its_digits_where_scores_are_far_apart():
 def test_visible_keys_are_those_up_to_the_position():
     positions = torch.tensor([[3, 4], [0, 1], [70, 71]]).T.contiguous().T  # not in order in memory
     want = (torch.arange(72) <= positions[..., None])[:, None]
-    assert torch.equal(kernels.visible_keys(positions, 72), want)
-    assert torch.equal(kernels.visible_keys(positions, 50), want[..., :50])
-    assert kernels.visible_keys(positions[:0], 50).shape == (0, 1, 2, 50)
+    assert torch.equal(decode.visible_keys(positions, 72), want)
+    assert torch.equal(decode.visible_keys(positions, 50), want[..., :50])
+    assert decode.visible_keys(positions[:0], 50).shape == (0, 1, 2, 50)
     torch.library.opcheck(torch.ops.mini_llm.visible, (positions, 72), test_utils="test_faketensor")
 
 
 @torch.no_grad()
 def test_a_compiled_mask_is_the_mask():
-    kernels.load()
+    decode.load()
     compiled = torch.compile(attention_mask, backend="eager", fullgraph=True)
     for positions in torch.tensor([[3], [0], [9]]), torch.tensor([[9]]), torch.tensor([[2]], dtype=torch.int32):
         state = SimpleNamespace(upto=9)
@@ -247,7 +248,7 @@ def test_types_without_a_kernel_stay_as_they_are():
 
 
 def test_packing_loses_nothing():
-    for dtype, per_step in kernels.PER_STEP.items():
+    for dtype, per_step in decode.PER_STEP.items():
         weight = torch.randint(-100, 100, (3, 37, 51)).to(dtype)
         packed = pack(weight)
         assert packed.shape == (3, 2, -(-51 // per_step), 32, per_step)
@@ -256,7 +257,7 @@ def test_packing_loses_nothing():
         assert not back[:, 37:].any() and not back[..., 51:].any()
 
 
-RUN = "from model import kernels; kernels.load()"
+RUN = "from model import kernels; decode.load()"
 
 
 def test_without_a_compiler_it_is_one_line(tmp_path):

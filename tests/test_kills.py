@@ -11,7 +11,7 @@ import pytest
 from model import list_models
 
 KILLS = int(os.environ.get("KILLS", "4"))
-WORKER = Path(__file__).parent / "kill_worker.py"
+WORKER = Path(__file__).parent / "support/kill_worker.py"
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from engine_helpers import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.support.engine_helpers import ROOT
 
 # A running mean over the past: neither `state` nor `doc_ids`, and a figure of its own for TensorBoard.
 PLUGIN = '''

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from checks import Subject
-from engine import optim
-from engine.config import TrainConfig
-from engine.optim import Average, CombinedOptimizer, Muon, build_optimizer, orthogonalize
+from engine.training import optim
+from engine.training.config import TrainConfig
+from engine.training.optim import Average, CombinedOptimizer, Muon, build_optimizer, orthogonalize
 from model import list_models
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data import IGNORE, DocumentRows, TokenFile
-from engine.heldout import held_out_loss
-from engine.packing import best_fit
-from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer
+from engine.data.packing import best_fit
+from engine.data.sequences import IGNORE, DocumentRows, TokenFile
+from engine.training.evaluate import held_out_loss
+from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer
 from utils.chat_template import encode_chat
 from utils.errors import UserError
 

@@ -4,8 +4,9 @@ import shutil
 import sys
 
 import pytest
-from chromium import EN, ROOT, ZH
-from small_runs import CHAT, small_runs
+
+from tests.support.chromium import EN, ROOT, ZH
+from tests.support.small_runs import CHAT, small_runs
 
 SETTINGS = {"temperature": 0.0, "top_p": 0.5, "max_new_tokens": 3, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1,
             "frequency_penalty": -0.5, "presence_penalty": 0.5, "seed": 5}
@@ -77,7 +78,7 @@ def test_the_command_line_may_go_beyond_the_sliders(monkeypatch):
 
 
 def test_every_setting_reaches_the_model_and_outlives_language_and_view(monkeypatch):
-    from engine import chat
+    from engine.inference import chat
     asked, answer = [], chat.Speaker.answer
 
     def listen(self, messages, **settings):

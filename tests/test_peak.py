@@ -6,11 +6,11 @@ import os
 import pytest
 import torch
 
-from engine import peak
-from engine.config import BatchPlan
-from engine.loader import StepLoader
-from engine.metrics import read_metrics
-from engine.peak import Peak, published
+from engine.data.loader import StepLoader
+from engine.planning import mfu
+from engine.planning.mfu import Peak, published
+from engine.runs.metrics import read_metrics
+from engine.training.config import BatchPlan
 
 
 @pytest.mark.parametrize("name, tflops", [
@@ -27,15 +27,15 @@ def test_where_the_peak_comes_from(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     assert str(Peak(torch.device("cuda"), "fp32")) == "156 TFLOPS (NVIDIA A100-SXM4-80GB, tf32, dense, published)"
     assert str(Peak(torch.device("cuda"), "bf16", 300)) == "300 TFLOPS (--peak_tflops)"
-    monkeypatch.setattr(peak, "matmul_rate", lambda device, precision: 2e11)
+    monkeypatch.setattr(mfu, "matmul_rate", lambda device, precision: 2e11)
     cpu = Peak(torch.device("cpu"), "bf16")
     assert str(cpu) == "0.2 TFLOPS (bf16 matmul, measured here at the start)"
     assert cpu.share(1e6, 5e4, devices=2) == pytest.approx(1e6 * 5e4 / 4e11)
 
 
 def test_the_matmul_rate_is_that_of_the_precision():
-    rate = peak.matmul_rate(torch.device("cpu"), "fp32")
-    assert 1e9 < rate < 1e14 and peak.matmul_rate(torch.device("cpu"), "fp32") == rate  # measured once
+    rate = mfu.matmul_rate(torch.device("cpu"), "fp32")
+    assert 1e9 < rate < 1e14 and mfu.matmul_rate(torch.device("cpu"), "fp32") == rate  # measured once
 
 
 def test_mfu_and_bits_a_character_of_a_run(world, capsys):

@@ -1,12 +1,20 @@
 """The checks themselves: each planted bug is caught by the check that should catch it, and nothing right is blamed."""
 
 import pytest
-from planted import unusual, wrong_attention, wrong_contract, wrong_learning, wrong_loss, wrong_packing, wrong_state
-from planted import wrong_weights as _
-from planted.right import UNUSUAL, WRONG
 
 from checks import CHECKS, SLOW, Subject
-from checks.runner import BUILDS, open_subject_of, run_check
+from checks.harness.runner import BUILDS, open_subject_of, run_check
+from tests.planted import (
+    unusual,
+    wrong_attention,
+    wrong_contract,
+    wrong_learning,
+    wrong_loss,
+    wrong_packing,
+    wrong_state,
+)
+from tests.planted import wrong_weights as _
+from tests.planted.right import UNUSUAL, WRONG
 
 assert all((unusual, wrong_attention, wrong_contract, wrong_learning, wrong_loss, wrong_packing, wrong_state, _))
 

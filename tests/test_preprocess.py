@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from preprocess_data import preprocess_data
 from preprocess_data.preprocess_data import main
-from preprocess_data.readers import Broken
-from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
+from preprocess_data.readers.files import Broken
+from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
 from utils.chat_template import encode_chat
 from utils.errors import UserError
 from utils.text import clean_text
@@ -70,7 +70,7 @@ def test_texts_come_back_split_as_the_design_says(tokenizer, tmp_path):
 
 
 def test_any_number_of_workers_and_either_encoder_write_the_same_bytes(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocess_data.readers.BLOCK", 2000)
+    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 2000)
     source = write_lines(tmp_path / "my.jsonl", [{"text": text} for text in some_texts(600)])
     ways = [(1, "tokenizers"), (2, "tokenizers"), (4, "auto"), (1, "auto")]
     for workers, encoder in ways:
@@ -192,8 +192,8 @@ def test_clean_text_and_its_short_cut(text):
 
 
 def test_too_many_bad_records_stop_the_run_and_an_option_lets_it_go_on(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocess_data.resume.JUDGED", 100)
-    monkeypatch.setattr("preprocess_data.readers.BLOCK", 500)
+    monkeypatch.setattr("preprocess_data.pipeline.resume.JUDGED", 100)
+    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 500)
     good = [{"text": text} for text in some_texts(1000) if clean_text(text)]
     source = write_lines(tmp_path / "a.jsonl", [*good[:400], "{", "{", *good[400:]])
     said = "2 of 4.. records are bad, more than --max_bad_ratio=0.001 .2 broken JSON"
@@ -214,7 +214,7 @@ def test_too_many_bad_records_stop_the_run_and_an_option_lets_it_go_on(tokenizer
 
 
 def test_the_limit_is_exact_for_any_workers(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocess_data.readers.BLOCK", 500)
+    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 500)
     for name in "ab":
         write_lines(tmp_path / f"{name}.jsonl", ["{"] + [{"text": f"{name}{i}"} for i in range(500)])
     sources = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}"
@@ -226,7 +226,7 @@ def test_the_limit_is_exact_for_any_workers(tokenizer, tmp_path, monkeypatch):
 
 
 def test_large_vocabulary_takes_four_bytes():
-    from preprocess_data.write_tokens import token_dtype
+    from preprocess_data.pipeline.write_tokens import token_dtype
 
     assert token_dtype(65_536) == np.dtype("<u2") and token_dtype(65_537) == np.dtype("<u4")
 
@@ -249,20 +249,20 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("row", LAYOUTS)
 def test_every_layout_gives_the_same_conversation(row):
-    from preprocess_data.chat_rows import to_messages
+    from preprocess_data.readers.chat import to_messages
 
     assert to_messages(row) == (CHAT, None)
 
 
 def test_a_history_nested_without_end_is_one_bad_row():
-    from preprocess_data.chat_rows import to_messages
+    from preprocess_data.readers.chat import to_messages
 
     row = {"q": "一", "a": "二", "history": "[" * 200_000}
     assert to_messages(row).reason == "missing or mistyped fields"
 
 
 def test_history_system_and_input_are_kept():
-    from preprocess_data.chat_rows import to_messages
+    from preprocess_data.readers.chat import to_messages
 
     messages, _ = to_messages({"q": "三", "a": "四", "history": [["一", "二"]], "system": "诗人"})
     assert [m["content"] for m in messages] == ["诗人", "一", "二", "三", "四"]

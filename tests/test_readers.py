@@ -13,9 +13,9 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from preprocess_data import readers
-from preprocess_data.readers import LONGEST, TOO_LONG, Broken, JsonLines, read_file, whole_lines
-from preprocess_data.unpack import PACKINGS
+from preprocess_data.readers import files
+from preprocess_data.readers.decompress import PACKINGS
+from preprocess_data.readers.files import LONGEST, TOO_LONG, Broken, JsonLines, read_file, whole_lines
 
 TEXTS = ["第一篇。", "second, \"quoted\"", "两行，\n一篇", "é🙂"]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
@@ -59,7 +59,7 @@ def texts(path) -> list:
 @pytest.mark.parametrize("packing", PACK)
 @pytest.mark.parametrize("kind", FILES)
 def test_every_kind_in_every_packing_gives_the_same_records(tmp_path, monkeypatch, kind, packing, block):
-    monkeypatch.setattr(readers, "BLOCK", block)
+    monkeypatch.setattr(files, "BLOCK", block)
     path = tmp_path / f"a{kind}{packing}"
     path.write_bytes(PACK[packing](FILES[kind]))
     assert texts(path) == TEXTS
@@ -70,7 +70,7 @@ def test_every_kind_in_every_packing_gives_the_same_records(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("kind", [".jsonl", ".txt", ".csv"])
 def test_records_know_their_lines(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(readers, "BLOCK", 10)
+    monkeypatch.setattr(files, "BLOCK", 10)
     path = tmp_path / f"a{kind}"
     path.write_bytes(FILES[kind])
     starts = {".jsonl": [1, 2, 3, 4], ".txt": [1, 3, 5, 8], ".csv": [2, 3, 4, 6]}  # the third text has two lines
@@ -130,8 +130,8 @@ def test_broken_lines_say_why(line, reason):
 @pytest.mark.parametrize("ends", [(b"\n",), (b"\n\n", b"\n\r\n")])
 @pytest.mark.parametrize("block", [1 << 8, 1 << 12])
 def test_an_endless_line_is_one_reject_and_is_never_held(monkeypatch, ends, block):
-    monkeypatch.setattr(readers, "BLOCK", block)
-    monkeypatch.setattr(readers, "LONGEST", limit := 20 * block)
+    monkeypatch.setattr(files, "BLOCK", block)
+    monkeypatch.setattr(files, "LONGEST", limit := 20 * block)
     end = ends[0]
     for before in (0, 1, block - 1, block, block + 1):
         data = b"a" * before + end + b"x" * (limit + 3 * block) + end + b"b" + end + b"y" * (limit + 2 * block)
@@ -191,7 +191,7 @@ def test_long_windows_and_suffixes_in_capitals(tmp_path):
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
     packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     (tmp_path / "a.JSONL.ZST").write_bytes(packer.compress(LINES) + packer.flush())
-    assert readers.data_files(tmp_path) == [tmp_path / "a.JSONL.ZST"]
+    assert files.data_files(tmp_path) == [tmp_path / "a.JSONL.ZST"]
     assert [row["text"] for _, row in rows(tmp_path / "a.JSONL.ZST")] == TEXTS
 
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from preprocess_data.pipeline.report import SAMPLES, write_report
 from preprocess_data.preprocess_data import main
-from preprocess_data.report import SAMPLES, write_report
-from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
+from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
 from utils.chat_template import encode_chat
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from preprocess_data import preprocess_data, resume, write_tokens
+from preprocess_data import preprocess_data
+from preprocess_data.pipeline import resume, write_tokens
+from preprocess_data.pipeline.resume import Run
+from preprocess_data.pipeline.write_tokens import GrowingFile
 from preprocess_data.preprocess_data import main
-from preprocess_data.resume import Run
-from preprocess_data.write_tokens import GrowingFile
-from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
+from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
 from utils.errors import UserError
 
-WORKER = Path(__file__).with_name("preprocess_worker.py")
+WORKER = Path(__file__).parent / "support/preprocess_worker.py"
 KILLS = int(os.environ.get("KILLS", 3))
 
 
@@ -93,7 +94,7 @@ class Crash(BaseException):
 
 def test_a_crash_at_every_step_of_writing(tokenizer, tmp_path, monkeypatch):
     """Each call that changes the folder in turn is the last one that a run makes."""
-    monkeypatch.setattr("preprocess_data.readers.BLOCK", 3000)
+    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 3000)
     monkeypatch.setattr(preprocess_data, "SAVE_SECONDS", -1.0)
     source, left = make_source(tmp_path / "a.jsonl", 120), None
 
@@ -140,7 +141,7 @@ def test_a_crash_at_every_step_of_writing(tokenizer, tmp_path, monkeypatch):
 
 
 def test_full_disk_is_one_line_and_a_rerun_goes_on(tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("preprocess_data.readers.BLOCK", 3000)
+    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 3000)
     monkeypatch.setattr(preprocess_data, "SAVE_SECONDS", -1.0)
     source, real, room = make_source(tmp_path / "a.jsonl", 400), GrowingFile.write, 20_000
 
@@ -164,7 +165,7 @@ def test_full_disk_is_one_line_and_a_rerun_goes_on(tokenizer, tmp_path, monkeypa
 
 
 def test_other_settings_or_input_begin_anew(tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("preprocess_data.readers.BLOCK", 3000)
+    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 3000)
     monkeypatch.setattr(preprocess_data, "SAVE_SECONDS", -1.0)
     source = make_source(tmp_path / "a.jsonl", 400)
     real, adds = Run.add, 0
@@ -210,7 +211,7 @@ def test_one_run_at_a_time(tokenizer, tmp_path):
 
 
 def test_duplicates_are_dropped_in_the_order_of_the_input(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocess_data.readers.BLOCK", 2000)
+    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 2000)
     random_ = random.Random(1)
     long = ["".join(chr(random_.randrange(0x4E00, 0x9FA0)) for _ in range(200)) for _ in range(40)]
     near = [text + "。尾" for text in long]

@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from engine_helpers import ROOT, make_tokenizer, pretrain_files
 from safetensors.torch import load_file
 
 from model.deepseekv3 import DeepSeekV3Model
+from tests.support.engine_helpers import ROOT, make_tokenizer, pretrain_files
 
 STEPS, GAMMA = 4, 0.01
 

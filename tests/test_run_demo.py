@@ -51,7 +51,7 @@ def project(tmp_path):
     root = tmp_path / "a project"
     for folder in ("demo", "configs", "model", ".venv/bin", "preprocess_data"):
         (root / folder).mkdir(parents=True)
-    for name in ("run_demo.sh", "demo/venv.sh", "demo/times.py"):
+    for name in ("run_demo.sh", "scripts/venv.sh", "demo/times.py"):
         shutil.copy(ROOT / name, root / name)
     for name in ("pretrain", "sft", "train_tokenizer", "preprocess_data/preprocess_data", "demo/evaluate"):
         (root / f"{name}.py").write_text(STAND_IN, encoding="utf-8")

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_helpers import TinyModel
 from safetensors.torch import load_file
-from test_save_faults import mount_small
-from test_trainer import losses, same, stop_after
 
-from engine import keeping
-from engine.checkpoint import find_checkpoints, newest_checkpoint
-from engine.guard import ENOUGH, largest
-from engine.metrics import read_metrics
-from engine.runfolder import lock_folder
+from engine.runs import checkpoint_manager
+from engine.runs.checkpoint import find_checkpoints, newest_checkpoint
+from engine.runs.metrics import read_metrics
+from engine.runs.run_folder import lock_folder
+from engine.training.bad_steps import ENOUGH, largest
+from tests.support.engine_helpers import TinyModel
+from tests.test_save_faults import mount_small
+from tests.test_trainer import losses, same, stop_after
 from utils.errors import UserError
 
 
@@ -238,8 +238,8 @@ def test_the_path_of_the_run_is_written_where_asked(world):
 
 def test_room_is_looked_for_before_the_run_and_before_a_save(world, monkeypatch, capsys):
     free = []
-    monkeypatch.setattr(keeping.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free[0]}))
-    monkeypatch.setattr(keeping, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(checkpoint_manager.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free[0]}))
+    monkeypatch.setattr(checkpoint_manager, "PAUSE_SECONDS", 0)
     free[:] = [50_000]
     with pytest.raises(UserError, match="needs about .* for 3 checkpoints, the one being written and the final"):
         world.run(save_interval=2, max_steps=20)
@@ -260,8 +260,8 @@ def test_room_is_looked_for_before_the_run_and_before_a_save(world, monkeypatch,
 def test_a_save_that_fails_when_the_run_is_to_stop_is_an_error(world, monkeypatch):
     def full(*_):
         raise OSError("full")
-    monkeypatch.setattr(keeping, "save_checkpoint", full)
-    monkeypatch.setattr(keeping, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(checkpoint_manager, "save_checkpoint", full)
+    monkeypatch.setattr(checkpoint_manager, "PAUSE_SECONDS", 0)
     with pytest.raises(UserError, match="step 3 could not be saved .full.: make room"):
         stop_after(world, monkeypatch, 3)
 
@@ -269,7 +269,7 @@ def test_a_save_that_fails_when_the_run_is_to_stop_is_an_error(world, monkeypatc
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer dies
 def test_a_run_on_a_disk_that_is_full_for_a_while_goes_on(world, monkeypatch, capsys):
     """A tmpfs fills up in step 3 and has room again in step 12: only saves are missing at the end."""
-    monkeypatch.setattr(keeping, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(checkpoint_manager, "PAUSE_SECONDS", 0)
     disk = world.path / "disk"
     if not mount_small(disk, "2m"):
         pytest.skip("no right to mount a tmpfs")

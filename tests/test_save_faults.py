@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_helpers import TinyModel, TinyModelArgs
 
-from engine import keeping
-from engine.checkpoint import damage, find_checkpoints, load_training_state, newest_checkpoint, step_of
-from engine.keeping import Saver
-from engine.optim import build_optimizer
+from engine.runs import checkpoint_manager
+from engine.runs.checkpoint import damage, find_checkpoints, load_training_state, newest_checkpoint, step_of
+from engine.runs.checkpoint_manager import Saver
+from engine.training.optim import build_optimizer
+from tests.support.engine_helpers import TinyModel, TinyModelArgs
 from utils.errors import UserError
 
 FLIPS = int(os.environ.get("FLIPS", "300"))
@@ -111,7 +111,7 @@ def test_every_kind_of_call_is_seen(example, tmp_path):
 
 @pytest.mark.parametrize("fault", ["fails", "full", "short", "dies", "dies after", "dies within"])
 def test_a_fault_at_every_call_of_a_save_leaves_a_valid_checkpoint(example, tmp_path, monkeypatch, capsys, fault):
-    monkeypatch.setattr(keeping, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(checkpoint_manager, "PAUSE_SECONDS", 0)
     names = count_calls(example, tmp_path)
     for at, name in enumerate(names):
         if name != "write" and fault in ("short", "dies within"):
@@ -168,7 +168,7 @@ def test_pruning_counts_whole_checkpoints_only_and_never_the_one_just_written(ex
     run = shutil.copytree(example[0], tmp_path / "run")
     flip = run / "checkpoints/step-00000002/model.safetensors"
     flip.write_bytes(flip.read_bytes()[:-1] + b"x")
-    keeping.prune_checkpoints(run, 1)
+    checkpoint_manager.prune_checkpoints(run, 1)
     assert [step_of(f) for f in find_checkpoints(run)] == [1]
     model, optimizer = example[1:]
     shutil.copytree(example[0] / "checkpoints/step-00000002", run / "checkpoints/step-00000009")
@@ -197,7 +197,7 @@ def mount_small(folder: Path, size: str) -> bool:
 
 def test_a_disk_that_is_really_full(tmp_path, monkeypatch, capsys):
     """A tmpfs with room for one checkpoint and some: each later save fails, and once there is room it succeeds."""
-    monkeypatch.setattr(keeping, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(checkpoint_manager, "PAUSE_SECONDS", 0)
     disk = tmp_path / "disk"
     if not mount_small(disk, "200k"):
         pytest.skip("no right to mount a tmpfs")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from engine.config import TrainConfig, plan_batch, plan_steps
-from engine.schedule import learning_rate
+from engine.training.config import TrainConfig, plan_batch, plan_steps
+from engine.training.schedule import learning_rate
 from utils.errors import UserError
 
 
@@ -60,7 +60,7 @@ def test_a_ramp_knows_where_every_step_begins(ratio):
 
 
 def test_a_step_that_cannot_be_dealt_out_is_refused(monkeypatch):
-    monkeypatch.setattr("engine.distributed.world_size", lambda: 3)
+    monkeypatch.setattr("engine.distributed.process_group.world_size", lambda: 3)
     with pytest.raises(UserError, match="a step of 16 rows cannot be dealt out evenly to 3 .* multiple of 3"):
         plan_batch(TrainConfig(global_batch_size=16), 16)
     with pytest.raises(UserError, match="in quarters for --batch_ramp_ratio: .* multiple of 12"):

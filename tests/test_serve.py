@@ -17,12 +17,12 @@ import pytest
 import torch
 from openai.lib.streaming.chat import ChunkEvent
 from prometheus_client.parser import text_string_to_metric_families
-from serving_helpers import LONGEST, MODEL, NAME, make_speaker, serving
-from small_runs import CHAT, small_runs
 
-from engine.generate import generate
-from engine.serving.answers import spell
+from engine.inference.generate import generate
+from engine.serving.formats import spell
 from model import list_models
+from tests.support.serving_helpers import LONGEST, MODEL, NAME, make_speaker, serving
+from tests.support.small_runs import CHAT, small_runs
 from utils.chat_template import encode_chat
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from schemathesis.checks import load_all_checks
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from serving_helpers import NAME, serving
 
-from engine.generate import generate
-from engine.serving.fields import ChatBody, CompletionBody
+from engine.inference.generate import generate
+from engine.serving.schemas import ChatBody, CompletionBody
+from tests.support.serving_helpers import NAME, serving
 
 MANY = int(os.environ.get("HOSTILE_REQUESTS", 25))
 
@@ -192,8 +192,8 @@ HEAD = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appl
 
 
 def test_slow_heads_and_bodies_are_cut_off(server, monkeypatch):
-    monkeypatch.setattr("engine.serving.listening.SEND_SECONDS", 0.3)
-    monkeypatch.setattr("engine.serving.door.BODY_SECONDS", 0.3)
+    monkeypatch.setattr("engine.serving.server.SEND_SECONDS", 0.3)
+    monkeypatch.setattr("engine.serving.middleware.BODY_SECONDS", 0.3)
     nothing, head, body_, refused = (connect(server) for _ in range(4))
     head.sendall(b"GET /health HTTP/1.1\r\nX: ")
     body_.sendall(HEAD + b"Content-Length: 100\r\n\r\n{")
@@ -221,7 +221,7 @@ def test_slow_heads_and_bodies_are_cut_off(server, monkeypatch):
 
 
 def test_connections_have_a_bound(server, monkeypatch):
-    monkeypatch.setattr("engine.serving.listening.MOST_CONNECTIONS", 10)
+    monkeypatch.setattr("engine.serving.server.MOST_CONNECTIONS", 10)
 
     def healthy():
         try:
@@ -240,7 +240,7 @@ def test_connections_have_a_bound(server, monkeypatch):
 
 
 def test_who_does_not_read_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr("engine.serving.following.SEND_SECONDS", 0.3)
+    monkeypatch.setattr("engine.serving.responses.SEND_SECONDS", 0.3)
     with serving(request_timeout=0.5, max_batch_size=16) as server, connect(server) as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         ask = json.dumps({"prompt": [1, 50], "n": 16, "max_tokens": 120, "stream": True, "logprobs": 20}).encode()

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_batching import EVERY, build
-from test_generate import PROMPTS, TINY, TOKENIZER, V, make
 
-from engine.chat import Reply
-from engine.generate import decode, generate, new_request, stream
-from engine.sampling import Sampling
+from engine.inference.chat import Reply
+from engine.inference.generate import decode, generate, new_request, stream
+from engine.inference.sampling import Sampling
 from model import get_model_and_args, list_models
+from tests.test_batching import EVERY, build
+from tests.test_generate import PROMPTS, TINY, TOKENIZER, V, make
 from utils.errors import UserError
 
 DRAFTING = [name for name in list_models() if make(name).draft is not None]
@@ -51,7 +51,7 @@ def test_right_guesses_save_calls_and_wrong_ones_are_forgotten(name):
     for wrong, calls in ((None, 6), (0, 25), (1, 13), (3, 7)):
         request = new_request(TOKENIZER, ids, 25, Sampling(0), ())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("engine.speculative.look_up", told(wrong))
+            patch.setattr("engine.inference.speculative.look_up", told(wrong))
             for _ in decode(model, [request], "ngram"):
                 pass
         assert request.tokens == answer and request.finish == "length"

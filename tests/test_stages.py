@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from engine_helpers import ROOT, stage_files
 
 import pretrain
 import sft
-from engine.checkpoint import find_runs, load_run, newest_run
+from engine.runs.checkpoint import find_runs, load_run, newest_run
 from model import list_models
+from tests.support.engine_helpers import ROOT, stage_files
 from utils import paths
 from utils.errors import UserError
 

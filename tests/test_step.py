@@ -6,15 +6,15 @@ import sys
 
 import pytest
 import torch
-from engine_helpers import ROOT
-from planted.right import RightModelArgs
-from planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
 
 from checks import Subject
-from engine.config import TrainConfig
-from engine.data import PADDING
-from engine.step import LowWeights, Stepper
+from engine.data.sequences import PADDING
+from engine.training.config import TrainConfig
+from engine.training.step import LowWeights, Stepper
 from model import list_models
+from tests.planted.right import RightModelArgs
+from tests.planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
+from tests.support.engine_helpers import ROOT
 from utils.errors import UserError
 
 CPU = torch.device("cpu")

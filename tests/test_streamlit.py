@@ -7,12 +7,12 @@ import threading
 import time
 
 import pytest
-from chromium import EN, ZH, Page, open_browser, requests, serve, wait
-from payloads import MARKUP, PAYLOADS, RUN, SITE
-from small_runs import CHAT, small_runs
 
-from engine.chat import open_speaker
-from engine.inside import reports_load
+from engine.inference.chat import open_speaker
+from engine.inference.inspect import reports_load
+from tests.support.chromium import EN, ZH, Page, open_browser, requests, serve, wait
+from tests.support.payloads import MARKUP, PAYLOADS, RUN, SITE
+from tests.support.small_runs import CHAT, small_runs
 from utils.terminal import harmless
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def parrot(home):
     for name in ("config.yaml", "run.json"):
         with open(run / name, "a", encoding="utf-8") as file:
             file.write("".join(f"# {payload!r}\n" for payload in PAYLOADS))
-    with serve(home, "tests/parrot_page.py", f"--output_path={run.parent}", "--temperature=0") as address:
+    with serve(home, "tests/support/parrot_page.py", f"--output_path={run.parent}", "--temperature=0") as address:
         yield address
 
 

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import CHAT, POEM, small_runs
 
-from engine.chat import choose_run, fit, open_speaker
+from engine.inference.chat import choose_run, fit, open_speaker
+from tests.support.small_runs import CHAT, POEM, small_runs
 from utils.errors import UserError
 from utils.logo import print_logo
 from utils.terminal import harmless, paint

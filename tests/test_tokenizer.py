@@ -13,9 +13,9 @@ import pytest
 
 import train_tokenizer
 from benchmarks import tokenizer_training
-from preprocess_data.corpora import find_sources
-from preprocess_data.tokenizer_report import known_tokenizers, of_folder, write_report
-from tests.data_helpers import HOSTILE, SENTENCES, make_tokenizer, random_text, write_lines
+from preprocess_data.corpora.registry import find_sources
+from preprocess_data.pipeline.tokenizer_report import known_tokenizers, of_folder, write_report
+from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer, random_text, write_lines
 from train_tokenizer import main as train_main
 from train_tokenizer import train
 from utils.errors import UserError

@@ -10,17 +10,17 @@ import threading
 import numpy as np
 import pytest
 import torch
-from engine_helpers import ROOT, TinyModel, sft_files
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import keeping
-from engine.checkpoint import find_runs, newest_checkpoint
-from engine.config import BatchPlan
-from engine.data import DocumentRows, TokenFile
-from engine.loader import StepLoader
-from engine.metrics import RunLog, read_metrics
-from engine.runfolder import lock_folder
+from engine.data.loader import StepLoader
+from engine.data.sequences import DocumentRows, TokenFile
+from engine.runs import checkpoint_manager
+from engine.runs.checkpoint import find_runs, newest_checkpoint
+from engine.runs.metrics import RunLog, read_metrics
+from engine.runs.run_folder import lock_folder
+from engine.training.config import BatchPlan
+from tests.support.engine_helpers import ROOT, TinyModel, sft_files
 from utils.errors import UserError
 
 TIMES = ("tokens_per_s", "seconds", "mfu")
@@ -334,14 +334,14 @@ def test_a_second_signal_ends_at_once():
 
 
 def test_a_failed_save_does_not_end_the_run(world, monkeypatch, capsys):
-    save = keeping.save_checkpoint
+    save = checkpoint_manager.save_checkpoint
 
     def full_disk(folder, *rest):
         if folder.name == "step-00000002":
             raise OSError("No space left on device")
         save(folder, *rest)
-    monkeypatch.setattr(keeping, "save_checkpoint", full_disk)
-    monkeypatch.setattr(keeping, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(checkpoint_manager, "save_checkpoint", full_disk)
+    monkeypatch.setattr(checkpoint_manager, "PAUSE_SECONDS", 0)
     assert world.run(save_interval=2)["status"] == "finished"
     assert "could not be saved (No space left" in capsys.readouterr().err
 

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from engine.generate import generate
+from engine.inference.generate import generate
 from model import get_model_and_args
 from model.deepseekv3 import LatentAttention
 
 transformers = pytest.importorskip("transformers")
-from transformers_helpers import (  # noqa: E402  (it needs transformers)
+from tests.support.transformers_helpers import (  # noqa: E402  (it needs transformers)
     DEEPSEEK,
     LLAMA,
     SEEDS,

@@ -5,11 +5,11 @@ import re
 import sys
 
 import pytest
-from engine_helpers import ROOT
 
 from checks import CHECKS, Subject
-from checks.runner import open_subject_of, run_check, run_checks
+from checks.harness.runner import open_subject_of, run_check, run_checks
 from model.new import new_file
+from tests.support.engine_helpers import ROOT
 
 PAGE = (ROOT / "docs/add_an_architecture.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -2,12 +2,12 @@
 import random
 
 import pytest
-from engine_helpers import make_tokenizer
-from test_generate import V, make
 
-from engine.generate import decode, generate, new_request
-from engine.sampling import Sampling
-from utils.writer import Writer
+from engine.inference.detokenizer import Writer
+from engine.inference.generate import decode, generate, new_request
+from engine.inference.sampling import Sampling
+from tests.support.engine_helpers import make_tokenizer
+from tests.test_generate import V, make
 
 
 @pytest.fixture(scope="module")

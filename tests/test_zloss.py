@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from checks import Subject
-from engine.zloss import with_z_loss
+from engine.training.zloss import with_z_loss
 from model import list_models
 from model.layers import lm_loss, log_normalisers
 from utils.errors import UserError

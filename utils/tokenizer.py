@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
+from utils.atomic import replacing
 from utils.chat_template import CHAT_TEMPLATE
 from utils.errors import UserError
-from utils.files import replacing
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 N_SPECIAL = 16  # the rest of these ids are reserved slots, so that a later stage can take one and no id moves

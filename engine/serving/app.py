@@ -7,14 +7,14 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from starlette.responses import PlainTextResponse, Response
 
-from engine.generate import new_request
-from engine.sampling import Sampling
-from engine.serving.answers import ChatAnswer, ChatShape, ErrorAnswer, Model, Models, TextAnswer, TextShape
-from engine.serving.door import Door
+from engine.inference.generate import new_request
+from engine.inference.sampling import Sampling
 from engine.serving.errors import ApiError, handle_errors
-from engine.serving.fields import ChatBody, CompletionBody
-from engine.serving.following import Following
+from engine.serving.formats import ChatAnswer, ChatShape, ErrorAnswer, Model, Models, TextAnswer, TextShape
 from engine.serving.metrics import Metrics
+from engine.serving.middleware import Door
+from engine.serving.responses import Following
+from engine.serving.schemas import ChatBody, CompletionBody
 from utils.chat_template import encode_chat
 
 

@@ -1,0 +1,201 @@
+"""What a check works on: an architecture so small that it runs in milliseconds, with weights that show mistakes."""
+
+import copy
+import dataclasses
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from checks.harness.tiny_args import tiny_args
+from model import get_model_and_args
+
+LONG = 300  # tokens of a sequence that reaches beyond the usual chunks, and beyond the integers that bf16 can hold
+
+
+class CheckFailed(AssertionError):
+    """The architecture is wrong: the message says what was seen, with figures. `causes`: the likely ones, if known."""
+
+    def __init__(self, message, causes=()):
+        super().__init__(message)
+        self.causes = list(causes)
+
+
+class NotApplicable(Exception):
+    """The architecture does not declare what this check is about."""
+
+
+def require(condition, message, causes=()):
+    """Raise `CheckFailed(message)` unless `condition` holds."""
+    if not condition:
+        raise CheckFailed(message, causes)
+
+
+def require_close(got, want, what, tolerance=2e-4):
+    """Raise `CheckFailed` when two tensors differ by more than `tolerance`, relative to the larger scale of `want`."""
+    require(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+    if not got.numel():
+        return
+    require(got.isfinite().all(), f"{what}: {(~got.isfinite()).sum()} of {got.numel()} numbers are not finite")
+    error, bound = (got - want).abs(), tolerance * max(1.0, want.abs().max().item())
+    worst = tuple(i.item() for i in torch.unravel_index(error.argmax(), error.shape))
+    where = f" at {list(worst[:2])} of (row, position)" if got.ndim == 3 else ""
+    require(error.max() <= bound, f"{what}: differs by {error.max():.3g}{where} (allowed {bound:.2g})")
+
+
+def positions_text(positions):
+    """Return a list of numbers as short text: `3, 4, 5 and 9 more`."""
+    positions = [int(p) for p in positions]
+    more = f" and {len(positions) - 6} more" if len(positions) > 6 else ""
+    return ", ".join(map(str, positions[:6])) + more
+
+
+def call(model, ids, **inputs):
+    """Return what `forward` returns, after a look at its form."""
+    out = model(ids, **inputs)
+    form = "(logits, loss, other_vars)"
+    require(isinstance(out, tuple), f"forward returns {type(out).__name__}, expected a tuple {form}")
+    require(len(out) == 3, f"forward returns {len(out)} values, expected three: {form}")
+    require(isinstance(out[2], dict), f"other_vars is {type(out[2]).__name__}, expected a dict of tensors")
+    return out
+
+
+def logits_of(model, ids, **inputs):
+    """Return the logits (B, T, V) of a call without targets."""
+    logits = call(model, ids, **inputs)[0]
+    require(isinstance(logits, torch.Tensor), "without targets forward must return logits, and they are "
+            f"{type(logits).__name__}")
+    shape = (*ids.shape, model.args.vocab_size)
+    require(tuple(logits.shape) == shape, f"logits have shape {tuple(logits.shape)}, expected (B, T, V) = {shape}")
+    return logits
+
+
+def next_tokens(ids):
+    """Return targets for random tokens `ids` (B, T): every row moved by one."""
+    return ids.roll(-1, 1)
+
+
+@contextmanager
+def embedded_tokens(model):
+    """Within the block, collect what the model's token embedding returns: tensors to take gradients at."""
+    table = next((m for m in model.modules() if isinstance(m, nn.Embedding)
+                  and m.num_embeddings >= model.args.vocab_size), None)
+    if table is None:
+        raise NotApplicable("there is no nn.Embedding of the vocabulary to take gradients at")
+    outputs = []
+    handle = table.register_forward_hook(lambda module, args, out: outputs.append(out.requires_grad_()) or out)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def gradient_at_tokens(scalar, outputs):
+    """Return the size (B, T) of the gradient of `scalar` at the embedded tokens."""
+    if not scalar.requires_grad:
+        return torch.zeros(outputs[0].shape[:2])
+    grads = torch.autograd.grad(scalar, outputs, retain_graph=True, allow_unused=True)
+    sizes = [g.abs().amax(dim=-1) for g in grads if g is not None]
+    return sum(sizes) if sizes else torch.zeros(outputs[0].shape[:2])
+
+
+class Subject:
+    """One architecture under check: `Model`, its tiny `args`, and ways to make models and inputs from fixed seeds.
+
+    name: of a registered model. switches: argument values that the tiny args take over from a real run.
+    `Subject.of(Model, ModelArgs)` takes the classes themselves.
+    """
+
+    def __init__(self, name, switches=None):
+        self._set(*get_model_and_args(name), name, switches)
+
+    @classmethod
+    def of(cls, Model, ModelArgs, switches=None):
+        subject = cls.__new__(cls)
+        subject._set(Model, ModelArgs, Model.model_name or Model.__name__, switches)
+        return subject
+
+    def _set(self, Model, ModelArgs, name, switches):
+        self.Model, self.ModelArgs, self.name = Model, ModelArgs, name
+        self.args, self.warning = tiny_args(Model, ModelArgs, switches)
+
+    def build(self, seed=0, sharp=True, **changes):
+        """Return a model in eval mode; `changes` are arguments other than the tiny ones. `sharp`: weights of unit gain
+        instead of the small initial ones, whose outputs hardly depend on the input, so that a leak or a drift would
+        hide in rounding."""
+        gain = self._gain if sharp else 0.0  # before the seed is set: finding it draws random numbers
+        torch.manual_seed(seed)
+        model = self.Model(self.changed_args(**changes)).eval()
+        if gain:
+            _sharpen(model, gain)
+        return model
+
+    def changed_args(self, **changes):
+        """Return the tiny args with some values changed."""
+        if not changes:
+            return copy.deepcopy(self.args)
+        given = {f.name: getattr(self.args, f.name) for f in dataclasses.fields(self.args) if f.init}
+        return type(self.args)(**{**given, **changes})
+
+    def build_long(self, seed=0, sharp=True):
+        """Return a model for sequences of `LONG` tokens."""
+        try:
+            return self.build(seed, sharp, max_seq_len=LONG)
+        except Exception as error:
+            raise NotApplicable(f"no model of max_seq_len={LONG} with the other arguments small: {error}") from error
+
+    @cached_property
+    def _gain(self):
+        """The largest gain at which the outputs stay finite: an unusual recurrence may blow up at 1."""
+        ids = self.tokens()
+        for gain in (1.0, 0.3):
+            torch.manual_seed(0)
+            model = self.Model(self.changed_args()).eval()
+            _sharpen(model, gain)
+            with torch.no_grad():
+                logits = model(ids)[0]
+            if isinstance(logits, torch.Tensor) and logits.isfinite().all() and logits.abs().max() < 1e4:
+                return gain
+        return 0.0
+
+    def tokens(self, rows=3, length=None, seed=1):
+        """Return random token ids (rows, length or max_seq_len)."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.args.vocab_size, (rows, length or self.args.max_seq_len), generator=generator)
+
+    def needs(self, parameter):
+        """Skip the check unless the model's forward accepts `parameter`."""
+        if not self.Model.accepts(parameter):
+            raise NotApplicable(f"forward does not accept {parameter}")
+
+    def task_loss(self, loss, other_vars):
+        """Return the cross-entropy among the terms of the loss: `loss/ce`, or the term that comes nearest to it."""
+        return other_vars.get(self._task_key, loss)
+
+    @cached_property
+    def _task_key(self):
+        model, ids = self.build(), self.tokens()
+        with torch.no_grad():
+            _, loss, other_vars = call(model, ids, targets=next_tokens(ids))
+            terms = {k: v for k, v in other_vars.items() if k.startswith("loss/")}
+            if "loss/ce" in terms or not terms:
+                return "loss/ce"
+            want = negative_log_likelihood(logits_of(model, ids), next_tokens(ids)).mean()
+        return min([None, *terms], key=lambda k: abs((loss if k is None else terms[k]).item() - want.item()))
+
+
+def _sharpen(model, gain):
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.requires_grad and param.ndim >= 2:
+                param.normal_(std=gain * param.shape[-1] ** -0.5)
+            elif param.requires_grad:
+                param.add_(torch.randn_like(param), alpha=0.1)
+
+
+def negative_log_likelihood(logits, targets):
+    """Return -log p(target) in float64, one number for each target that is not -100."""
+    valid = targets != -100
+    return -F.log_softmax(logits.double(), dim=-1)[valid].gather(1, targets[valid][:, None])[:, 0]

@@ -1,0 +1,145 @@
+"""Runs checks over one architecture, and turns whatever happens into a line: pass, fail or skip."""
+
+import inspect
+import re
+import time
+import traceback
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from checks import CHECKS, FAST, CheckFailed, NotApplicable, Subject
+from model import BaseModel, get_model_and_args
+from utils.errors import UserError
+
+BUILDS = "contract.builds"  # the check that comes before all others: the file imports, and a tiny model runs
+MODEL_FOLDER = Path(inspect.getfile(BaseModel)).parent
+
+
+@dataclass
+class Result:
+    """What one check says. status: "pass", "fail" or "skip"; detail: what was seen, or why it was left out."""
+
+    check: str
+    status: str
+    detail: str = ""
+    causes: list = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run_checks(subject, names=None, tell=lambda result: None):
+    """Return the `Result` of each check in `names` (default: all), in order; `tell` hears of each as it comes."""
+    results = []
+    for name in names or CHECKS:
+        results.append(run_check(subject, name))
+        tell(results[-1])
+    return results
+
+
+def run_check(subject, name):
+    """Run one check from a fixed seed, and return its `Result`."""
+    started, check = time.perf_counter(), CHECKS[name]
+    with _undisturbed():
+        try:
+            check(subject)
+            status, detail, causes = "pass", "", []
+        except NotApplicable as reason:
+            status, detail, causes = "skip", str(reason), []
+        except CheckFailed as failure:
+            status, detail, causes = "fail", str(failure), [*failure.causes, *usual_causes(check)]
+        except Exception as error:
+            status, detail, causes = "fail", crash_text(error, subject.Model), usual_causes(check)
+    return Result(name, status, detail, causes, time.perf_counter() - started)
+
+
+@contextmanager
+def _undisturbed():
+    """One thread (tiny matrices gain nothing by a second, and wait for it), a fixed seed, no warnings; all put back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def open_subject(name, switches=None):
+    """Return (Subject or None, Result of `contract.builds`): None when the file does not import or no tiny model runs.
+
+    switches: argument values taken over from a real run. Raises the `ModelError` of a name that nobody has.
+    """
+    try:
+        classes = get_model_and_args(name)
+    except Exception as error:
+        if str(error).startswith("unknown model"):
+            raise
+        return None, Result(BUILDS, "fail", import_text(str(error)))
+    return open_subject_of(*classes, switches)
+
+
+def open_subject_of(Model, ModelArgs, switches=None):
+    """The same for the classes of an architecture that is not registered."""
+    started = time.perf_counter()
+    with _undisturbed():
+        try:
+            subject, status, detail = Subject.of(Model, ModelArgs, switches), "pass", ""
+        except Exception as error:
+            subject, status, detail = None, "fail", crash_text(error, Model)
+    return subject, Result(BUILDS, status, detail, [], time.perf_counter() - started)
+
+
+def first_sentence(check):
+    """Return what a check proves, in one line."""
+    return inspect.getdoc(check).split("\n\n")[0].replace("\n", " ")
+
+
+def usual_causes(check):
+    """Return the causes that a check's docstring lists, in order."""
+    found = re.search(r"Causes:(.*)", inspect.getdoc(check) or "", re.DOTALL)
+    return [" ".join(cause.split()).rstrip(".") for cause in found[1].split(";")] if found else []
+
+
+def crash_text(error, Model):
+    """Say where in the author's file an error arose: "model/mynet.py:41 in forward: RuntimeError: ..."."""
+    message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    own = Path(inspect.getfile(Model))
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((f for f in reversed(frames) if Path(f.filename) == own), None)
+    if frame is not None:
+        return f"{_short(own)}:{frame.lineno} in {frame.name}: {message}"
+    shared = next((f for f in reversed(frames) if Path(f.filename).parent == MODEL_FOLDER), None)
+    inside = f", raised in {_short(shared.filename)}:{shared.lineno}" if shared else ""
+    line = inspect.getsourcelines(Model)[1]
+    return f"{_short(own)}:{line} in class {Model.__name__}: {message}{inside}"
+
+
+def import_text(message):
+    """Shorten discovery's report of a file that cannot be used to one line with the file's own line."""
+    first, *rest = message.strip().splitlines()
+    lines = [re.search(r'File "(.*?)", line (\d+)', line) for line in rest]
+    places = [(Path(m[1]), m[2]) for m in lines if m]
+    file = first.split(" ")[0].rstrip(":")
+    place = next((number for path, number in reversed(places) if path.name == Path(file).name), None)
+    return f"{file}:{place}: {rest[-1].strip()}" if place else first
+
+
+def _short(path):
+    path = Path(path)
+    return f"{path.parent.name}/{path.name}"
+
+
+def refuse_unless_right(name, switches=None):
+    """Run the fast checks on the architecture called `name`; `UserError` with the first failure when one fails."""
+    subject, built = open_subject(name, switches)
+    results = [built] if subject is None else run_checks(subject, FAST)
+    failed = [r for r in results if r.status == "fail"]
+    if failed:
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise UserError(f"{name} fails the check {failed[0].check}{more}: {failed[0].detail}: see python "
+                        f"check_model.py --model_name={name}, or train anyway with --skip_checks")

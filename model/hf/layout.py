@@ -1,0 +1,195 @@
+"""How published checkpoints lay out an architecture: the names, the config, the order of rows, both ways.
+
+A model file states its `Layout`; `to_hf` and `from_hf` of BaseModel apply it. docs/interchange.md shows how.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from model.basemodel import ModelError
+from model.layers import RopeArgs, rope_amplitude
+
+SCALING = {  # our argument: the key of config.json's rope_scaling, for each kind
+    "default": {},
+    "llama3": {
+        "rope_factor": "factor",
+        "rope_original_max_seq_len": "original_max_position_embeddings",
+        "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+    },
+    "yarn": {
+        "rope_factor": "factor",
+        "rope_original_max_seq_len": "original_max_position_embeddings",
+        "rope_beta_slow": "beta_slow",
+        "rope_beta_fast": "beta_fast",
+        "rope_mscale": "mscale",
+        "rope_mscale_all_dim": "mscale_all_dim",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One architecture as transformers publishes it.
+
+    names(args): {pattern: text}, applied to each of our names in order, where a dot is a dot; `*` in what comes out
+    stands for the index of dim 0, and the parts are written one by one. rows(args): {end of our name: the order of the
+    rows in their tensor}. copies(args): {a further name of theirs: the one it repeats}.
+    """
+
+    args: type  # our dataclass
+    architecture: str  # the class in transformers, config.json's `architectures`
+    model_type: str
+    fields: dict[str, str]  # our argument: key in config.json
+    names: Callable
+    only_ours: tuple = ()  # arguments of the training, written under our own name
+    fixed: dict = field(default_factory=dict)  # key: the one value that this architecture has
+    absent: dict = field(default_factory=dict)  # key: what its absence means, a value or a function of the config
+    rows: Callable = lambda args: {}
+    copies: Callable = lambda args: {}
+
+    def reads(self, config):
+        """Return whether a config.json is of this architecture."""
+        return self.architecture in (config.get("architectures") or ()) or config.get("model_type") == self.model_type
+
+    # ---------------------------------------------------------------- config.json
+
+    def config(self, args):
+        """Return the dict that config.json holds."""
+        config = {"architectures": [self.architecture], "model_type": self.model_type, "torch_dtype": "float32"}
+        config |= self.fixed
+        config |= {theirs: getattr(args, ours) for ours, theirs in self.fields.items()}
+        if isinstance(args, RopeArgs):
+            scaling = {theirs: getattr(args, ours) for ours, theirs in SCALING[args.rope_type].items()}
+            config |= {"rope_theta": args.rope_theta, "rope_scaling": {"rope_type": args.rope_type, **scaling}}
+            if args.rope_type == "default":
+                config["rope_scaling"] = None
+        return config | {name: getattr(args, name) for name in self.only_ours}
+
+    def model_args(self, config):
+        """Return our arguments for a config.json; `ModelError` names what this architecture cannot do."""
+        if config.get("quantization_config"):
+            raise ModelError("the checkpoint's weights are quantised: convert them to bf16 or fp32 first")
+        for key, value in self.fixed.items():
+            if key in config and config[key] != value:
+                raise ModelError(f"config.json has {key}={config[key]}, and our {self.architecture} knows {value} only")
+        values = {}
+        for ours, theirs in self.fields.items():
+            value = config.get(theirs)
+            if value is None and theirs not in self.absent:
+                raise ModelError(f"config.json has no {theirs}: it is not a complete {self.architecture}")
+            if value is None:
+                value = self.absent[theirs](config) if callable(self.absent[theirs]) else self.absent[theirs]
+            values[ours] = value
+        values |= {name: config[name] for name in self.only_ours if name in config}
+        if issubclass(self.args, RopeArgs):
+            values |= _read_rope(config)
+        return self.args(**values)
+
+    # ---------------------------------------------------------------- tensors
+
+    def tensors(self, model):
+        """Return {published name: tensor} of all weights, tied ones once, as fp32 copies on the CPU."""
+        args, tensors, seen = model.args, {}, set()
+        for ours, tensor in model.state_dict().items():
+            if tensor.data_ptr() in seen:
+                continue
+            seen.add(tensor.data_ptr())
+            theirs, order = self._place(ours, args)
+            tensor = tensor.detach().to("cpu", torch.float32)
+            tensor = tensor if order is None else tensor[order]
+            if "*" in theirs:
+                new = {theirs.replace("*", str(e)): part.clone() for e, part in enumerate(tensor)}
+            else:
+                new = {theirs: tensor.clone()}
+            if new.keys() & tensors.keys():
+                raise ModelError(f"{ours} and another tensor both become {theirs}: correct the names of the hf_layout")
+            tensors |= new
+        return tensors | {theirs: tensors[first].clone() for theirs, first in self.copies(args).items()}
+
+    @torch.no_grad()
+    def load(self, model, tensors):
+        """Copy {published name: tensor} into `model`; `ModelError` when one is missing, misshapen or left over."""
+        unread, filled = set(tensors), set()
+        for ours, target in model.state_dict().items():
+            theirs, order = self._place(ours, model.args)
+            tied = target.data_ptr() in filled
+            if tied and theirs not in tensors:
+                continue
+            filled.add(target.data_ptr())
+            names = [theirs.replace("*", str(e)) for e in range(len(target))] if "*" in theirs else [theirs]
+            source = [_take(tensors, unread, name) for name in names]
+            source = torch.stack(source) if "*" in theirs else source[0]
+            if source.shape != target.shape:
+                raise ModelError(f"{theirs} is {tuple(source.shape)}, and config.json makes it {tuple(target.shape)}")
+            source = source.to(target.dtype)
+            source = source if order is None else source[order.argsort()]
+            if tied and not torch.equal(source.to(target.device), target):
+                raise ModelError(f"{theirs} differs from the weights that config.json ties it to")
+            target.copy_(source)
+        for theirs, first in self.copies(model.args).items():
+            if theirs in tensors and not torch.equal(_take(tensors, unread, theirs), tensors[first]):
+                raise ModelError(f"{theirs} differs from {first}, which it should repeat")
+        left = sorted(name for name in unread if not name.endswith("rotary_emb.inv_freq"))  # a table, computed anew
+        if left:
+            raise ModelError(f"{left[0]} and {len(left) - 1} more tensors have no place in this {self.architecture}")
+
+    def vocab_names(self, config):
+        """Return the published names of the tensors that have a row for every token id."""
+        args = self.model_args(config)
+        first = {self._place(ours, args)[0] for ours in ("tok_embed.weight", "lm_head.weight")}
+        return first | {theirs for theirs, repeated in self.copies(args).items() if repeated in first}
+
+    def _place(self, ours, args):
+        """Where a tensor of ours goes: its published name and the order of its rows (None: as they are)."""
+        theirs = ours
+        for pattern, text in self.names(args).items():
+            theirs = re.sub(pattern.replace(".", r"\."), text, theirs)
+        return theirs, next((order for end, order in self.rows(args).items() if ours.endswith(end)), None)
+
+
+def interleaved_rows(n_heads, n_plain, n_rotary):
+    """Return the order in which a projection's rows stand where rotary pairs are neighbours: theirs = ours[order].
+
+    Each head has `n_plain` rows without positions, then `n_rotary` with. Which two of the K rotary numbers form a pair
+    is only a naming of rows: a score is a sum over pairs, and one order of the rows of q and k leaves it as it is. We
+    and transformers' Llama turn (x[j], x[j + K/2]): halves, whose slices are contiguous. DeepSeek, and Meta's own files
+    of Llama, turn neighbours (x[2j], x[2j + 1]). So the rows are put in order once, on the way in and on the way out,
+    and no forward ever looks at the layout.
+    """
+    plain = torch.arange(n_plain)
+    rotary = n_plain + torch.arange(n_rotary).view(2, -1).T.flatten()  # 0, K/2, 1, K/2 + 1, ...
+    head = torch.cat((plain, rotary))
+    return (torch.arange(n_heads)[:, None] * len(head) + head).flatten()
+
+
+def _take(tensors, unread, name):
+    if name not in tensors:
+        raise ModelError(f"the checkpoint lacks {name}")
+    unread.discard(name)
+    return tensors[name]
+
+
+def _read_rope(config):
+    """Our rotary arguments for a config.json, of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in SCALING:
+        raise ModelError(f"config.json scales rotary positions by {kind}: known are {', '.join(SCALING)}")
+    part = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if part != 1.0 or not scaling.get("truncate", True):
+        raise ModelError("config.json has rotary positions of another kind (partial_rotary_factor or truncate)")
+    values = {"rope_type": kind, "rope_theta": float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))}
+    for ours, theirs in SCALING[kind].items():
+        if scaling.get(theirs) is not None:
+            values[ours] = scaling[theirs]
+    if kind != "default":
+        values.setdefault("rope_original_max_seq_len", config["max_position_embeddings"])
+        own = rope_amplitude(RopeArgs(**{name: value for name, value in values.items() if name != "rope_theta"}))
+        given = scaling.get("attention_factor")
+        if kind == "yarn" and given is not None and abs(given - own) > 1e-6:
+            raise ModelError(f"config.json has attention_factor={given}, and its factor and mscale give {own:.6g}")
+    return values

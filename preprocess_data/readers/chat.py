@@ -1,0 +1,79 @@
+"""Chat rows in the layouts people publish, as messages: a list of {"role", "content"}."""
+
+import json
+from collections.abc import Callable
+
+from preprocess_data.readers.files import Broken
+from utils.text import clean_text
+
+ROLE_NAMES = {
+    **dict.fromkeys(("user", "human", "prompter", "question"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "answer"), "assistant"),
+    "system": "system",
+}
+
+
+def _from_turns(record: dict, key: str) -> list[tuple]:
+    turns = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in record[key]]
+    return turns if turns and turns[0][0] == "system" else [*_system(record), *turns]
+
+
+def _from_pair(record: dict, question: str, answer: str, extra: str = "") -> list[tuple]:
+    turns, history = _system(record), record.get("history") or []
+    for past in json.loads(history) if isinstance(history, str) else history:
+        if isinstance(past, str):  # texts in turn, instead of [question, answer] each
+            turns.append(("user" if not turns or turns[-1][0] != "user" else "assistant", past))
+        else:
+            turns += [("user", past[0]), ("assistant", past[1])]
+    asked = "\n".join(text for text in (record[question], record.get(extra) or "") if text != "")
+    return [*turns, ("user", asked), ("assistant", record[answer])]
+
+
+def _system(record: dict) -> list[tuple]:
+    return [("system", record[key]) for key in ("system", "system_prompt") if record.get(key)][:1]
+
+
+# The first layout whose fields are all there is the row's.
+LAYOUTS: list[tuple[tuple[str, ...], Callable[[dict], list[tuple]]]] = [
+    (("messages",), lambda r: _from_turns(r, "messages")),
+    (("conversations",), lambda r: _from_turns(r, "conversations")),
+    (("conversation",), lambda r: _from_turns(r, "conversation")),
+    (("instruction", "output"), lambda r: _from_pair(r, "instruction", "output", "input")),
+    (("instruction", "response"), lambda r: _from_pair(r, "instruction", "response", "context")),
+    (("q", "a"), lambda r: _from_pair(r, "q", "a")),
+    (("input", "output"), lambda r: _from_pair(r, "input", "output")),
+    (("prompt", "response"), lambda r: _from_pair(r, "prompt", "response")),
+    (("prompt", "completion"), lambda r: _from_pair(r, "prompt", "completion")),
+    (("query", "response"), lambda r: _from_pair(r, "query", "response")),
+    (("question", "response"), lambda r: _from_pair(r, "question", "response")),
+    (("question", "answer"), lambda r: _from_pair(r, "question", "answer")),
+]
+
+
+def _text(content) -> str:
+    """The text of a turn: a string, or a list of parts of which all are text; TypeError or KeyError for another."""
+    return clean_text("".join(part["text"] for part in content) if isinstance(content, list) else content)
+
+
+def to_messages(record) -> tuple[list[dict], bool | None] | Broken:
+    """A record as (messages, held out or None), or Broken when it holds no conversation that can be learned from."""
+    if isinstance(record, Broken):
+        return record
+    if not isinstance(record, dict):
+        return Broken("not a chat row")
+    layout = next((make for keys, make in LAYOUTS if all(key in record for key in keys)), None)
+    if layout is None:
+        return Broken("unknown layout")
+    try:
+        turns = [(role.lower(), _text(content)) for role, content in layout(record)]
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError):
+        return Broken("missing or mistyped fields")
+    if any(role not in ROLE_NAMES for role, _ in turns):
+        return Broken("unknown role")
+    messages = [{"role": ROLE_NAMES[role], "content": content} for role, content in turns]
+    if not any(message["role"] == "assistant" for message in messages):
+        return Broken("no answer in the row")
+    if any(not message["content"] for message in messages if message["role"] != "system"):
+        return Broken("empty turn")
+    held_out = record.get("held_out")
+    return messages, held_out if isinstance(held_out, bool) else None

@@ -1,0 +1,84 @@
+"""One process of test_distributed.py: trains the tiny model, or a registered one made small, on unevenly masked rows.
+Started by torchrun or alone.
+
+The environment makes trouble in one step (counted from 1): STOP_AT sends SIGTERM to the first rank, KILL_AT SIGKILL to
+the last one unless it has been restarted, NAN_AT spoils the loss of the last one alone, FAIL_AT fills the
+disk under it while it writes its part of a checkpoint. Beyond ROWS_FIT rows the last one runs out of memory.
+"""
+
+import errno
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from checks.harness.tiny_args import tiny_args  # noqa: E402
+from engine.data.sequences import DocumentRows, TokenFile  # noqa: E402
+from engine.distributed import process_group  # noqa: E402
+from engine.runs import sharded_checkpoint  # noqa: E402
+from engine.training.config import TrainConfig  # noqa: E402
+from engine.training.loop import train  # noqa: E402
+from model import get_model_and_args  # noqa: E402
+from tests.support.engine_helpers import TinyModel, TinyModelArgs  # noqa: E402
+from utils.atomic import write_file  # noqa: E402
+from utils.config import parse  # noqa: E402
+from utils.errors import run_script  # noqa: E402
+from utils.tokenizer import load_tokenizer  # noqa: E402
+
+
+def full_disk(path, _fill):
+    write_file(path, lambda file: file.write(b"a beginning"))
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class RankModel(TinyModel):
+    """Leaves a layer out of the graph on all ranks but the first, as a plugin with rare branches would."""
+
+    def before_step(self, step, total_steps):
+        self.trouble = {name: os.environ.get(name) == str(step + 1) for name in ("STOP_AT", "KILL_AT", "NAN_AT")}
+        last = process_group.rank() == process_group.world_size() - 1
+        if self.trouble["STOP_AT"] and process_group.is_main():
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.trouble["KILL_AT"] and last and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.trouble["NAN_AT"] &= last
+        if "FAIL_AT" in os.environ and last:
+            sharded_checkpoint.write_file = full_disk if os.environ["FAIL_AT"] == str(step + 1) else write_file
+
+    def forward(self, input_ids, targets=None, doc_ids=None):
+        last = process_group.rank() == process_group.world_size() - 1
+        if last and len(input_ids) > int(os.environ.get("ROWS_FIT", 64)):
+            raise torch.OutOfMemoryError
+        logits, loss, other_vars = super().forward(input_ids, targets, doc_ids)
+        if process_group.is_main() and loss is not None:
+            extra = 0.0 * self.unused.sum()
+            loss, other_vars = loss + extra, {**other_vars, "loss/extra": other_vars["loss/extra"] + extra}
+        if self.training and loss is not None and self.trouble["NAN_AT"]:
+            loss = loss * float("nan")
+        return logits, loss, other_vars
+
+
+def main():
+    config = parse(TrainConfig)
+    data = Path(config.output_path).parent / "data"
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    process_group.init("cpu")
+    torch.manual_seed(config.seed + process_group.rank())  # every rank starts elsewhere: rank 0's weights must win
+    if config.model_name == RankModel.model_name:
+        dropout = config.model.get("dropout", 0.0)
+        model = RankModel(TinyModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=32, dropout=float(dropout)))
+    else:
+        Model, ModelArgs = get_model_and_args(config.model_name)
+        model = Model(replace(tiny_args(Model, ModelArgs)[0], vocab_size=tokenizer.vocab_size, max_seq_len=32))
+    rows = {name: DocumentRows(TokenFile(data / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, long="drop")
+            for name in ("train", "val")}
+    train(config, "sft", model, tokenizer, rows["train"], rows["val"], "python next.py")
+
+
+if __name__ == "__main__":
+    run_script(main)
