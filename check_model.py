@@ -1,7 +1,7 @@
 """Is an architecture file right? Every check over a tiny model of it, one line each.
 
-    python check_model.py --model_name=MODEL
-    python check_model.py --model_name=MODEL --only=causality,state.long_sequences --json=checks.json
+python check_model.py --model_name=MODEL
+python check_model.py --model_name=MODEL --only=causality,state.long_sequences --json=checks.json
 """
 
 import difflib
@@ -53,8 +53,10 @@ def main(argv=None) -> None:
         with replacing(Path(config.json)) as beside:
             beside.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     count = {status: sum(r.status == status for r in results) for status in MARKS}
-    print(f"{config.model_name}: {count['pass']} passed, {count['fail']} failed, {count['skip']} not applicable, "
-          f"{time.perf_counter() - started:.1f} s")
+    print(
+        f"{config.model_name}: {count['pass']} passed, {count['fail']} failed, {count['skip']} not applicable, "
+        f"{time.perf_counter() - started:.1f} s"
+    )
     if count["fail"]:
         raise SystemExit(1)
 

@@ -1,7 +1,7 @@
 """Take a trained model to transformers, or start from a published one.
 
-    python export.py --run output/sft_MODEL --to hf DIR             a folder that AutoModelForCausalLM loads
-    python export.py --from hf DIR --out output/imported_NAME       a run folder: python sft.py --init_from=...
+python export.py --run output/sft_MODEL --to hf DIR             a folder that AutoModelForCausalLM loads
+python export.py --from hf DIR --out output/imported_NAME       a run folder: python sft.py --init_from=...
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Pretraining: a model learns to continue text.
 
-    python pretrain.py --model_name=MODEL --max_batch_size=18
-    torchrun --nproc_per_node=2 pretrain.py --config configs/x.yaml --max_steps=1000
+python pretrain.py --model_name=MODEL --max_batch_size=18
+torchrun --nproc_per_node=2 pretrain.py --config configs/x.yaml --max_steps=1000
 """
 
 from dataclasses import dataclass
@@ -25,12 +25,17 @@ class PretrainConfig(TrainConfig):
     """Pretraining: a model learns to continue text."""
 
     pretrain_data_path: str = opt("output/data/pretrain_train.bin", "training tokens", neutral=True, path=True)
-    pretrain_val_path: str = opt("", "held-out tokens; default: beside the training tokens, `_val` for `_train`",
-                                 neutral=True, path=True)
-    rows: str = opt("windows", "how documents become rows: cut at every max_seq_len tokens, or kept whole and packed",
-                    choices=("windows", "documents"))
-    skip_checks: bool = opt(False, "train even if the architecture fails the quick checks of check_model.py",
-                            neutral=True)
+    pretrain_val_path: str = opt(
+        "", "held-out tokens; default: beside the training tokens, `_val` for `_train`", neutral=True, path=True
+    )
+    rows: str = opt(
+        "windows",
+        "how documents become rows: cut at every max_seq_len tokens, or kept whole and packed",
+        choices=("windows", "documents"),
+    )
+    skip_checks: bool = opt(
+        False, "train even if the architecture fails the quick checks of check_model.py", neutral=True
+    )
 
 
 def main(argv=None) -> dict:
@@ -51,8 +56,9 @@ def main(argv=None) -> dict:
 
     if not config.skip_checks:  # on the processor, a few seconds: less than a training run on a mask that leaks
         refuse_unless_right(config.model_name, {k: v for k, v in config.model.items() if isinstance(v, (bool, str))})
-    return train(config, "pretrain", model, tokenizer, train_rows, val_rows,
-                 next_command="python sft.py --init_from={run}")
+    return train(
+        config, "pretrain", model, tokenizer, train_rows, val_rows, next_command="python sft.py --init_from={run}"
+    )
 
 
 if __name__ == "__main__":

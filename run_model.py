@@ -3,6 +3,7 @@
 Settings go after two dashes: streamlit run run_model.py -- --output_path=output
 All text that a model or a person wrote is shown by st.text and the like, which read no Markdown and no HTML.
 """
+
 import streamlit as st
 
 from engine.inference.options import TalkOptions
@@ -22,8 +23,14 @@ def main():
         options = parse(TalkOptions)
         with st.sidebar:
             runs = choose_runs(say, options.output_path)
-        view = st.segmented_control(say["view"], ["talk", "record"], default="talk", format_func=say.get, key="view",
-                                    label_visibility="collapsed")
+        view = st.segmented_control(
+            say["view"],
+            ["talk", "record"],
+            default="talk",
+            format_func=say.get,
+            key="view",
+            label_visibility="collapsed",
+        )
         if view == "record":
             for run in runs:
                 show_run(say, run)
@@ -34,7 +41,7 @@ def main():
     except UserError as error:
         show_error(say["cannot_show"], error)
         return
-    except SystemExit:      # --help, which the terminal shows; here the page would wait for ever
+    except SystemExit:  # --help, which the terminal shows; here the page would wait for ever
         st.code(help_text(TalkOptions), language=None)
         return
     talk(say, [label(run) for run in runs], speakers, settings, system)
@@ -55,6 +62,7 @@ def load_cached(path, modified, device, precision):
     """`modified` is part of the key: a run that was trained on is loaded again."""
     from engine.inference.chat import open_speaker
     from engine.inference.inspect import reports_load
+
     speaker = open_speaker(path, device, precision)
     speaker.has_experts = reports_load(speaker.model)
     return speaker

@@ -6,6 +6,7 @@ MINI_LLM_API_KEY=... python serve.py --host ADDRESS  on that address of this mac
 
 The settings of an answer are the defaults of requests that do not have them.
 """
+
 import contextlib
 import os
 import signal
@@ -36,25 +37,38 @@ class ServeConfig(TalkOptions):
 
     def __post_init__(self):
         self.api_key = self.api_key or os.environ.get(KEY_VARIABLE, "")
-        for name, least, most in (("port", 0, 65535), ("max_batch_size", 1, 4096), ("max_queue", 1, 10**6),
-                                  ("request_timeout", 0.001, 10**6), ("max_body_bytes", 1, 2**30),
-                                  ("max_new_tokens", 1, 2**31)):
+        for name, least, most in (
+            ("port", 0, 65535),
+            ("max_batch_size", 1, 4096),
+            ("max_queue", 1, 10**6),
+            ("request_timeout", 0.001, 10**6),
+            ("max_body_bytes", 1, 2**30),
+            ("max_new_tokens", 1, 2**31),
+        ):
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"--{name}={getattr(self, name)} is out of range: give {least} to {most}")
         if self.host not in LOCAL and not self.api_key:
-            raise UserError(f"--host={self.host} lets other machines in: set an API key by --api_key or "
-                            f"{KEY_VARIABLE}, or leave --host out")
-        if self.api_key and not (len(self.api_key) >= SHORTEST_KEY and self.api_key.isascii()
-                                 and self.api_key.isprintable() and " " not in self.api_key):
-            raise UserError(f"the API key must have {SHORTEST_KEY} or more characters, ASCII without spaces: make one "
-                            'by python -c "import secrets; print(secrets.token_urlsafe())"')
+            raise UserError(
+                f"--host={self.host} lets other machines in: set an API key by --api_key or "
+                f"{KEY_VARIABLE}, or leave --host out"
+            )
+        if self.api_key and not (
+            len(self.api_key) >= SHORTEST_KEY
+            and self.api_key.isascii()
+            and self.api_key.isprintable()
+            and " " not in self.api_key
+        ):
+            raise UserError(
+                f"the API key must have {SHORTEST_KEY} or more characters, ASCII without spaces: make one "
+                'by python -c "import secrets; print(secrets.token_urlsafe())"'
+            )
 
 
 def main():
     config = parse(ServeConfig)
     from engine.serving.server import listen, make_server
 
-    listener = listen(config.host, config.port)             # what is wrong with it is told before the model is loaded
+    listener = listen(config.host, config.port)  # what is wrong with it is told before the model is loaded
     from engine.inference.chat import choose_run, open_speaker  # torch comes with it
     from engine.inference.sampling import Sampling
     from engine.inference.worker import Service
@@ -62,10 +76,12 @@ def main():
     from engine.serving.app import make_app
 
     Sampling(**config.sampling())
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     path = config.run or choose_run(config.output_path)
-    speaker, name = open_speaker(path, config.device, config.precision, config.compile,
-                                 rows=config.max_batch_size), find_weights(path)[0].name
+    speaker, name = (
+        open_speaker(path, config.device, config.precision, config.compile, rows=config.max_batch_size),
+        find_weights(path)[0].name,
+    )
     with Service(speaker.model, config.max_batch_size, config.max_queue) as service:
         server = make_server(make_app(name, speaker, service, config), service)
         host, port = listener.getsockname()[:2]

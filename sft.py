@@ -1,7 +1,7 @@
 """Supervised fine-tuning: a pretrained model learns to answer.
 
-    python sft.py --model_name=MODEL
-    torchrun --nproc_per_node=2 sft.py --init_from=output/pretrain_MODEL
+python sft.py --model_name=MODEL
+torchrun --nproc_per_node=2 sft.py --init_from=output/pretrain_MODEL
 """
 
 from dataclasses import dataclass
@@ -22,13 +22,18 @@ MAKE_DATA = "cd preprocess_data && python preprocess_data.py sft"
 class SFTConfig(TrainConfig):
     """Supervised fine-tuning: a pretrained model learns to answer."""
 
-    init_from: str = opt("", "run folder of the pretrained model; default: the newest of --model_name", neutral=True,
-                         path=True)
+    init_from: str = opt(
+        "", "run folder of the pretrained model; default: the newest of --model_name", neutral=True, path=True
+    )
     sft_data_path: str = opt("output/data/sft_train.bin", "training conversations", neutral=True, path=True)
-    sft_val_path: str = opt("", "held-out conversations; default: beside the training ones, `_val` for `_train`",
-                            neutral=True, path=True)
-    long_rows: str = opt("drop", "conversations longer than max_seq_len: left out, cut off there, or no training",
-                         choices=("drop", "cut", "error"))
+    sft_val_path: str = opt(
+        "", "held-out conversations; default: beside the training ones, `_val` for `_train`", neutral=True, path=True
+    )
+    long_rows: str = opt(
+        "drop",
+        "conversations longer than max_seq_len: left out, cut off there, or no training",
+        choices=("drop", "cut", "error"),
+    )
     max_lr: float = opt(0.002, "peak learning rate")
 
 
@@ -47,8 +52,16 @@ def main(argv=None) -> dict:
     held_out = val_path(config.sft_val_path, config.sft_data_path)
     val_rows = conversations(held_out) if held_out else None
 
-    return train(config, "sft", model, tokenizer, train_rows, val_rows,
-                 next_command="python test.py --run={run}", facts={"init_weights": weights})
+    return train(
+        config,
+        "sft",
+        model,
+        tokenizer,
+        train_rows,
+        val_rows,
+        next_command="python test.py --run={run}",
+        facts={"init_weights": weights},
+    )
 
 
 if __name__ == "__main__":

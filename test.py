@@ -4,6 +4,7 @@ python test.py                                     the newest run in output/, a 
 python test.py --run output/pretrain_MODEL         a base model goes on from what is typed
 python test.py --prompt "Hello"                    one answer and out; `echo Hello | python test.py` does the same
 """
+
 import json
 import os
 import sys
@@ -35,14 +36,17 @@ class TestConfig(TalkOptions):
     prompt: str = opt("", "answer this, print nothing else, and end")
     system: str = opt("", "system prompt of a chat")
     compile: bool = opt(False, "compile the step that writes a token: half a minute to two at the start, then faster")
-    speculative: str = opt("", "guess tokens ahead, same text: mtp by the model's own module, ngram by looking them up",
-                           choices=("", "mtp", "ngram"))
+    speculative: str = opt(
+        "",
+        "guess tokens ahead, same text: mtp by the model's own module, ngram by looking them up",
+        choices=("", "mtp", "ngram"),
+    )
 
 
 def main():
     config = parse(TestConfig)
     speak_utf8()
-    config.prompt = config.prompt.encode(errors="replace").decode()     # the same for a stray byte in an argument
+    config.prompt = config.prompt.encode(errors="replace").decode()  # the same for a stray byte in an argument
     one_shot = config.prompt or ("" if sys.stdin.isatty() else sys.stdin.read().strip())
     if not one_shot and not sys.stdin.isatty():
         raise UserError("nothing to answer: the standard input is empty; pass --prompt TEXT, or start it on a terminal")
@@ -61,7 +65,7 @@ def open_run(config):
     from engine.inference.chat import choose_run, open_speaker  # torch comes with it
     from engine.inference.sampling import Sampling
 
-    Sampling(**config.sampling())                           # a wrong setting is told before the model is loaded
+    Sampling(**config.sampling())  # a wrong setting is told before the model is loaded
     path = config.run or choose_run(config.output_path)
     return open_speaker(path, config.device, config.precision, config.compile, config.speculative), path
 
@@ -87,7 +91,7 @@ class Session:
                     self.command(*line[1:].split(None, 1))
                 elif line:
                     self.ask(line)
-            except KeyboardInterrupt:               # before the first token, or between two of our own lines
+            except KeyboardInterrupt:  # before the first token, or between two of our own lines
                 print()
             except ValueError as error:
                 if not getattr(error, "user_error", False):
@@ -169,8 +173,11 @@ class Session:
 
 def describe(figures):
     """The line below an answer."""
-    parts = [f"{figures['tokens']} tokens", f"{figures['tokens_per_s']:.1f} tokens/s",
-             f"first after {1000 * figures['first_seconds']:.0f} ms"]
+    parts = [
+        f"{figures['tokens']} tokens",
+        f"{figures['tokens_per_s']:.1f} tokens/s",
+        f"first after {1000 * figures['first_seconds']:.0f} ms",
+    ]
     if figures.get("guesses"):
         parts.append(f"{100 * figures['hits'] / figures['guesses']:.0f}% of {figures['guesses']} guesses right")
     if figures["finish"] == "length":

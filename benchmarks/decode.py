@@ -41,9 +41,20 @@ from utils.errors import run_script  # noqa: E402
 DENSE, MIXTURE = "mini_llama3", "mini_deepseekv3"
 SIZES = {
     DENSE: dict(n_kv_heads=2, head_dim=64, inter_dim=1024),
-    MIXTURE: dict(n_dense_layers=1, q_lora_rank=192, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32,
-                  v_head_dim=64, inter_dim=1024, moe_inter_dim=256, n_routed_experts=8, n_shared_experts=1,
-                  n_activated_experts=2, n_mtp_layers=0),
+    MIXTURE: dict(
+        n_dense_layers=1,
+        q_lora_rank=192,
+        kv_lora_rank=128,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        inter_dim=1024,
+        moe_inter_dim=256,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        n_activated_experts=2,
+        n_mtp_layers=0,
+    ),
 }
 SHARED = dict(vocab_size=8192, dim=384, n_layers=6, n_heads=6)
 PROMPT = 16
@@ -93,6 +104,7 @@ def ours(name, precision, compiled, rows=1):
         state.advance(len(ids) - 1)
         state.last_only = True
         return read(model, torch.tensor([ids[-1:]]), state)[0, -1].float()
+
     return answer, logits
 
 
@@ -114,13 +126,15 @@ def theirs(name, precision, folder):
     def answer(prompts, tokens):
         ids = torch.tensor(prompts)
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
-                                 do_sample=False)
-        return out[:, ids.shape[1]:].tolist()
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+            )
+        return out[:, ids.shape[1] :].tolist()
 
     @torch.inference_mode()
     def logits(ids):
         return model(torch.tensor([ids])).logits[0, -1].float()
+
     return answer, logits
 
 
@@ -133,8 +147,9 @@ def llama_cpp(precision, folder):
     model, path = our_model(DENSE, "fp32"), str(Path(folder, f"{precision}.gguf"))
     write_gguf(gguf, model, path, precision)
     threads = torch.get_num_threads()
-    llm = Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False, logits_all=False,
-                n_gpu_layers=0)
+    llm = Llama(
+        path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False, logits_all=False, n_gpu_layers=0
+    )
 
     def last():
         return np.ctypeslib.as_array(llm._ctx.get_logits(), shape=(SHARED["vocab_size"],))
@@ -154,6 +169,7 @@ def llama_cpp(precision, folder):
         llm.reset()
         llm.eval(ids)
         return torch.from_numpy(last().copy())
+
     return answer, logits
 
 
@@ -258,7 +274,7 @@ def by_position(name, quick):
     with tempfile.TemporaryDirectory() as folder:
         for who, to in ("ours", our_walk(name)), ("transformers", their_walk(name, folder)):
             times[who] = {}
-            for position in POSITIONS[:1 if quick else None]:
+            for position in POSITIONS[: 1 if quick else None]:
                 step, taken = to(position), []
                 logits[who] = step()
                 while len(taken) < 30 or sum(taken) < 0.3:  # seconds; of a short step many
@@ -289,6 +305,7 @@ def our_walk(name):
             model(ids, state=state)
             state.advance(ids.shape[1])
         return lambda: model.reader(NEXT, state)[0, -1]
+
     return to
 
 
@@ -305,13 +322,17 @@ def their_walk(name, folder):
             logits = model(NEXT, past_key_values=cache, use_cache=True).logits
             cache.crop(-1)
             return logits[0, -1]
+
         return step
+
     return to
 
 
 def table(results):
-    lines = ["| | requests | tokens/s | times transformers | of what the bandwidth allows |",
-             "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| | requests | tokens/s | times transformers | of what the bandwidth allows |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for key, rates in results["tokens_per_s"].items():
         name, rows = key.split(" x")
         base = max(rate for label, rate in rates.items() if label.startswith("transformers"))
@@ -328,17 +349,22 @@ def main():
         config.tokens, config.rounds = 12, 1
     import transformers
 
-    about = {"date": date.today().isoformat(),
-             "command": f"python benchmarks/decode.py {' '.join(sys.argv[1:])}".strip(),
-             "machine": f"{platform.machine()}, {cpu_name()}, {torch.get_num_threads()} threads",
-             "torch": torch.__version__, "transformers": transformers.__version__,
-             "bandwidth_gb_s": round(bandwidth() / 1e9, 1), "sizes": {"shared": SHARED, **SIZES}}
+    about = {
+        "date": date.today().isoformat(),
+        "command": f"python benchmarks/decode.py {' '.join(sys.argv[1:])}".strip(),
+        "machine": f"{platform.machine()}, {cpu_name()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "bandwidth_gb_s": round(bandwidth() / 1e9, 1),
+        "sizes": {"shared": SHARED, **SIZES},
+    }
     if config.llama_cpp:
         from importlib.metadata import version
+
         about["llama_cpp_python"] = version("llama-cpp-python")
     path = Path(config.results)
     results = {"tokens_per_s": {}, "of_bandwidth": {}, "positions": {}, "abouts": {}}
-    if path.exists():                       # what this call does not measure stays
+    if path.exists():  # what this call does not measure stays
         results |= json.loads(path.read_text(encoding="utf-8"))
     for name in config.models:
         for rows in config.rows:

@@ -46,22 +46,32 @@ def main():
             seconds[name].append(first_byte(arguments))
     medians = {name: round(statistics.median(times), 3) for name, times in seconds.items()}
     medians["rest"] = round(medians["first_token"] - medians["torch"], 3)
-    about = {"date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", *sys.argv]), "machine": machine(),
-             "python": platform.python_version(),
-             "versions": {name: importlib.metadata.version(name) for name in VERSIONS}}
-    out = {**about, "median_seconds": medians,
-           "seconds": {name: [round(s, 3) for s in times] for name, times in seconds.items()}}
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+    out = {
+        **about,
+        "median_seconds": medians,
+        "seconds": {name: [round(s, 3) for s in times] for name, times in seconds.items()},
+    }
     Path(config.results).parent.mkdir(parents=True, exist_ok=True)
     Path(config.results).write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
-    print(f"first token after {medians['first_token']:.2f} s: {medians['torch']:.2f} s to import torch, "
-          f"{medians['rest']:.2f} s for the rest (medians of {config.repeats})")
+    print(
+        f"first token after {medians['first_token']:.2f} s: {medians['torch']:.2f} s to import torch, "
+        f"{medians['rest']:.2f} s for the rest (medians of {config.repeats})"
+    )
 
 
 def first_byte(arguments) -> float:
     """Seconds from the start of the process to the first byte of its standard output."""
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    ) as process:
         process.stdout.read(1)
         passed = time.perf_counter() - start
         process.stdout.read()

@@ -39,7 +39,7 @@ from utils.errors import UserError, run_script  # noqa: E402
 
 OURS, REFERENCE, BATCHES, LINES = "ours", "ours, --encoder=tokenizers", "encode_batch_fast", "line by line"
 LIBRARIES = ("tokenizers", "gigatoken", "orjson", "numpy")
-PLAIN = '''
+PLAIN = """
 import json, sys
 import numpy as np
 from tokenizers import Tokenizer
@@ -70,7 +70,7 @@ with open(source, encoding="utf-8") as lines, open(out + ".bin", "wb") as file:
         write(batch, file)
 np.save(out + ".docs.npy", np.array(starts, np.uint64))
 json.dump({"tokens": tokens, "documents": len(starts)}, open(out + ".meta.json", "w"))
-'''
+"""
 
 
 @dataclass

@@ -36,8 +36,14 @@ from utils.errors import UserError, run_script  # noqa: E402
 from utils.log import format_seconds, log  # noqa: E402
 
 MODELS = ("mini_llama3", "mini_deepseekv3")
-ADAMW = ("--optimizer=adamw", "--lr_schedule=cosine", "--embed_lr_scale=1", "--min_lr=0", "--warmup_ratio=0.05",
-         "--betas=0.9,0.95")
+ADAMW = (
+    "--optimizer=adamw",
+    "--lr_schedule=cosine",
+    "--embed_lr_scale=1",
+    "--min_lr=0",
+    "--warmup_ratio=0.05",
+    "--betas=0.9,0.95",
+)
 LIMIT = 0.65  # of the baseline's tokens, and of its seconds
 FIRST, RATIO, LARGEST = 0.5, 0.77, 1.2  # the share of the tokens tried first, the next smaller one, and the last
 
@@ -46,8 +52,11 @@ FIRST, RATIO, LARGEST = 0.5, 0.77, 1.2  # the share of the tokens tried first, t
 class Config:
     __doc__ = __doc__
     budget: int = opt(250_000, "training tokens of a baseline run")
-    rates: list[float] = opt([0.001, 0.002, 0.004], "learning rates of the baseline's sweep, rising; it goes on by "
-                             "their ratio while the best is the first or the last")
+    rates: list[float] = opt(
+        [0.001, 0.002, 0.004],
+        "learning rates of the baseline's sweep, rising; it goes on by "
+        "their ratio while the best is the first or the last",
+    )
     seeds: list[int] = opt([1, 2, 3], "seeds; the sweep takes the first")
     models: list[str] = opt(list(MODELS), "architectures; each needs a preset configs/<model>_cpu.yaml")
     minutes: float = opt(0.0, "start no run that would end later than this; 0: no limit")
@@ -70,18 +79,26 @@ class Runs:
 
     def __init__(self, config):
         self.config, self.path, self.start = config, Path(config.results), time.monotonic()
-        self.about = {"date": time.strftime("%Y-%m-%d"), "command": "python benchmarks/recipe.py",
-                      "budget": config.budget, "commit": (git_revision() or "").rstrip("+"), "machine": machine(),
-                      "torch": torch.__version__, "python": platform.python_version(),
-                      "threads": torch.get_num_threads()}
+        self.about = {
+            "date": time.strftime("%Y-%m-%d"),
+            "command": "python benchmarks/recipe.py",
+            "budget": config.budget,
+            "commit": (git_revision() or "").rstrip("+"),
+            "machine": machine(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        }
         self.done, before = {}, {}
         if self.path.is_file():
             kept = json.loads(self.path.read_text(encoding="utf-8"))
             self.done, before = kept["runs"], kept["about"]
         for what in ("budget", "commit", "machine", "torch", "threads") if self.done else ():
             if before.get(what) != self.about[what]:
-                raise UserError(f"{self.path} has runs of another {what} ({before.get(what)}, and this is "
-                                f"{self.about[what]}): move it away, or give another --results")
+                raise UserError(
+                    f"{self.path} has runs of another {what} ({before.get(what)}, and this is "
+                    f"{self.about[what]}): move it away, or give another --results"
+                )
 
     def get(self, model: str, seed: int, tokens: int, flags=(), again: bool = False) -> dict:
         """{"loss", "seconds", "tokens", "curve": [[tokens, held-out loss], ...]} of one training.
@@ -110,7 +127,7 @@ class Runs:
         """Say how many runs are done, and about how long those of this model and the models after it will take."""
         config, models = self.config, self.config.models
         left = 0.0
-        for name in models[models.index(model):]:
+        for name in models[models.index(model) :]:
             tokens = config.budget * (len(config.rates) + len(config.seeds) * (1 + FIRST + FIRST * RATIO))
             tokens -= sum(run["tokens"] for key, run in self.done.items() if key.startswith(name + " "))
             left += self._expected(name, max(0, tokens))
@@ -118,25 +135,44 @@ class Runs:
 
     def _expected(self, model, tokens) -> float:
         """Seconds for so many tokens, by the slowest run of the model, else of any, else nothing known: 0."""
+
         def rates(start):
             return [run["wall"] / run["tokens"] for name, run in self.done.items() if name.startswith(start)]
+
         return max(rates(model + " ") or rates("") or [0.0]) * tokens
 
     def _train(self, model, seed, tokens, flags) -> dict:
         config = self.config
         with tempfile.TemporaryDirectory() as folder:
-            summary = pretrain.main([
-                f"--config={ROOT / 'configs' / model}_cpu.yaml", f"--max_tokens={tokens}", f"--seed={seed}",
-                f"--pretrain_data_path={config.data_path}", f"--tokenizer_path={config.tokenizer_path}",
-                f"--device={config.device}", f"--output_path={folder}", "--sample_interval=0", "--save_interval=0",
-                "--log_interval=50", "--eval_interval=16", "--eval_batches=4", "--eval_final_batches=40",
-                "--skip_checks", *flags])
+            summary = pretrain.main(
+                [
+                    f"--config={ROOT / 'configs' / model}_cpu.yaml",
+                    f"--max_tokens={tokens}",
+                    f"--seed={seed}",
+                    f"--pretrain_data_path={config.data_path}",
+                    f"--tokenizer_path={config.tokenizer_path}",
+                    f"--device={config.device}",
+                    f"--output_path={folder}",
+                    "--sample_interval=0",
+                    "--save_interval=0",
+                    "--log_interval=50",
+                    "--eval_interval=16",
+                    "--eval_batches=4",
+                    "--eval_final_batches=40",
+                    "--skip_checks",
+                    *flags,
+                ]
+            )
             if summary["status"] != "finished":  # a run cut short would be kept, and taken for one of the whole budget
                 raise KeyboardInterrupt
             records = read_metrics(Path(summary["run"]) / "metrics.jsonl")
         curve = [[record["tokens"], round(record["val_loss"], 4)] for record in records if "val_loss" in record]
-        return {"loss": summary["val_loss"], "seconds": summary["seconds"], "tokens": summary["tokens"],
-                "curve": curve[:-1]}  # the last is over more rows: it is "loss"
+        return {
+            "loss": summary["val_loss"],
+            "seconds": summary["seconds"],
+            "tokens": summary["tokens"],
+            "curve": curve[:-1],
+        }  # the last is over more rows: it is "loss"
 
 
 def machine() -> str:
@@ -150,8 +186,9 @@ def machine() -> str:
 def compare(runs: Runs, model: str) -> dict:
     """The figures of one model: the sweep, the baseline of each seed, and the shares that ours needs."""
     config = runs.config
-    best, sweep = best_rate(config.rates, lambda rate: runs.get(
-        model, config.seeds[0], config.budget, (*ADAMW, f"--max_lr={rate}"))["loss"])
+    best, sweep = best_rate(
+        config.rates, lambda rate: runs.get(model, config.seeds[0], config.budget, (*ADAMW, f"--max_lr={rate}"))["loss"]
+    )
     figures = {"sweep": sweep, "best_lr": best, "seeds": {}}
     for seed in config.seeds:
         runs.progress(model)
@@ -159,9 +196,11 @@ def compare(runs: Runs, model: str) -> dict:
         base = runs.get(model, seed, config.budget, (*ADAMW, f"--max_lr={best}"), again=True)
         ours = bracket(lambda share, seed=seed: runs.get(model, seed, int(share * config.budget)), base["loss"])
         figures["seeds"][seed] = {
-            "baseline": base, "ours": ours,
+            "baseline": base,
+            "ours": ours,
             "tokens": needed(ours, base["loss"], "tokens") / base["tokens"],
-            "seconds": needed(ours, base["loss"], "seconds") / base["seconds"]}
+            "seconds": needed(ours, base["loss"], "seconds") / base["seconds"],
+        }
     return figures
 
 
@@ -205,8 +244,10 @@ def needed(ours: list[dict], loss: float, what: str) -> float:
 
 def table(results: dict) -> str:
     """Markdown, one row a model: means over the seeds, and the range of the shares."""
-    lines = ["| | AdamW + cosine: best rate | its held-out loss | tokens needed | seconds needed |",
-             "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| | AdamW + cosine: best rate | its held-out loss | tokens needed | seconds needed |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for model, figures in results.items():
         seeds = figures["seeds"].values()
         loss = sum(seed["baseline"]["loss"] for seed in seeds) / len(seeds)
@@ -228,8 +269,10 @@ def draw(results: dict, path: Path) -> None:
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (model, figures) in zip(panels, results.items()):
         for number, seed in enumerate(figures["seeds"].values()):
-            for run, colour, name in [(seed["baseline"], "tab:orange", "AdamW + cosine"),
-                                      *((run, "tab:blue", "ours") for run in seed["ours"])]:
+            for run, colour, name in [
+                (seed["baseline"], "tab:orange", "AdamW + cosine"),
+                *((run, "tab:blue", "ours") for run in seed["ours"]),
+            ]:
                 first = not number and run in (seed["baseline"], seed["ours"][0])
                 axes.plot(*zip(*run["curve"]), color=colour, alpha=0.5, linewidth=1, label=name if first else None)
                 axes.plot(run["tokens"], run["loss"], "o", color=colour, markersize=4)
@@ -249,16 +292,34 @@ def main():
         runs.progress(config.models[0])
         print("out of --minutes: the same command goes on")
         return
-    means = {model: {what: sum(seed[what] for seed in figures["seeds"].values()) / len(figures["seeds"])
-                     for what in ("tokens", "seconds")} for model, figures in results.items()}
-    runs.write({model: {"sweep": figures["sweep"], "best_lr": figures["best_lr"], "mean": means[model], "seeds": {
-        seed: {"loss": of["baseline"]["loss"], "tokens": of["tokens"], "seconds": of["seconds"]}
-        for seed, of in figures["seeds"].items()}} for model, figures in results.items()})
+    means = {
+        model: {
+            what: sum(seed[what] for seed in figures["seeds"].values()) / len(figures["seeds"])
+            for what in ("tokens", "seconds")
+        }
+        for model, figures in results.items()
+    }
+    runs.write(
+        {
+            model: {
+                "sweep": figures["sweep"],
+                "best_lr": figures["best_lr"],
+                "mean": means[model],
+                "seeds": {
+                    seed: {"loss": of["baseline"]["loss"], "tokens": of["tokens"], "seconds": of["seconds"]}
+                    for seed, of in figures["seeds"].items()
+                },
+            }
+            for model, figures in results.items()
+        }
+    )
     print("\n" + table(results))
     draw(results, Path(config.picture))
     worst = max(share for mean in means.values() for share in mean.values())
-    print(f"at most {LIMIT:.0%} of the tokens and of the seconds: {'yes' if worst <= LIMIT else 'NO'} "
-          f"(the largest mean is {worst:.0%}); figures: {config.results}, picture: {config.picture}")
+    print(
+        f"at most {LIMIT:.0%} of the tokens and of the seconds: {'yes' if worst <= LIMIT else 'NO'} "
+        f"(the largest mean is {worst:.0%}); figures: {config.results}, picture: {config.picture}"
+    )
 
 
 if __name__ == "__main__":

@@ -48,17 +48,23 @@ def main():
         relative = smooth(loads / loads.mean(dim=-1, keepdim=True))  # (steps, L, E), 1 = the mean load
         largest = relative.max(dim=-1).values  # (steps, L)
         runs[name] = relative
-        figures[name] = {"largest_load": [round(x, 3) for x in largest[-1].tolist()],
-                         "smallest_load": [round(x, 3) for x in relative[-1].min(dim=-1).values.tolist()],
-                         "train_loss": round(loss, 4)}
-        print(f"{name}: largest load a layer {figures[name]['largest_load']}, "
-              f"smallest {figures[name]['smallest_load']}, loss {loss:.4f}")
+        figures[name] = {
+            "largest_load": [round(x, 3) for x in largest[-1].tolist()],
+            "smallest_load": [round(x, 3) for x in relative[-1].min(dim=-1).values.tolist()],
+            "train_loss": round(loss, 4),
+        }
+        print(
+            f"{name}: largest load a layer {figures[name]['largest_load']}, "
+            f"smallest {figures[name]['smallest_load']}, loss {loss:.4f}"
+        )
     about = {"steps": config.steps, "smoothed_over": SMOOTH, "preset": Path(config.preset).name, "limit": LIMIT}
     Path(config.results).write_text(json.dumps({**about, "runs": figures}, indent=1) + "\n", encoding="utf-8")
     draw(runs, Path(config.picture))
     worst = max(figures["with the update"]["largest_load"])
-    print(f"after {config.steps} steps the most loaded expert carries {worst:.2f} times the mean, below {LIMIT}: "
-          f"{'yes' if worst < LIMIT else 'NO'}; picture: {config.picture}")
+    print(
+        f"after {config.steps} steps the most loaded expert carries {worst:.2f} times the mean, below {LIMIT}: "
+        f"{'yes' if worst < LIMIT else 'NO'}; picture: {config.picture}"
+    )
 
 
 def train(config, bias_update_speed: float | None):
@@ -73,12 +79,23 @@ def train(config, bias_update_speed: float | None):
     Model.after_step = after_step
     try:
         with tempfile.TemporaryDirectory() as folder:
-            summary = pretrain.main([
-                f"--config={config.preset}", f"--max_steps={config.steps}", "--lr_schedule=constant",
-                f"--pretrain_data_path={config.data_path}", f"--tokenizer_path={config.tokenizer_path}",
-                f"--device={config.device}", f"--output_path={folder}", "--eval_interval=0", "--sample_interval=0",
-                "--save_interval=0", "--eval_final_batches=1", "--skip_checks",
-                *([] if bias_update_speed is None else [f"--model.bias_update_speed={bias_update_speed}"])])
+            summary = pretrain.main(
+                [
+                    f"--config={config.preset}",
+                    f"--max_steps={config.steps}",
+                    "--lr_schedule=constant",
+                    f"--pretrain_data_path={config.data_path}",
+                    f"--tokenizer_path={config.tokenizer_path}",
+                    f"--device={config.device}",
+                    f"--output_path={folder}",
+                    "--eval_interval=0",
+                    "--sample_interval=0",
+                    "--save_interval=0",
+                    "--eval_final_batches=1",
+                    "--skip_checks",
+                    *([] if bias_update_speed is None else [f"--model.bias_update_speed={bias_update_speed}"]),
+                ]
+            )
     finally:
         Model.after_step = hook
     return torch.stack(loads), summary["train_loss"]

@@ -75,11 +75,17 @@ def speculate(model, tokenizer, prompts, config, sampling, kinds):
             figures["hits"] += request.hits
             figures["seconds"] += seconds
     base = found[""]
-    return {kind or "plain": dict(
-        identical=f"{f['identical']} of {len(prompts)}", calls_a_token=round(f["calls"] / tokens, 3),
-        fewer_calls=round(base["calls"] / f["calls"], 3), accepted=round(f["hits"] / max(1, f["guesses"]), 3),
-        tokens_per_s=round(tokens / f["seconds"], 1), faster=round(base["seconds"] / f["seconds"], 3))
-        for kind, f in found.items()}
+    return {
+        kind or "plain": dict(
+            identical=f"{f['identical']} of {len(prompts)}",
+            calls_a_token=round(f["calls"] / tokens, 3),
+            fewer_calls=round(base["calls"] / f["calls"], 3),
+            accepted=round(f["hits"] / max(1, f["guesses"]), 3),
+            tokens_per_s=round(tokens / f["seconds"], 1),
+            faster=round(base["seconds"] / f["seconds"], 3),
+        )
+        for kind, f in found.items()
+    }
 
 
 @torch.inference_mode()
@@ -99,13 +105,18 @@ def main():
     run = config.run or choose_run(config.output_path)
     model, tokenizer, _ = load_run(run)
     chats = conversations(config.data_path, tokenizer, max(config.prompts, config.chats), model.args.max_seq_len)
-    prompts = [ids[:mask.index(1)] for ids, mask in chats[:config.prompts]]
+    prompts = [ids[: mask.index(1)] for ids, mask in chats[: config.prompts]]
     kinds = ("mtp", "ngram") if model.draft is not None else ("ngram",)
-    results = {"date": date.today().isoformat(),
-               "command": f"python benchmarks/speculative.py --prompts={config.prompts} "
-                          f"--max_new_tokens={config.max_new_tokens}",
-               "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__,
-               "model": model.model_name, "parameters": model.num_params(), "held_out_nats": {}}
+    results = {
+        "date": date.today().isoformat(),
+        "command": f"python benchmarks/speculative.py --prompts={config.prompts} "
+        f"--max_new_tokens={config.max_new_tokens}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "model": model.model_name,
+        "parameters": model.num_params(),
+        "held_out_nats": {},
+    }
     for label, sampling in (("greedy", Sampling(0)), ("temperature 0.7", Sampling(0.7, top_p=0.9, seed=0))):
         results[label] = speculate(model, tokenizer, prompts, config, sampling, kinds)
         print(label, json.dumps(results[label], indent=1), flush=True)
@@ -114,7 +125,7 @@ def main():
         model = load_run(run, dtype=DTYPES[precision])[0]
         if precision == "int8":
             to_int8(model)
-        results["held_out_nats"][precision] = round(held_out(model, chats[:config.chats]), 5)
+        results["held_out_nats"][precision] = round(held_out(model, chats[: config.chats]), 5)
         print(precision, results["held_out_nats"][precision], flush=True)
     save(config.results, results)
 

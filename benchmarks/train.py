@@ -50,15 +50,34 @@ DENSE, MIXTURE = "mini_llama3", "mini_deepseekv3"
 BOTH = {"dim": 384, "n_layers": 6, "n_heads": 6, "inter_dim": 1024, "vocab_size": 8192}
 CPU = {
     DENSE: {**BOTH, "n_kv_heads": 2, "head_dim": 64},
-    MIXTURE: {**BOTH, "q_lora_rank": 192, "kv_lora_rank": 128, "n_routed_experts": 8, "n_shared_experts": 1,
-              "n_activated_experts": 2, "moe_inter_dim": 256, "n_dense_layers": 1, "n_mtp_layers": 0},
+    MIXTURE: {
+        **BOTH,
+        "q_lora_rank": 192,
+        "kv_lora_rank": 128,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_activated_experts": 2,
+        "moe_inter_dim": 256,
+        "n_dense_layers": 1,
+        "n_mtp_layers": 0,
+    },
 }
 CUDA = {DENSE: {}, MIXTURE: {"n_mtp_layers": 0}}  # transformers trains without multi-token prediction
 QUICK = {
     DENSE: {**CPU[DENSE], "dim": 48, "n_layers": 2, "head_dim": 16, "inter_dim": 64, "vocab_size": 128},
-    MIXTURE: {**CPU[MIXTURE], "dim": 48, "n_layers": 2, "inter_dim": 64, "vocab_size": 128, "q_lora_rank": 16,
-              "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
-              "moe_inter_dim": 16},
+    MIXTURE: {
+        **CPU[MIXTURE],
+        "dim": 48,
+        "n_layers": 2,
+        "inter_dim": 64,
+        "vocab_size": 128,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "moe_inter_dim": 16,
+    },
 }
 # transformers' implementations of the experts. On a processor batched_mm would take 17 GB at these sizes, eight times
 # the others' seconds, and leave the process slower for whatever follows: its memory is no longer in large pieces.
@@ -95,14 +114,16 @@ def their_model(ours, experts: str):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config))
         save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa",
-                                                    experts_implementation=experts).train()
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", experts_implementation=experts
+        ).train()
 
 
 def our_step(model, precision: str, compiled: bool, batch: dict, device):
     """A function that takes one step as the trainer takes it, and returns the loss."""
-    config = TrainConfig(optimizer="adamw", precision=precision, compile="true" if compiled else "false", max_lr=3e-4,
-                         embed_lr_scale=1.0)
+    config = TrainConfig(
+        optimizer="adamw", precision=precision, compile="true" if compiled else "false", max_lr=3e-4, embed_lr_scale=1.0
+    )
     stepper = Stepper(model.to(device).train(), config, device)
     stepper.optimizer.set_lr(config.max_lr)
 
@@ -113,6 +134,7 @@ def our_step(model, precision: str, compiled: bool, batch: dict, device):
         stepper.update(norm.isfinite())
         model.after_step({name: value for name, value in values.items() if name != "loss"})
         return loss
+
     return step
 
 
@@ -132,6 +154,7 @@ def their_step(model, precision: str, compiled: bool, batch: dict, device):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss
+
     return step
 
 
@@ -155,12 +178,14 @@ def no_flex(x) -> int:
 
 def with_dense_mask(step):
     """`step` as it is where flex_attention takes no head; compiled, both ways stay compiled."""
+
     def dense() -> float:
         widest, layers.widest_flex_head = layers.widest_flex_head, no_flex
         try:
             return step()
         finally:
             layers.widest_flex_head = widest
+
     return dense
 
 
@@ -173,6 +198,7 @@ def matmul_step(precision: str, device, size: int = 2048):
         for _ in range(4):
             torch.mm(a, b.T, out=out)
         return 0.0
+
     return step, 4 * 2 * size**3
 
 
@@ -232,10 +258,20 @@ def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens
     for _ in range(config.rounds):
         for side, step in steps.items():
             seconds[side].append(timed(step, device))
-    figures = {"model": name, "precision": precision, "seq_len": seq_len, "rows": tokens // seq_len, "sizes": sizes,
-               "gflops_per_token": flops / 1e9, "first_losses": {s: v[0] for s, v in losses.items() if s != "matmul"},
-               "experts": experts, "experts_seconds": tried, "seconds": seconds,
-               "matmul_gflops": matmul_flops / statistics.median(seconds.pop("matmul")) / 1e9, "memory_mib": most}
+    figures = {
+        "model": name,
+        "precision": precision,
+        "seq_len": seq_len,
+        "rows": tokens // seq_len,
+        "sizes": sizes,
+        "gflops_per_token": flops / 1e9,
+        "first_losses": {s: v[0] for s, v in losses.items() if s != "matmul"},
+        "experts": experts,
+        "experts_seconds": tried,
+        "seconds": seconds,
+        "matmul_gflops": matmul_flops / statistics.median(seconds.pop("matmul")) / 1e9,
+        "memory_mib": most,
+    }
     peak = figures["matmul_gflops"]
     if device.type == "cuda":
         best = Peak(device, precision, config.peak_tflops)
@@ -244,7 +280,8 @@ def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens
     figures["flops_share"] = {side: rate * flops / 1e9 / peak for side, rate in figures["tokens_per_s"].items()}
     for how in ("eager", "compiled") if config.compiled else ("eager",):
         figures[f"ratio_{how}"] = statistics.median(
-            theirs / ours for theirs, ours in zip(seconds[f"theirs {how}"], seconds[f"ours {how}"]))
+            theirs / ours for theirs, ours in zip(seconds[f"theirs {how}"], seconds[f"ours {how}"])
+        )
     return figures
 
 
@@ -252,8 +289,10 @@ def compare_packed(config, name: str, precision: str, sizes: dict, seq_len: int,
     """Our model on packed rows, by flex_attention where it is used, and by the dense mask."""
     device = torch.device(config.device)
     batch = make_packed_batch(sizes.get("vocab_size", 32000), tokens // seq_len, seq_len)
-    steps = {side: our_step(our_model(name, sizes, seq_len), precision, config.compiled, batch, device)
-             for side in ("flex", "dense mask")}
+    steps = {
+        side: our_step(our_model(name, sizes, seq_len), precision, config.compiled, batch, device)
+        for side in ("flex", "dense mask")
+    }
     steps["dense mask"] = with_dense_mask(steps["dense mask"])
     losses = {side: [step() for _ in range(3)][0] for side, step in steps.items()}
     if abs(losses["flex"] - losses["dense mask"]) > 0.01 * losses["dense mask"]:
@@ -263,9 +302,17 @@ def compare_packed(config, name: str, precision: str, sizes: dict, seq_len: int,
         for side, step in steps.items():
             seconds[side].append(timed(step, device))
     ratios = [dense / flex for dense, flex in zip(seconds["dense mask"], seconds["flex"])]
-    return {"model": name, "precision": precision, "seq_len": seq_len, "rows": tokens // seq_len, "sizes": sizes,
-            "first_losses": losses, "seconds": seconds, "ratio": statistics.median(ratios),
-            "tokens_per_s": {side: tokens / statistics.median(s) for side, s in seconds.items()}}
+    return {
+        "model": name,
+        "precision": precision,
+        "seq_len": seq_len,
+        "rows": tokens // seq_len,
+        "sizes": sizes,
+        "first_losses": losses,
+        "seconds": seconds,
+        "ratio": statistics.median(ratios),
+        "tokens_per_s": {side: tokens / statistics.median(s) for side, s in seconds.items()},
+    }
 
 
 def peak_memory(config, name: str, side: str) -> float:
@@ -309,20 +356,29 @@ def alone(function, *args):
 
 def table(results: dict) -> str:
     """Markdown, one row a model, precision and length; 0: not measured."""
-    lines = ["| | transformers eager | compiled | ours eager | compiled | ratio eager | compiled | FLOPs: share |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| | transformers eager | compiled | ours eager | compiled | ratio eager | compiled | FLOPs: share |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for name, row in results["speed"].items():
-        sides = [f"{row['tokens_per_s'].get(f'{side} {how}', 0):,.0f}" for side in ("theirs", "ours")
-                 for how in ("eager", "compiled")]
+        sides = [
+            f"{row['tokens_per_s'].get(f'{side} {how}', 0):,.0f}"
+            for side in ("theirs", "ours")
+            for how in ("eager", "compiled")
+        ]
         ratios = [f"{row.get(f'ratio_{how}', 0):.2f}" for how in ("eager", "compiled")]
         best = max(value for side, value in row["flops_share"].items() if side.startswith("ours"))
         lines.append(f"| {name} | {' | '.join(sides + ratios)} | {best:.0%} |")
     for name, figures in results["memory"].items():
-        lines.append(f"\npeak memory of {name}: ours {figures['ours']:,.0f} MiB, transformers "
-                     f"{figures['theirs']:,.0f} MiB: {figures['share']:.0%}")
+        lines.append(
+            f"\npeak memory of {name}: ours {figures['ours']:,.0f} MiB, transformers "
+            f"{figures['theirs']:,.0f} MiB: {figures['share']:.0%}"
+        )
     for name, row in results.get("packed", {}).items():
-        lines.append(f"\npacked rows, {name}: flex_attention {row['tokens_per_s']['flex']:,.0f} tokens/s, dense mask "
-                     f"{row['tokens_per_s']['dense mask']:,.0f}: {row['ratio']:.2f}")
+        lines.append(
+            f"\npacked rows, {name}: flex_attention {row['tokens_per_s']['flex']:,.0f} tokens/s, dense mask "
+            f"{row['tokens_per_s']['dense mask']:,.0f}: {row['ratio']:.2f}"
+        )
     return "\n".join(lines)
 
 
@@ -333,11 +389,19 @@ def main(argv=None):
     seq_lens = config.seq_lens or ([32] if config.quick else [512, 2048] if cuda else [256])
     tokens = config.tokens or (64 if config.quick else 32768 if cuda else 2048)
     config.rounds = 1 if config.quick else config.rounds
-    about = {"date": str(date.today()), "command": " ".join(["python benchmarks/train.py", *(argv or sys.argv[1:])]),
-             "device": config.device, "processor": torch.cuda.get_device_name() if cuda else processor(),
-             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-             "torch": torch.__version__, "commit": git_revision()}
+    about = {
+        "date": str(date.today()),
+        "command": " ".join(["python benchmarks/train.py", *(argv or sys.argv[1:])]),
+        "device": config.device,
+        "processor": torch.cuda.get_device_name() if cuda else processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": git_revision(),
+    }
     import transformers
+
     about["transformers"] = transformers.__version__
     path = Path(config.results or ROOT / f"benchmarks/results/train{'_cuda' if cuda else ''}.json")
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"speed": {}, "memory": {}}
@@ -363,8 +427,11 @@ def main(argv=None):
 
 def processor() -> str:
     try:
-        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         return names[0]
     except (OSError, IndexError):
         return platform.processor()

@@ -30,7 +30,9 @@ CHECKS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": function
     for module in GROUPS
     for name, function in vars(module).items()
-    if callable(function) and getattr(function, "__module__", "") == module.__name__ and not name.startswith("_")
+    if callable(function)
+    and getattr(function, "__module__", "") == module.__name__
+    and not name.startswith("_")
     and not isinstance(function, type)
 }
 SLOW = ("learning.", "precision.compiled", "init.", "gradients.agree")  # a second or more, not milliseconds

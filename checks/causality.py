@@ -39,15 +39,23 @@ def later_tokens_change_nothing(subject):
             torch.manual_seed(0)
             difference = (logits_of(model, changed)[0] - base).abs().amax(dim=-1)  # (T,)
             _nothing_before(difference, t, base, "train" if train else "eval")
-            require(train or difference[t] > ROUNDING, f"token {t} does not change the logits at its own position",
-                    ["a mask that hides the position itself, and no residual connection around it",
-                     "the logits belong to another position: the sequence is shifted inside the model"])
+            require(
+                train or difference[t] > ROUNDING,
+                f"token {t} does not change the logits at its own position",
+                [
+                    "a mask that hides the position itself, and no residual connection around it",
+                    "the logits belong to another position: the sequence is shifted inside the model",
+                ],
+            )
 
 
 def _nothing_before(difference, t, base, where):
     seen = (difference[:t] > ROUNDING * max(1.0, base.abs().max().item())).nonzero()[:, 0]
-    require(not len(seen), f"{where} mode: token {t} changes the logits at the earlier positions "
-            f"{positions_text(seen)} by up to {difference[:t].max().item() if t else 0:.3g}")
+    require(
+        not len(seen),
+        f"{where} mode: token {t} changes the logits at the earlier positions "
+        f"{positions_text(seen)} by up to {difference[:t].max().item() if t else 0:.3g}",
+    )
 
 
 @torch.no_grad()
@@ -82,8 +90,11 @@ def gradient_reaches_the_past_only(subject):
         later = (size[t + 1 :] > ROUNDING * size.max()).nonzero()[:, 0] + t + 1
         require(not len(later), f"the logit at {t} has a gradient to the later positions {positions_text(later)}")
         require(size[t] > 0, f"the logit at {t} has no gradient to its own token")
-        require(t == 0 or size[:t].sum() > 0, f"the logit at {t} has no gradient to any earlier token",
-                ["the mask leaves only the position itself", "keys, values or the recurrent state are detached"])
+        require(
+            t == 0 or size[:t].sum() > 0,
+            f"the logit at {t} has no gradient to any earlier token",
+            ["the mask leaves only the position itself", "keys, values or the recurrent state are detached"],
+        )
 
 
 @torch.no_grad()
@@ -131,8 +142,11 @@ def losses_see_the_past_only(subject):
         for key, size in gradients(targets).items():
             change = (size - without[key]).abs()
             later = (change[t + 1 :] > ROUNDING * change.max() + 1e-9).nonzero()[:, 0] + t + 1
-            require(not len(later), f"{key} of the target at {t}, which is token {t + 1}, has a gradient to the tokens "
-                    f"at {positions_text(later)}")
+            require(
+                not len(later),
+                f"{key} of the target at {t}, which is token {t + 1}, has a gradient to the tokens "
+                f"at {positions_text(later)}",
+            )
 
 
 @torch.no_grad()
@@ -149,5 +163,7 @@ def targets_do_not_leak(subject):
     for targets in (next_tokens(ids), subject.tokens(seed=8), ids):
         got = subject.task_loss(*call(model, ids, targets=targets)[1:]).item()
         want = negative_log_likelihood(logits, targets).mean().item()
-        require(abs(got - want) < 1e-3 * max(1.0, abs(want)),
-                f"the loss is {got:.5g}, but the logits without targets give {want:.5g} for the same targets")
+        require(
+            abs(got - want) < 1e-3 * max(1.0, abs(want)),
+            f"the loss is {got:.5g}, but the logits without targets give {want:.5g} for the same targets",
+        )

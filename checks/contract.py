@@ -62,6 +62,7 @@ def loss_is_sum_of_terms(subject):
         require_close(sum(terms.values()), loss, f"{listed} against the loss {loss.item():.4g}", 1e-5)
         _gradients_add_up(model, loss, terms)
 
+
 def _gradients_add_up(model, loss, terms):
     """The loss must teach what its terms teach: a term added by its value alone would go unnoticed."""
     params = [p for p in model.parameters() if p.requires_grad]
@@ -73,8 +74,11 @@ def _gradients_add_up(model, loss, terms):
     whole, parts = gradient(loss), {key: gradient(value) for key, value in terms.items()}
     error, size = (whole - sum(parts.values())).norm(), whole.norm()
     for key, part in parts.items():
-        require(error < 0.1 * part.norm() + 1e-6 * size, f"the gradient of the loss differs from that of the sum of "
-                f"loss/* by {error:.3g}; {key} alone has {part.norm():.3g}: the term is added without its graph")
+        require(
+            error < 0.1 * part.norm() + 1e-6 * size,
+            f"the gradient of the loss differs from that of the sum of "
+            f"loss/* by {error:.3g}; {key} alone has {part.norm():.3g}: the term is added without its graph",
+        )
 
 
 def train_equals_eval(subject):
@@ -184,8 +188,10 @@ def nothing_is_stored(subject):
             torch.manual_seed(seed)
             call(model, ids[:, :3])
             drawn.append(torch.rand(4))
-        require(not torch.equal(*drawn), "forward sets the seed of the global random generator: every step would draw "
-                "the same dropout")
+        require(
+            not torch.equal(*drawn),
+            "forward sets the seed of the global random generator: every step would draw the same dropout",
+        )
         if subject.Model.accepts("state"):
             call(model, ids[:, :3], state=model.init_state(len(ids)))
     changed = differences(before, snapshot(model))
@@ -207,8 +213,10 @@ def longer_than_max_seq_len(subject):
         got = call(model, ids)[0]
     except Exception:
         return
-    require(got.shape[1] == ids.shape[1], f"{ids.shape[1]} tokens in, logits for {got.shape[1]} out: the input is cut "
-            "without a word")
+    require(
+        got.shape[1] == ids.shape[1],
+        f"{ids.shape[1]} tokens in, logits for {got.shape[1]} out: the input is cut without a word",
+    )
     larger = subject.build(max_seq_len=2 * longest)
     weights = model.state_dict()
     if {k: v.shape for k, v in larger.state_dict().items()} != {k: v.shape for k, v in weights.items()}:

@@ -49,16 +49,21 @@ def parameters_are_counted(subject: Subject):
     require(counts["total"] == total, f"num_params says {counts['total']} in all, there are {total} parameters")
     require(0 < counts["active"] <= total, f"num_params says {counts['active']} of {total} parameters are active")
     tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
-    require(counts["embedding"] <= max(tables, total // 2) or not tables,
-            f"num_params says {counts['embedding']} in embeddings, the tables hold {tables}")
+    require(
+        counts["embedding"] <= max(tables, total // 2) or not tables,
+        f"num_params says {counts['embedding']} in embeddings, the tables hold {tables}",
+    )
     with torch.no_grad():
         mixture = "moe/load" in call(model, ids, targets=next_tokens(ids))[2]
     if mixture:
         done = _forward_flops(model, subject.tokens(rows=16, length=1)) / 16
         said = 2 * (counts["active"] - _lookups(model))
         dense = 2 * (total - _lookups(model))  # every expert computed for every token: nothing to compare with
-        require(_near(said, done) or _near(dense, done), f"num_params says {counts['active']} parameters are active: "
-                f"{said:.4g} FLOPs a token without lookups; inference does {done:.4g}")
+        require(
+            _near(said, done) or _near(dense, done),
+            f"num_params says {counts['active']} parameters are active: "
+            f"{said:.4g} FLOPs a token without lookups; inference does {done:.4g}",
+        )
 
 
 def flops_are_estimated(subject: Subject):
@@ -71,8 +76,10 @@ def flops_are_estimated(subject: Subject):
     experts counted instead of the active ones; attention counted for layers that have none.
     """
     model = subject.build().train()
-    overridden = any(getattr(subject.Model, n) is not getattr(BaseModel, n)
-                     for n in ("flops_per_token", "attention_flops_per_token", "num_params"))
+    overridden = any(
+        getattr(subject.Model, n) is not getattr(BaseModel, n)
+        for n in ("flops_per_token", "attention_flops_per_token", "num_params")
+    )
     with torch.no_grad():
         mixture = "moe/load" in call(model, subject.tokens(), targets=subject.tokens())[2]
     total = sum(p.numel() for p in model.parameters())
@@ -85,13 +92,18 @@ def flops_are_estimated(subject: Subject):
         require(said > 0, f"flops_per_token says {said}")
         if not _near(said, done):
             if not overridden and not mixture:
-                raise NotApplicable(f"the default estimate is {said / done:.2f} times the measured count: override "
-                                    "flops_per_token for true figures of utilisation")
+                raise NotApplicable(
+                    f"the default estimate is {said / done:.2f} times the measured count: override "
+                    "flops_per_token for true figures of utilisation"
+                )
             all_experts = said + 6 * (total - model.num_params()["active"])
             if mixture and "flops_per_token" not in vars(subject.Model) and _near(all_experts, done):
                 raise NotApplicable("every expert is computed for every token: flops_per_token counts the active ones")
-            require(False, f"flops_per_token says {said:.4g} at {ids.shape[1]} tokens, a training step does "
-                    f"{done:.4g}: {said / done:.2f} times")
+            require(
+                False,
+                f"flops_per_token says {said:.4g} at {ids.shape[1]} tokens, a training step does "
+                f"{done:.4g}: {said / done:.2f} times",
+            )
 
 
 def _near(said, done):

@@ -37,8 +37,10 @@ def every_parameter_learns(subject: Subject):
             for dim, what in ((1, "rows"), (0, "columns")):
                 dead = (~alive.any(dim=dim)).nonzero()[:, 0].tolist()
                 total = alive.shape[1 - dim]
-                require(10 * len(dead) < total or not dead,
-                        f"no gradient ever reaches the {what} {dead[:6]} of {name}, {len(dead)} of {total}")
+                require(
+                    10 * len(dead) < total or not dead,
+                    f"no gradient ever reaches the {what} {dead[:6]} of {name}, {len(dead)} of {total}",
+                )
 
 
 def _names(names):
@@ -105,8 +107,11 @@ def agree_with_finite_differences(subject: Subject):
                 if found is not None:
                     slope, noise_level = found
                     allowed = 0.1 * max(abs(slope), abs(said)) + noise_level
-                    require(abs(slope - said) <= allowed, f"{name}: along {what} backward says {said:.4g}, a small "
-                            f"step changes the loss by {slope:.4g} a unit")
+                    require(
+                        abs(slope - said) <= allowed,
+                        f"{name}: along {what} backward says {said:.4g}, a small "
+                        f"step changes the loss by {slope:.4g} a unit",
+                    )
 
 
 def _slope(loss, base, param, direction, said):

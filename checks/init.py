@@ -24,8 +24,9 @@ def loss_is_uniform(subject: Subject):
         with torch.no_grad():
             _, loss, other_vars = call(model, ids, targets=next_tokens(ids))
         loss, uniform = subject.task_loss(loss, other_vars).item(), math.log(model.args.vocab_size)
-        require(uniform - 0.25 < loss < uniform + 0.75,
-                f"{where}: the initial loss is {loss:.3f}, ln V is {uniform:.3f}")
+        require(
+            uniform - 0.25 < loss < uniform + 0.75, f"{where}: the initial loss is {loss:.3f}, ln V is {uniform:.3f}"
+        )
 
 
 @torch.no_grad()
@@ -40,8 +41,10 @@ def logits_are_centred(subject: Subject):
         logits = logits_of(model, _random(model, rows=8)).float()
         mean, spread = logits.mean().item(), logits.mean(dim=(0, 1)).std().item()
         require(abs(mean) < 1, f"{where}: the initial logits have mean {mean:.3g}")
-        require(spread < 0.75, f"{where}: initial logits prefer some tokens everywhere, by a standard deviation of "
-                f"{spread:.3g}")
+        require(
+            spread < 0.75,
+            f"{where}: initial logits prefer some tokens everywhere, by a standard deviation of {spread:.3g}",
+        )
 
 
 def _random(model, rows):

@@ -21,8 +21,11 @@ def overfits_one_batch(subject: Subject):
     ids = subject.tokens(rows=2, length=min(13, subject.args.max_seq_len + 1), seed=4)
     batch, bound = (ids[:, :-1], ids[:, 1:]), 0.3 * math.log(subject.args.vocab_size)
     best = _best_loss(subject, batch, lambda step: batch, bound)
-    require(best < bound, f"the loss on two rows of {batch[0].shape[1]} tokens is still {best:.3f} after 150 steps, "
-            f"it began near {math.log(subject.args.vocab_size):.3f}")
+    require(
+        best < bound,
+        f"the loss on two rows of {batch[0].shape[1]} tokens is still {best:.3f} after 150 steps, "
+        f"it began near {math.log(subject.args.vocab_size):.3f}",
+    )
 
 
 def recalls_the_past(subject: Subject):
@@ -45,8 +48,11 @@ def recalls_the_past(subject: Subject):
         return ids, targets
 
     best = _best_loss(subject, batch(0), batch, 1.2)
-    require(best < 1.2, f"the loss of recalling a token up to three positions back is {best:.3f} after 150 steps; "
-            "without the past it is 2.079")
+    require(
+        best < 1.2,
+        f"the loss of recalling a token up to three positions back is {best:.3f} after 150 steps; "
+        "without the past it is 2.079",
+    )
 
 
 def _best_loss(subject, test, batch_at, bound):

@@ -39,8 +39,12 @@ def mean_over_valid_targets(subject):
             why = _explain(got.item(), logits, targets)
             mode = "train" if train else "eval"
             valid = int((targets != -100).sum())
-            require(False, f"{mode} mode: the loss is {got:.5g}, the mean over the {valid} valid targets {want:.5g}"
-                    f"{': it is ' + why if why else ''}", [why] if why else [])
+            require(
+                False,
+                f"{mode} mode: the loss is {got:.5g}, the mean over the {valid} valid targets {want:.5g}"
+                f"{': it is ' + why if why else ''}",
+                [why] if why else [],
+            )
 
 
 @torch.no_grad()
@@ -59,8 +63,9 @@ def _explain(got, logits, targets):
         "the sum over the valid targets": nll.sum(),
         "the sum divided by all positions, ignored ones included": nll.sum() / targets.numel(),
         "the mean of the rows' means": torch.stack([r.mean() for r in rows if len(r)]).mean(),
-        "the mean of the rows' means, a row without targets counted as 0":
-            torch.stack([r.mean() if len(r) else nll.new_zeros(()) for r in rows]).mean(),
+        "the mean of the rows' means, a row without targets counted as 0": torch.stack(
+            [r.mean() if len(r) else nll.new_zeros(()) for r in rows]
+        ).mean(),
         "the mean with -100 taken as class 0": zero_class.mean(),
         "the loss of targets shifted a second time": negative_log_likelihood(logits[:, :-1], targets[:, 1:]).mean(),
         "the loss of targets shifted back": negative_log_likelihood(logits[:, 1:], targets[:, :-1]).mean(),
@@ -129,8 +134,9 @@ def ignored_targets_have_no_gradient(subject):
         task = subject.task_loss(loss, other_vars)
         params = [p for p in model.parameters() if p.requires_grad]
         grads = torch.autograd.grad(task, params, allow_unused=True)
-        return task.detach(), torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten()
-                                         for p, g in zip(params, grads)])
+        return task.detach(), torch.cat(
+            [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(params, grads)]
+        )
 
     both, alone = loss_and_gradient(ids, targets), loss_and_gradient(ids[:2], targets[:2])
     require_close(both[0], alone[0], "loss with ignored rows against the loss without them")

@@ -35,8 +35,10 @@ def loads_are_counted(subject: Subject):
     if active is None:
         active = max(1, round(sums[0].item() / tokens))
     seen = ", ".join(f"{s:.5g}" for s in sums.tolist())
-    require(((sums - tokens * active).abs() < 1e-3).all(),
-            f"the loads of the layers sum to {seen}; {tokens} tokens with {active} experts each make {tokens * active}")
+    require(
+        ((sums - tokens * active).abs() < 1e-3).all(),
+        f"the loads of the layers sum to {seen}; {tokens} tokens with {active} experts each make {tokens * active}",
+    )
     require((load >= 0).all() and torch.equal(load, load.round()), "loads are counts: whole numbers, none negative")
     require_close(rows, load, "loads of the rows added up against the loads of the batch", 1e-4)
 
@@ -61,8 +63,11 @@ def loads_are_true(subject: Subject):
             reached = [any(g is not None and bool((g != 0).any()) for g in weights()) for weights in slices]
             busy = (other_vars[KEY][layer] > 0).tolist()
             for expert, (has, says) in enumerate(zip(reached, busy)):
-                require(has == says, f"{KEY}[{layer}, {expert}] is {other_vars[KEY][layer][expert]:.0f} for {length} "
-                        f"tokens, and {name} has {'a' if has else 'no'} gradient for this expert")
+                require(
+                    has == says,
+                    f"{KEY}[{layer}, {expert}] is {other_vars[KEY][layer][expert]:.0f} for {length} "
+                    f"tokens, and {name} has {'a' if has else 'no'} gradient for this expert",
+                )
 
 
 @torch.no_grad()
@@ -81,11 +86,21 @@ def _expert_weights(model, load):
     found = []
     for name, module in model.named_modules():
         stacked = [p for p in module.parameters(recurse=False) if p.ndim >= 3 and p.shape[0] == n_experts]
-        lists = [c for c in module.children() if isinstance(c, nn.ModuleList) and len(c) == n_experts
-                 and c is not getattr(model, "layers", None)]
+        lists = [
+            c
+            for c in module.children()
+            if isinstance(c, nn.ModuleList) and len(c) == n_experts and c is not getattr(model, "layers", None)
+        ]
         if stacked:
-            found.append((name, [lambda e=e, ps=stacked: [None if p.grad is None else p.grad[e] for p in ps]
-                                 for e in range(n_experts)]))
+            found.append(
+                (
+                    name,
+                    [
+                        lambda e=e, ps=stacked: [None if p.grad is None else p.grad[e] for p in ps]
+                        for e in range(n_experts)
+                    ],
+                )
+            )
         elif lists:
             found.append((name, [lambda m=m: [p.grad for p in m.parameters()] for m in lists[0]]))
     if len(found) < n_layers:
@@ -113,8 +128,11 @@ def routers_have_a_task_gradient(subject: Subject):
     if not routers:
         raise NotApplicable("no weight matrix with one row an expert")
     weak = [n for n in routers if not _training_only(model, n) and rms[n] < 1e-4 * typical]
-    require(not weak, f"the task loss has no gradient to {', '.join(weak)} (root mean square "
-            f"{', '.join(f'{rms[n]:.2g}' for n in weak)}, typical {typical:.2g})")
+    require(
+        not weak,
+        f"the task loss has no gradient to {', '.join(weak)} (root mean square "
+        f"{', '.join(f'{rms[n]:.2g}' for n in weak)}, typical {typical:.2g})",
+    )
 
 
 def _training_only(model, name):
@@ -143,8 +161,10 @@ def bias_update_evens_the_load(subject: Subject):
         if len(spreads) == 1 and all(torch.equal(v, before[k]) for k, v in model.named_buffers()):
             raise NotApplicable("after_step moves no buffer")
     last = sum(spreads[-10:]) / 10
-    require(last < 0.9 * spreads[0] or spreads[0] < 0.05,
-            f"the relative spread of the loads was {spreads[0]:.3f} and is {last:.3f} after 120 bias updates")
+    require(
+        last < 0.9 * spreads[0] or spreads[0] < 0.05,
+        f"the relative spread of the loads was {spreads[0]:.3f} and is {last:.3f} after 120 bias updates",
+    )
 
 
 def _fast_bias(subject):
@@ -166,8 +186,11 @@ def bias_only_chooses(subject: Subject):
     want, before = logits_of(model, ids), {k: v.clone() for k, v in model.named_buffers()}
     load = _load(model, ids)
     model.after_step({k: v.detach() for k, v in call(model, ids, targets=next_tokens(ids))[2].items()})
-    moved = [(k, v) for k, v in model.named_buffers() if v.is_floating_point() and not torch.equal(v, before[k])
-             and v.shape[-1:] == load.shape[-1:]]
+    moved = [
+        (k, v)
+        for k, v in model.named_buffers()
+        if v.is_floating_point() and not torch.equal(v, before[k]) and v.shape[-1:] == load.shape[-1:]
+    ]
     if not moved:
         raise NotApplicable("after_step moves no buffer with one entry an expert")
     for name, buffer in moved:
@@ -203,8 +226,10 @@ def balance_loss_evens_the_load(subject: Subject):
         for param, grad in zip(routers, torch.autograd.grad(term, routers, allow_unused=True)):
             param.grad = grad
         optimizer.step()
-    require(after < 1.1 * before + 0.05, f"the relative spread of the loads was {before:.3f} and is {after:.3f} after "
-            "forty steps on the balance loss")
+    require(
+        after < 1.1 * before + 0.05,
+        f"the relative spread of the loads was {before:.3f} and is {after:.3f} after forty steps on the balance loss",
+    )
 
 
 def experts_differ(subject: Subject):
@@ -218,8 +243,11 @@ def experts_differ(subject: Subject):
         n_experts = _load(model, subject.tokens()).shape[1]
     for name, module in model.named_modules():
         stacked = [p for p in module.parameters(recurse=False) if p.ndim >= 3 and p.shape[0] == n_experts]
-        lists = [c for c in module.children() if isinstance(c, nn.ModuleList) and len(c) == n_experts
-                 and c is not getattr(model, "layers", None)]
+        lists = [
+            c
+            for c in module.children()
+            if isinstance(c, nn.ModuleList) and len(c) == n_experts and c is not getattr(model, "layers", None)
+        ]
         for param in stacked:
             same = param.std() > 0 and torch.equal(param[0].expand_as(param), param)
             require(not same, f"all experts in {name} start with the same weights")

@@ -51,8 +51,11 @@ def packed_equals_separate(subject: Subject):
         for row, starts in enumerate(bounds):
             for start, end in zip([0, *starts], [*starts, total]):
                 alone = logits_of(model, ids[row : row + 1, start:end])
-                require_close(packed[row : row + 1, start:end], alone,
-                              f"row {row}, document at {start}..{end - 1}, packed against alone")
+                require_close(
+                    packed[row : row + 1, start:end],
+                    alone,
+                    f"row {row}, document at {start}..{end - 1}, packed against alone",
+                )
         one = logits_of(model, ids, doc_ids=torch.full_like(ids, 7))
         require_close(one, logits_of(model, ids), "one document a row against no doc_ids")
         padded = torch.zeros_like(ids[:2])
@@ -76,8 +79,10 @@ def gradient_stays_in_the_document(subject: Subject):
     for t in range(ids.shape[1]):
         size = gradient_at_tokens(logits[0, t].square().sum(), outputs)[0]
         foreign = ((size > 2e-5 * size.max()) & (doc_ids[0] != doc_ids[0, t])).nonzero()[:, 0]
-        require(not len(foreign), f"the logit at {t} has a gradient to tokens of other documents, at "
-                f"{positions_text(foreign)}")
+        require(
+            not len(foreign),
+            f"the logit at {t} has a gradient to tokens of other documents, at {positions_text(foreign)}",
+        )
 
 
 def packed_loss_equals_separate(subject: Subject):
@@ -125,5 +130,6 @@ def losses_stay_in_the_document(subject: Subject):
     nothing, second = gradients(torch.full_like(ids, -100)), gradients(targets)
     for key, size in second.items():
         crossed = ((size - nothing[key])[:border].abs() > 1e-5 * size.max() + 1e-9).nonzero()[:, 0]
-        require(not len(crossed), f"{key} of the second document has a gradient to the first, at "
-                f"{positions_text(crossed)}")
+        require(
+            not len(crossed), f"{key} of the second document has a gradient to the first, at {positions_text(crossed)}"
+        )

@@ -61,15 +61,21 @@ def tied_weights_stay_tied(subject: Subject):
     for name, param in model.named_parameters():
         if param.numel():
             other = owner.setdefault(param.untyped_storage().data_ptr(), name)
-            require(other == name, f"{name} and {other} share their memory but are two parameters",
-                    ["tying by `.data`: assign the Parameter itself, a.weight = b.weight"])
+            require(
+                other == name,
+                f"{name} and {other} share their memory but are two parameters",
+                ["tying by `.data`: assign the Parameter itself, a.weight = b.weight"],
+            )
     for table_name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             for name, param in model.named_parameters():
                 same = param is not module.weight and param.shape == module.weight.shape
                 same = same and torch.equal(param, module.weight) and param.std() > 0
-                require(not same, f"{name} and {table_name}.weight start equal but are two parameters: they part at "
-                        "the first step", ["tying by copying: assign the Parameter itself, a.weight = b.weight"])
+                require(
+                    not same,
+                    f"{name} and {table_name}.weight start equal but are two parameters: they part at the first step",
+                    ["tying by copying: assign the Parameter itself, a.weight = b.weight"],
+                )
 
 
 def _names_of_each(model):

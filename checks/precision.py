@@ -43,8 +43,10 @@ def bf16_stays_near_fp32(subject: Subject):
     require(max(parts) < 0.05, seen)
     require(max(parts) < 3 * parts[0] + 0.003, f"{seen}: they grow with the position")
     require(loss.isfinite(), f"the loss under bf16 autocast is {loss.item()}")
-    require(abs(loss.item() - want_loss) < 0.02 * abs(want_loss) + 0.02,
-            f"the loss under bf16 autocast is {loss.item():.5g}, in fp32 {want_loss:.5g}")
+    require(
+        abs(loss.item() - want_loss) < 0.02 * abs(want_loss) + 0.02,
+        f"the loss under bf16 autocast is {loss.item():.5g}, in fp32 {want_loss:.5g}",
+    )
 
 
 def bf16_gradients_are_finite(subject: Subject):
@@ -66,8 +68,11 @@ def bf16_gradients_are_finite(subject: Subject):
         loss.backward()
         bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         require(not bad, f"under bf16 autocast the gradient of {', '.join(bad[:4])} is not finite")
-        grads.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double()
-                                for p in model.parameters()]))
+        grads.append(
+            torch.cat(
+                [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in model.parameters()]
+            )
+        )
     cosine = torch.nn.functional.cosine_similarity(grads[1], grads[2], dim=0).item()
     require(cosine > 0.9, f"the cosine between the gradients of bf16 and fp32 is {cosine:.3f}")
 
@@ -105,8 +110,11 @@ def compiled_equals_eager(subject: Subject):
         return
     counts = _graphs_after_each_step(subject, dynamic=None, steps=10)
     new = [after - before for before, after in zip(counts[4:], counts[5:])]
-    require(not all(new), f"graphs compiled after each of ten steps: {', '.join(map(str, counts))}; it should stay the "
-            "same after the first few")
+    require(
+        not all(new),
+        f"graphs compiled after each of ten steps: {', '.join(map(str, counts))}; it should stay the "
+        "same after the first few",
+    )
 
 
 def _graphs_after_each_step(subject, dynamic, steps):

@@ -133,10 +133,14 @@ def rows_can_be_reordered(subject: Subject):
     _decode(model, ids[:, :half], state, [half])
     for layer, tensors in enumerate(state.layers):
         for name, tensor in tensors.items():
-            require(isinstance(tensor, torch.Tensor), f"state.layers[{layer}][{name!r}] is {type(tensor).__name__}, "
-                    "expected a tensor")
-            require(tensor.ndim and tensor.shape[0] == len(ids), f"state.layers[{layer}][{name!r}] has shape "
-                    f"{tuple(tensor.shape)}: dim 0 must be the batch, {len(ids)}")
+            require(
+                isinstance(tensor, torch.Tensor),
+                f"state.layers[{layer}][{name!r}] is {type(tensor).__name__}, expected a tensor",
+            )
+            require(
+                tensor.ndim and tensor.shape[0] == len(ids),
+                f"state.layers[{layer}][{name!r}] has shape {tuple(tensor.shape)}: dim 0 must be the batch, {len(ids)}",
+            )
     got = _decode(model, ids[order, half:], state.rows(order), [1] * (ids.shape[1] - half))
     require_close(got, full[order, half:], f"rows {order} of a state")
     state.put([1], model.init_state(1))

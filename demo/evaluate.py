@@ -37,8 +37,9 @@ class EvaluateConfig(AnswerOptions):
     """Evaluates the demo: form, rhyme and copying of poems on held-out titles, and a few answers to read."""
 
     run: str = opt("", "run folder of the fine-tuned model", path=True)
-    pretrain_run: str = opt("", "run folder whose bits per character are measured; empty: the one `run` started from",
-                            path=True)
+    pretrain_run: str = opt(
+        "", "run folder whose bits per character are measured; empty: the one `run` started from", path=True
+    )
     corpora_path: str = opt("output/corpora", "folder with poems.jsonl", path=True)
     poems: int = opt(100, "poems to sample, equally many of each form")
     bits_poems: int = opt(1500, "held-out poems, of any form, over which bits per character are measured")

@@ -16,8 +16,19 @@ from model.basemodel import BaseModel, BaseModelArgs, ModelError, State
 __all__ = ["BaseModel", "BaseModelArgs", "ModelError", "State", "get_model_and_args", "list_models", "model_file"]
 
 FOLDER = Path(__file__).parent
-NOT_ARCHITECTURES = {"__init__", "basemodel", "blocked", "expert_loop", "experts", "hf", "int8", "kernels", "layers",
-                     "new", "template"}
+NOT_ARCHITECTURES = {
+    "__init__",
+    "basemodel",
+    "blocked",
+    "expert_loop",
+    "experts",
+    "hf",
+    "int8",
+    "kernels",
+    "layers",
+    "new",
+    "template",
+}
 NAME_PATTERN = re.compile(r"[a-z0-9_]{1,64}")
 
 

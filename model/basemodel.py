@@ -211,8 +211,12 @@ class BaseModel(nn.Module):
         + attention over the full square, causality not counted (PaLM, appendix B).
         """
         counts = self.num_params()
-        tied = any(p is m.weight for m in self.modules() if isinstance(m, nn.Embedding)
-                   for p in getattr(self, "lm_head", nn.Module()).parameters())
+        tied = any(
+            p is m.weight
+            for m in self.modules()
+            if isinstance(m, nn.Embedding)
+            for p in getattr(self, "lm_head", nn.Module()).parameters()
+        )
         lookup = 0 if tied else counts["embedding"]  # a lookup is no matmul; a tied table is one, in the head
         return 3 * (2 * (counts["active"] - lookup) + self.attention_flops_per_token(seq_len))
 

@@ -68,13 +68,16 @@ class DeepSeekV3ModelArgs(RopeArgs, BaseModelArgs):
         a = self
         a.check_sizes("n_dense_layers", "q_lora_rank", "n_shared_experts", "n_mtp_layers")
         if a.n_routed_experts % a.n_expert_groups:
-            raise ModelError(f"n_routed_experts={a.n_routed_experts} must be a multiple of "
-                             f"n_expert_groups={a.n_expert_groups}")
+            raise ModelError(
+                f"n_routed_experts={a.n_routed_experts} must be a multiple of n_expert_groups={a.n_expert_groups}"
+            )
         per_group = a.n_routed_experts // a.n_expert_groups
         if not 1 <= a.n_activated_experts <= a.n_limited_groups * per_group:
-            raise ModelError(f"n_activated_experts={a.n_activated_experts} must lie in "
-                             f"1..{a.n_limited_groups * per_group}, the experts of the groups a token may "
-                             "use: change it or n_limited_groups")
+            raise ModelError(
+                f"n_activated_experts={a.n_activated_experts} must lie in "
+                f"1..{a.n_limited_groups * per_group}, the experts of the groups a token may "
+                "use: change it or n_limited_groups"
+            )
         if not 1 <= a.n_limited_groups <= a.n_expert_groups:
             raise ModelError(f"n_limited_groups={a.n_limited_groups} must lie in 1..{a.n_expert_groups}")
         if a.n_expert_groups > 1 and per_group < 2:
@@ -142,8 +145,13 @@ class LatentAttention(nn.Module):
         up = self.kv_b_proj.weight.unflatten(0, (a.n_heads, -1))  # (H, nope + v, R)
         up_k, up_v = up.split((a.qk_nope_head_dim, a.v_head_dim), dim=1)
         q_latent = small_matmul(q_nope.transpose(1, 2), up_k).transpose(1, 2)  # (B, T, H, R)
-        mixed = attention(torch.cat((q_latent, q_rope), dim=-1), seen[:, :, None], seen[:, :, None, :a.kv_lora_rank],
-                          mask, self.scale)  # (B, T, H, R)
+        mixed = attention(
+            torch.cat((q_latent, q_rope), dim=-1),
+            seen[:, :, None],
+            seen[:, :, None, : a.kv_lora_rank],
+            mask,
+            self.scale,
+        )  # (B, T, H, R)
         return small_matmul(mixed.transpose(1, 2), up_v.mT).transpose(1, 2)  # (B, T, H, v)
 
 
@@ -258,10 +266,16 @@ def hf_names(args):
         names[f"^mtp.{k}.norm"] = f"model.layers.{layer}.shared_head.norm"
         names[f"^mtp.{k}.block"] = f"model.layers.{layer}"
     return names | {
-        ".attn_norm.": ".input_layernorm.", ".attn.": ".self_attn.", ".ffn_norm.": ".post_attention_layernorm.",
-        ".q_a_norm.": ".q_a_layernorm.", ".kv_a_norm.": ".kv_a_layernorm.", ".kv_a_proj.": ".kv_a_proj_with_mqa.",
-        ".ffn.router": ".mlp.gate.weight", ".ffn.routing_bias": ".mlp.gate.e_score_correction_bias",
-        ".ffn.shared.": ".mlp.shared_experts.", ".ffn.(gate|up|down)_proj$": r".mlp.experts.*.\1_proj.weight",
+        ".attn_norm.": ".input_layernorm.",
+        ".attn.": ".self_attn.",
+        ".ffn_norm.": ".post_attention_layernorm.",
+        ".q_a_norm.": ".q_a_layernorm.",
+        ".kv_a_norm.": ".kv_a_layernorm.",
+        ".kv_a_proj.": ".kv_a_proj_with_mqa.",
+        ".ffn.router": ".mlp.gate.weight",
+        ".ffn.routing_bias": ".mlp.gate.e_score_correction_bias",
+        ".ffn.shared.": ".mlp.shared_experts.",
+        ".ffn.(gate|up|down)_proj$": r".mlp.experts.*.\1_proj.weight",
         ".ffn.": ".mlp.",
     }
 
@@ -289,21 +303,50 @@ class DeepSeekV3Model(BaseModel):
         architecture="DeepseekV3ForCausalLM",
         model_type="deepseek_v3",
         fields=dict(
-            vocab_size="vocab_size", max_seq_len="max_position_embeddings", dim="hidden_size",
-            n_layers="num_hidden_layers", n_dense_layers="first_k_dense_replace", n_heads="num_attention_heads",
-            q_lora_rank="q_lora_rank", kv_lora_rank="kv_lora_rank", qk_nope_head_dim="qk_nope_head_dim",
-            qk_rope_head_dim="qk_rope_head_dim", v_head_dim="v_head_dim", inter_dim="intermediate_size",
-            moe_inter_dim="moe_intermediate_size", n_routed_experts="n_routed_experts",
-            n_shared_experts="n_shared_experts", n_activated_experts="num_experts_per_tok", n_expert_groups="n_group",
-            n_limited_groups="topk_group", norm_topk="norm_topk_prob", route_scale="routed_scaling_factor",
-            n_mtp_layers="num_nextn_predict_layers", norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings",
+            vocab_size="vocab_size",
+            max_seq_len="max_position_embeddings",
+            dim="hidden_size",
+            n_layers="num_hidden_layers",
+            n_dense_layers="first_k_dense_replace",
+            n_heads="num_attention_heads",
+            q_lora_rank="q_lora_rank",
+            kv_lora_rank="kv_lora_rank",
+            qk_nope_head_dim="qk_nope_head_dim",
+            qk_rope_head_dim="qk_rope_head_dim",
+            v_head_dim="v_head_dim",
+            inter_dim="intermediate_size",
+            moe_inter_dim="moe_intermediate_size",
+            n_routed_experts="n_routed_experts",
+            n_shared_experts="n_shared_experts",
+            n_activated_experts="num_experts_per_tok",
+            n_expert_groups="n_group",
+            n_limited_groups="topk_group",
+            norm_topk="norm_topk_prob",
+            route_scale="routed_scaling_factor",
+            n_mtp_layers="num_nextn_predict_layers",
+            norm_eps="rms_norm_eps",
+            tie_embeddings="tie_word_embeddings",
         ),
         only_ours=("bias_update_speed", "seq_aux_alpha", "mtp_loss_weight"),
-        fixed=dict(hidden_act="silu", attention_bias=False, scoring_func="sigmoid", topk_method="noaux_tc",
-                   moe_layer_freq=1, rope_interleave=True),
-        absent=dict(q_lora_rank=0, n_shared_experts=0, n_group=1, topk_group=1, num_nextn_predict_layers=0,
-                    tie_word_embeddings=False),
-        names=hf_names, copies=hf_copies, rows=hf_rows,
+        fixed=dict(
+            hidden_act="silu",
+            attention_bias=False,
+            scoring_func="sigmoid",
+            topk_method="noaux_tc",
+            moe_layer_freq=1,
+            rope_interleave=True,
+        ),
+        absent=dict(
+            q_lora_rank=0,
+            n_shared_experts=0,
+            n_group=1,
+            topk_group=1,
+            num_nextn_predict_layers=0,
+            tie_word_embeddings=False,
+        ),
+        names=hf_names,
+        copies=hf_copies,
+        rows=hf_rows,
     )
 
     def __init__(self, args):

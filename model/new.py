@@ -1,6 +1,6 @@
 """Start an architecture of your own: copies the template under a new name.
 
-    python -m model.new my_net      # writes model/my_net.py, whose model is called mini_my_net
+python -m model.new my_net      # writes model/my_net.py, whose model is called mini_my_net
 """
 
 import re

@@ -16,6 +16,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 @pytest.fixture
 def world(tmp_path):
     """A folder with a tokenizer and data, and run(**settings): one training of the tiny model in it."""
+
     class World:
         path, tokenizer = tmp_path, make_tokenizer(tmp_path / "tokenizer")
 
@@ -25,16 +26,27 @@ def world(tmp_path):
             self.val = DocumentRows(TokenFile(val, self.tokenizer, "make"), 32, pack=True)
 
         def run(self, model_fields=(), rows=None, model_class=TinyModel, **settings):
-            defaults = dict(model_name="tiny", max_batch_size=4, max_steps=6, log_interval=1, save_interval=0,
-                            device="cpu", sample_interval=0, eval_interval=0,
-                            output_path=str(tmp_path / "output"), max_lr=0.01)
+            defaults = dict(
+                model_name="tiny",
+                max_batch_size=4,
+                max_steps=6,
+                log_interval=1,
+                save_interval=0,
+                device="cpu",
+                sample_interval=0,
+                eval_interval=0,
+                output_path=str(tmp_path / "output"),
+                max_lr=0.01,
+            )
             config = TrainConfig(**{**defaults, **settings})
             torch.manual_seed(config.seed)
             args = TinyModelArgs(vocab_size=self.tokenizer.vocab_size, max_seq_len=32, **dict(model_fields))
             self.model = model_class(args)
-            return loop.train(config, "pretrain", self.model, self.tokenizer, rows or self.rows, self.val,
-                                 "python next.py {run}")
+            return loop.train(
+                config, "pretrain", self.model, self.tokenizer, rows or self.rows, self.val, "python next.py {run}"
+            )
 
         def weights(self):
             return {name: value.clone() for name, value in self.model.state_dict().items()}
+
     return World()

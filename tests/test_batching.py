@@ -1,4 +1,5 @@
 """Continuous batching: whoever joins and leaves beside it, a request has the tokens that it has alone."""
+
 import os
 import random
 import threading
@@ -18,8 +19,12 @@ from tests.test_generate import LONGEST, TOKENIZER, V, make, probabilities
 from utils.errors import UserError
 
 PLANTED = {Model.__name__: Model for Model in (Recurrent, Hybrid, RunningMean, LearnedPositions)}
-EVERY = [*list_models(), "Recurrent", "no state",
-         *(pytest.param(name, marks=pytest.mark.slow) for name in ("Hybrid", "RunningMean", "LearnedPositions"))]
+EVERY = [
+    *list_models(),
+    "Recurrent",
+    "no state",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("Hybrid", "RunningMean", "LearnedPositions")),
+]
 MANY = int(os.environ.get("BATCHING_REQUESTS", 300))
 
 
@@ -52,7 +57,7 @@ def alone(model, ids, sampling, most, stops=()):
             token = likeliest_first[0]
         else:
             probs = probabilities(scores, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-            few = 0 < sampling.top_k < V or sampling.top_p < 1          # then the order of the draw is by likelihood
+            few = 0 < sampling.top_k < V or sampling.top_p < 1  # then the order of the draw is by likelihood
             reached, order = 0.0, likeliest_first if few else range(V)
             for token in order:
                 reached += probs[token]
@@ -66,9 +71,15 @@ def alone(model, ids, sampling, most, stops=()):
 
 def some_request(rng, longest=24):
     ids = [rng.randrange(V) for _ in range(rng.choice((1, 2, 5, 9, 9, 20, 30)))]
-    sampling = Sampling(rng.choice((0.0, 0.7, 1.0)), rng.choice((0, 0, 8)), rng.choice((1.0, 0.9)),
-                        rng.choice((0.0, 0.05)), rng.choice((1.0, 1.2)), rng.choice((0.0, 0.5)),
-                        seed=rng.randrange(2**40))
+    sampling = Sampling(
+        rng.choice((0.0, 0.7, 1.0)),
+        rng.choice((0, 0, 8)),
+        rng.choice((1.0, 0.9)),
+        rng.choice((0.0, 0.05)),
+        rng.choice((1.0, 1.2)),
+        rng.choice((0.0, 0.5)),
+        seed=rng.randrange(2**40),
+    )
     return new_request(TOKENIZER, ids, rng.randint(1, longest), sampling, {TOKENIZER.eos_id}), sampling
 
 
@@ -78,7 +89,7 @@ def test_64_requests_have_the_tokens_they_have_alone(name):
     pairs = [some_request(rng) for _ in range(64)]
     batch, coming, together = Batch(model, slots=7), list(pairs), 0
     while coming or batch.busy:
-        for _ in range(min(rng.choice((0, 0, 1, 2, 9)), len(coming))):          # they join at any step
+        for _ in range(min(rng.choice((0, 0, 1, 2, 9)), len(coming))):  # they join at any step
             batch.add(coming.pop(0)[0])
         batch.step()
         together = max(together, len(batch.running))
@@ -104,7 +115,7 @@ def test_the_next_turn_reads_only_what_is_new(name):
     # The last token of an answer was never read: a second turn reads it and the one token that follows.
     assert batch.read == 3 * 4 + 2 * 3 * 2 and batch.reused == 3 * (9 + 16)
     read = batch.read
-    batch.add(new_request(TOKENIZER, talks[0][:8], 1, Sampling(0), ()))       # a memory that goes on: of no use
+    batch.add(new_request(TOKENIZER, talks[0][:8], 1, Sampling(0), ()))  # a memory that goes on: of no use
     batch.step()
     assert batch.read == read + 8
 
@@ -143,7 +154,7 @@ def test_first_come_first_served_and_a_token_a_step_for_everybody():
         assert all(request in moved for request in running)
         assert all(len(request.tokens) - n <= 1 for request, n in zip((long, *short), before))
         order += [request for request in moved if request.finish]
-    assert order == [*short, long] and batch.steps == 40       # nobody waited for the long one, nor it for them
+    assert order == [*short, long] and batch.steps == 40  # nobody waited for the long one, nor it for them
 
 
 def test_prompts_that_wait_do_not_hold_up_those_who_write(monkeypatch):
@@ -193,7 +204,7 @@ def test_the_queue_is_bounded_and_takes_all_or_none():
 
 def test_a_row_that_fails_leaves_the_others_alone():
     model = build("recurrent")
-    model.tok_embed.weight.data[9] = float("nan")               # who reads a 9 has no numbers any more
+    model.tok_embed.weight.data[9] = float("nan")  # who reads a 9 has no numbers any more
     batch, sampling = Batch(model, slots=2), Sampling(0.9, top_k=5, seed=4)
     good, bad, next_one = (new_request(TOKENIZER, ids, 8, sampling, ()) for ids in ([1, 3], [1, 9], [1, 4]))
     model.lm_head.bias.data[9] = -1e9
@@ -208,6 +219,7 @@ def test_the_service_answers_many_threads_at_once():
     model, rng = build("recurrent"), random.Random(3)
     pairs = [some_request(rng) for _ in range(40)]
     with Service(model, slots=5, queue=100) as service:
+
         def ask(request):
             done = threading.Event()
             request.notify = lambda: request.finish and done.set()
@@ -247,7 +259,7 @@ def test_the_service_survives_a_model_that_fails(capsys):
         assert len(ask([1, 4]).tokens) == 5
         left = new_request(TOKENIZER, [1], 40, Sampling(0), ())
         service.submit(left)
-    assert left.finish is not None                              # nobody waits for a service that has closed
+    assert left.finish is not None  # nobody waits for a service that has closed
     assert "out of memory" in capsys.readouterr().err
 
 

@@ -43,8 +43,15 @@ def edit(path, old, new):
 
 def run(folder, *command):
     environment = {**os.environ, "PYTHONPATH": "", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True,
-                          timeout=240, check=False)
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
 
 
 def test_a_right_model_passes(project):
@@ -63,8 +70,10 @@ def test_a_wrong_model_is_told_what_and_why(project):
     assert "likely: 1. no causal mask" in done.stdout
 
 
-@pytest.mark.parametrize("name, says", [("crashes", "model/crashes.py:{line} in forward: "),
-                                        ("broken", "model/broken.py:{line}: SyntaxError: ")])
+@pytest.mark.parametrize(
+    "name, says",
+    [("crashes", "model/crashes.py:{line} in forward: "), ("broken", "model/broken.py:{line}: SyntaxError: ")],
+)
 def test_a_file_that_breaks_is_named_by_its_line(project, name, says):
     marks = {"crashes": "self.norm(x.T)", "broken": "class Block(nn.Module:"}
     lines = (project / f"model/{name}.py").read_text().splitlines()
@@ -76,8 +85,11 @@ def test_a_file_that_breaks_is_named_by_its_line(project, name, says):
 
 
 def test_user_errors_and_the_list(capsys):
-    for flags, says in ((["--model_name=mini_no_such_net"], "unknown model 'mini_no_such_net'"), ([], "which model?"),
-                        ([f"--model_name={list_models()[0]}", "--only=causalty"], "did you mean causality?")):
+    for flags, says in (
+        (["--model_name=mini_no_such_net"], "unknown model 'mini_no_such_net'"),
+        ([], "which model?"),
+        ([f"--model_name={list_models()[0]}", "--only=causalty"], "did you mean causality?"),
+    ):
         with pytest.raises(ValueError, match=re.escape(says)) as caught:
             check_model.main(flags)
         assert caught.value.user_error and "\n" not in str(caught.value)
@@ -97,6 +109,7 @@ def test_pretraining_refuses_what_is_wrong(project):
     done = run(project, "pretrain.py", "--model_name=mini_leaks", *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "causality" in done.stderr and "check_model.py --model_name=mini_leaks" in done.stderr
+
 
 @pytest.mark.slow
 def test_pretraining_can_be_told_to_skip_the_checks(project):

@@ -84,6 +84,7 @@ def test_no_pickle_is_executed(tmp_path):
     class Payload:
         def __reduce__(self):
             return (os.mkdir, (str(marker),))
+
     for name in ("optimizer.pt", "trainer_state.pt"):
         (folder / name).write_bytes(pickle.dumps(Payload()))
         with pytest.raises(pickle.UnpicklingError):

@@ -56,23 +56,26 @@ def test_precedence_and_model_fields(tmp_path):
     assert config.model == {"n_layers": 4, "rope_theta": 5e5, "kinds": ("x", "y", "z")}
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["--max_rl=1"], "did you mean --max_lr?"),
-    (["--max-lr=1"], "did you mean --max_lr?"),
-    (["--model.n_layer=1"], "did you mean --model.n_layers?"),
-    (["--steps=1.5"], "--steps=1.5: expected int"),
-    (["--steps=many"], "expected int"),
-    (["--steps=inf"], "expected int"),
-    (["--max_lr=nan"], "--max_lr=nan: expected float"),
-    (["--verbose=perhaps"], "expected bool"),
-    (["--betas=0.9"], "--betas=0.9: expected"),
-    (["--compile=fast"], "expected one of auto, true, false"),
-    (["--steps"], "--steps needs a value"),
-    (["steps=3"], "settings are written --key=value"),
-    (["--model.vocab_size=3"], "comes from the tokenizer"),
-    (["--config=nowhere.yaml"], "no config file nowhere.yaml"),
-    (["--model=3"], "unknown setting --model"),
-])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--max_rl=1"], "did you mean --max_lr?"),
+        (["--max-lr=1"], "did you mean --max_lr?"),
+        (["--model.n_layer=1"], "did you mean --model.n_layers?"),
+        (["--steps=1.5"], "--steps=1.5: expected int"),
+        (["--steps=many"], "expected int"),
+        (["--steps=inf"], "expected int"),
+        (["--max_lr=nan"], "--max_lr=nan: expected float"),
+        (["--verbose=perhaps"], "expected bool"),
+        (["--betas=0.9"], "--betas=0.9: expected"),
+        (["--compile=fast"], "expected one of auto, true, false"),
+        (["--steps"], "--steps needs a value"),
+        (["steps=3"], "settings are written --key=value"),
+        (["--model.vocab_size=3"], "comes from the tokenizer"),
+        (["--config=nowhere.yaml"], "no config file nowhere.yaml"),
+        (["--model=3"], "unknown setting --model"),
+    ],
+)
 def test_errors_are_one_line(argv, says):
     with pytest.raises(UserError) as caught:
         toy(*argv)
@@ -105,6 +108,7 @@ def test_help_lists_everything(capsys):
 def test_run_script_prints_one_line(capsys):
     def fails():
         raise UserError("no such thing: make it")
+
     with pytest.raises(SystemExit) as ended:
         run_script(fails)
     assert ended.value.code == 2 and capsys.readouterr().err == "error: no such thing: make it\n"

@@ -23,14 +23,34 @@ WORKER = Path(__file__).parent / "support/distributed_worker.py"
 
 def train(folder: Path, processes: int, output="output", trouble=None, restarts=0, **settings):
     """Run the worker, its environment with `trouble`; returns (metrics, final weights or None, what it said)."""
-    settings = {"model_name": "tiny", "device": "cpu", "global_batch_size": 8, "max_batch_size": 4, "max_steps": 8,
-                "log_interval": 1, "eval_interval": 4, "sample_interval": 0, "max_lr": 0.01,
-                "output_path": folder / output,
-                "tokenizer_path": folder / "tokenizer", **settings}
+    settings = {
+        "model_name": "tiny",
+        "device": "cpu",
+        "global_batch_size": 8,
+        "max_batch_size": 4,
+        "max_steps": 8,
+        "log_interval": 1,
+        "eval_interval": 4,
+        "sample_interval": 0,
+        "max_lr": 0.01,
+        "output_path": folder / output,
+        "tokenizer_path": folder / "tokenizer",
+        **settings,
+    }
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    launch = [sys.executable, str(WORKER)] if processes == 1 else \
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-         f"--max_restarts={restarts}", str(WORKER)]
+    launch = (
+        [sys.executable, str(WORKER)]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            f"--max_restarts={restarts}",
+            str(WORKER),
+        ]
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(trouble or {})}
     done = subprocess.run(launch + flags, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -50,16 +70,24 @@ def main():
     atexit.register(print, "and left")
     print("finished")
 run_script(main)"""
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "WORLD_SIZE": "2"}, text=True,
-                          cwd=WORKER.parent.parent, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "WORLD_SIZE": "2"},
+        text=True,
+        cwd=WORKER.parent.parent,
+        capture_output=True,
+        timeout=120,
+    )
     assert (done.returncode, done.stdout) == (0, "finished\nand left\n"), done.stderr
 
 
 def figures(records, *names):
     """What is comparable in metrics: everything but times, or the named figures."""
     times = ("tokens_per_s", "mfu")
-    return [{key: value for key, value in record.items() if (key in names if names else key not in times)}
-            for record in records]
+    return [
+        {key: value for key, value in record.items() if (key in names if names else key not in times)}
+        for record in records
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +173,7 @@ def test_processes_agree_on_a_name_whatever_earlier_attempts_left():
             names = set(pool.map(meet, range(3), delays))
         assert len(names) == 1
         return names.pop()
+
     first = attempt((0, 0, 0))
     server.set("offer", "dead")
     server.set("dead/accepted/1", "")

@@ -39,8 +39,9 @@ def test_the_figures_are_those_of_the_run(world, capsys):
     assert (summary["steps"], summary["params"]) == (40, about["params"])
     for part, predicted in (("final", about["final_bytes"]), ("checkpoints/step-00000040", about["checkpoint_bytes"])):
         folder = world.path / "output/pretrain_tiny" / part
-        written = sum((folder / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")
-                      if (folder / name).exists())
+        written = sum(
+            (folder / name).stat().st_size for name in ("model.safetensors", "optimizer.pt") if (folder / name).exists()
+        )
         assert predicted <= written <= predicted + 8000  # names and shapes
     world.run(**settings, dry_run=True)  # where a finished run lies, too
     assert "is finished" not in capsys.readouterr().out
@@ -63,6 +64,6 @@ def test_saved_bytes_are_what_the_graph_holds():
         def forward(self, x):
             y = (self.weight * x).exp()  # keeps x and the result
             return y.view(-1)[:10].square().sum()  # keeps a part of the result: the same memory
+
     x = torch.ones(50, 1000)
-    assert saved_bytes(Model(), {"x": x}, torch.device("cpu"), torch.enable_grad) == \
-        2 * 4 * 50 * 1000
+    assert saved_bytes(Model(), {"x": x}, torch.device("cpu"), torch.enable_grad) == 2 * 4 * 50 * 1000

@@ -27,12 +27,29 @@ from utils.tokenizer import SPECIAL_TOKENS, StreamDecoder
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
-SMALL = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "inter_dim": 48, "q_lora_rank": 16,
-         "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "moe_inter_dim": 16,
-         "n_routed_experts": 4, "n_activated_experts": 2}
+SMALL = {
+    "dim": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "inter_dim": 48,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "moe_inter_dim": 16,
+    "n_routed_experts": 4,
+    "n_activated_experts": 2,
+}
 PUBLISHED = [name for name in list_models() if get_model_and_args(name)[0].hf_layout is not None]
-CHAT = [{"role": "system", "content": "短答"}, {"role": "user", "content": " What is 月? "},
-        {"role": "assistant", "content": "The moon."}, {"role": "user", "content": "一句诗\n谢谢"}]
+CHAT = [
+    {"role": "system", "content": "短答"},
+    {"role": "user", "content": " What is 月? "},
+    {"role": "assistant", "content": "The moon."},
+    {"role": "user", "content": "一句诗\n谢谢"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +64,21 @@ def run(request, work):
     """A run that was trained, and its export."""
     fields = get_model_and_args(request.param)[1].__dataclass_fields__
     sizes = [f"--model.{key}={value}" for key, value in SMALL.items() if key in fields]
-    summary = pretrain.main([
-        f"--model_name={request.param}", f"--output_path={work}", f"--tokenizer_path={work / 'tokenizer'}",
-        f"--pretrain_data_path={work / 'data/pretrain_train.bin'}", "--device=cpu", "--max_seq_len=64",
-        "--max_steps=15", "--max_batch_size=4", "--eval_interval=0", "--sample_interval=0", *sizes])
+    summary = pretrain.main(
+        [
+            f"--model_name={request.param}",
+            f"--output_path={work}",
+            f"--tokenizer_path={work / 'tokenizer'}",
+            f"--pretrain_data_path={work / 'data/pretrain_train.bin'}",
+            "--device=cpu",
+            "--max_seq_len=64",
+            "--max_steps=15",
+            "--max_batch_size=4",
+            "--eval_interval=0",
+            "--sample_interval=0",
+            *sizes,
+        ]
+    )
     folder = work / f"hf_{request.param}"
     export.main(["--run", summary["run"], "--to", "hf", str(folder)])
     return summary, folder
@@ -63,8 +91,14 @@ def digest(path):
 def test_the_folder_is_complete(run):
     summary, folder = run
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "README.md"}
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "README.md",
+    }
     card = (folder / "README.md").read_text()
     assert f"{summary['val_loss']:.4f}" in card and f"{summary['params']['total']:,}" in card
     assert "auto_map" not in json.loads((folder / "config.json").read_text())  # no remote code
@@ -120,9 +154,18 @@ def test_an_imported_run_goes_on(run, work, tmp_path):
     reply = open_speaker(tmp_path / "imported", "cpu").answer([{"role": "user", "content": "abc"}], 5, temperature=0)
     list(reply)
     assert reply.tokens == 5 or reply.finish == "stop"
-    summary = sft.main([f"--init_from={tmp_path / 'imported'}", f"--output_path={tmp_path}", "--device=cpu",
-                        f"--sft_data_path={work / 'data/sft_train.bin'}", "--max_steps=2", "--max_batch_size=2",
-                        "--eval_interval=0", "--sample_interval=0"])
+    summary = sft.main(
+        [
+            f"--init_from={tmp_path / 'imported'}",
+            f"--output_path={tmp_path}",
+            "--device=cpu",
+            f"--sft_data_path={work / 'data/sft_train.bin'}",
+            "--max_steps=2",
+            "--max_batch_size=2",
+            "--eval_interval=0",
+            "--sample_interval=0",
+        ]
+    )
     assert summary["status"] == "finished"
 
 
@@ -137,10 +180,12 @@ def foreign_tokenizer(folder, special):
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(text, special=True) for text in special])
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{special[0]} $A", special_tokens=[(special[0], backend.token_to_id(special[0]))])
+        single=f"{special[0]} $A", special_tokens=[(special[0], backend.token_to_id(special[0]))]
+    )
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"bos_token": special[0], "eos_token": {"content": special[1]}, "chat_template": "theirs"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": special[0], "eos_token": {"content": special[1]}, "chat_template": "theirs"})
+    )
     return backend
 
 
@@ -149,19 +194,56 @@ def checkpoint_of_others(folder, kind, vocab_size, special):
     torch.manual_seed(0)
     if kind == "llama":
         config = transformers.LlamaConfig(
-            vocab_size=vocab_size, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, rope_parameters={
-                "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 32})
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=44,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        )
         model = transformers.LlamaForCausalLM(config)
     else:
         config = transformers.DeepseekV3Config(
-            vocab_size=vocab_size, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=3, n_group=4,
-            topk_group=2, first_k_dense_replace=1, kv_lora_rank=12, q_lora_rank=None, qk_rope_head_dim=4,
-            qk_nope_head_dim=8, v_head_dim=8, max_position_embeddings=256, initializer_range=0.2, rope_parameters={
-                "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32,
-                "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0})
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+            kv_lora_rank=12,
+            q_lora_rank=None,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        )
         model = transformers.DeepseekV3ForCausalLM(config)
         for layer in model.model.layers[1:]:
             torch.nn.init.normal_(layer.mlp.gate.e_score_correction_bias, std=0.1)
@@ -201,7 +283,12 @@ def test_a_checkpoint_of_others(kind, special, tmp_path):
     again = transformers.AutoTokenizer.from_pretrained(exported)
     assert again.apply_chat_template(CHAT, return_dict=False) == encode_chat(tokenizer, CHAT)[0]
     assert again.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [
-        tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *new]
+        tokenizer.unk_id,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        *new,
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -212,8 +299,9 @@ def changed(folder, target, config=None, tensors=None):
     shutil.copytree(folder, target)
     if config is not None:
         old = json.loads((target / "config.json").read_text())
-        (target / "config.json").write_text(json.dumps({key: value for key, value in {**old, **config}.items()
-                                                        if value != "gone"}))
+        (target / "config.json").write_text(
+            json.dumps({key: value for key, value in {**old, **config}.items() if value != "gone"})
+        )
     if tensors is not None:
         save_file(tensors(load_file(target / "model.safetensors")), target / "model.safetensors")
     return target

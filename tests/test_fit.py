@@ -40,14 +40,16 @@ def losses(summary):
     return [record["loss"] for record in records if "loss" in record]
 
 
-@pytest.mark.parametrize("at_most, room, found", [(64, 100, 8), (64, 79, 4), (6, 100, 6), (1, 20, 1), (64, 19, 0),
-                                                  (12, 1000, 12)])
+@pytest.mark.parametrize(
+    "at_most, room, found", [(64, 100, 8), (64, 79, 4), (6, 100, 6), (1, 20, 1), (64, 19, 0), (12, 1000, 12)]
+)
 def test_the_largest_size_is_found_without_ever_taking_too_much(at_most, room, found):
     asked = []
 
     def bytes_for(count):
         asked.append(count)
         return 10 + 10 * count if count == 1 else 10 * count  # the first pass takes a little more
+
     assert largest(at_most, room, bytes_for)[0] == found
     assert all(10 * count <= room for count in asked[1:])
 
@@ -57,6 +59,7 @@ def test_running_out_of_memory_is_caught_and_other_errors_are_not():
         if count > 4:
             raise error
         return count
+
     error = torch.OutOfMemoryError()
     assert largest(64, 1000, bytes_for) == (4, 4)
     error = RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
@@ -93,8 +96,9 @@ def test_a_run_takes_what_fits_and_keeps_its_curve(world, monkeypatch):
 
 def test_a_resumed_run_takes_the_rows_it_had(world, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 2**40)
-    settings = dict(global_batch_size=16, max_batch_size=0, model_class=Narrow,
-                    model_fields={"dropout": 0.1})  # which is drawn anew for each micro-batch
+    settings = dict(
+        global_batch_size=16, max_batch_size=0, model_class=Narrow, model_fields={"dropout": 0.1}
+    )  # which is drawn anew for each micro-batch
     whole = world.run(**settings, output_path=str(world.path / "whole"))
     monkeypatch.setattr(Narrow, "stop_at", 2)
     assert world.run(**settings)["steps"] == 3
@@ -111,6 +115,7 @@ def test_rows_are_measured_against_a_memory_limit(world, monkeypatch):
             logits, loss, other_vars = super().forward(input_ids, targets, doc_ids)
             wide = (loss * torch.ones(len(input_ids), 9 * MB)).exp()  # 36 MB a row, four times with its gradients
             return logits, loss + 0 * wide.mean(), other_vars
+
     # beyond 32 MB the allocator of the system gives every tensor memory of its own, whatever earlier tests left there
     model = Wide(TinyModelArgs(vocab_size=world.tokenizer.vocab_size, max_seq_len=32))
     optimizer, cpu = build_optimizer(model, TrainConfig()), torch.device("cpu")

@@ -43,10 +43,17 @@ def test_eager_and_cpu_keep_the_dense_mask(monkeypatch):
     assert layers.packed_mask(positions[:, :128], doc_ids=packed_batch(0)["doc_ids"][:, :128]).dtype == torch.bool
 
 
-@pytest.mark.parametrize("dtype, capability, widest", [
-    (torch.bfloat16, (9, 0), 128), (torch.float16, (8, 0), 128), (torch.bfloat16, (8, 9), 64),
-    (torch.bfloat16, (12, 0), 64), (torch.float16, (7, 5), 0), (torch.float32, (9, 0), 0),
-])
+@pytest.mark.parametrize(
+    "dtype, capability, widest",
+    [
+        (torch.bfloat16, (9, 0), 128),
+        (torch.float16, (8, 0), 128),
+        (torch.bfloat16, (8, 9), 64),
+        (torch.bfloat16, (12, 0), 64),
+        (torch.float16, (7, 5), 0),
+        (torch.float32, (9, 0), 0),
+    ],
+)
 def test_the_widest_head_of_a_gpu(dtype, capability, widest, monkeypatch):
     gpu = SimpleNamespace(major=capability[0], minor=capability[1])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)

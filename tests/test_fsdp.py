@@ -75,9 +75,14 @@ def test_one_process_reads_its_parts(shared_out):
     _, final, _, run = shared_out
     newest, before = find_checkpoints(run)
     assert {path.name for path in newest.iterdir()} == {
-        "manifest.json", "optimizer.pt", "trainer_state.pt", "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors", "optimizer-00001-of-00002.safetensors",
-        "optimizer-00002-of-00002.safetensors"}
+        "manifest.json",
+        "optimizer.pt",
+        "trainer_state.pt",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "optimizer-00001-of-00002.safetensors",
+        "optimizer-00002-of-00002.safetensors",
+    }
     sizes = [(newest / f"optimizer-0000{n}-of-00002.safetensors").stat().st_size for n in (1, 2)]
     assert max(sizes) < 1.1 * min(sizes)  # each its part
     model = tiny(272, 32)
@@ -98,8 +103,13 @@ def test_one_process_reads_its_parts(shared_out):
 def test_processes_and_kind_may_change_on_resume(folder):  # noqa: F811
     """1 -> 2 (fsdp) -> 2 (ddp) -> 2 (fsdp) -> 1 processes, stopped in between: the curve of one, dropout included."""
     settings = {"model.dropout": 0.1, "max_steps": 9, "eval_interval": 0, "ema": 0.9}
-    for processes, stop, parallel in ((1, "2", "ddp"), (2, "4", "fsdp"), (2, "5", "ddp"), (2, "7", "fsdp"),
-                                      (1, "", "fsdp")):
+    for processes, stop, parallel in (
+        (1, "2", "ddp"),
+        (2, "4", "fsdp"),
+        (2, "5", "ddp"),
+        (2, "7", "fsdp"),
+        (1, "", "fsdp"),
+    ):
         changed, weights, _ = train(folder, processes, "changing", {"STOP_AT": stop}, parallel=parallel, **settings)
     steady, theirs, _ = train(folder, 1, "unchanging", **settings)
     close(changed, steady)
@@ -108,8 +118,9 @@ def test_processes_and_kind_may_change_on_resume(folder):  # noqa: F811
 
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_and_the_run_is_the_same_to_the_bit(folder, shared_out):  # noqa: F811
-    records, weights, said = train(folder, 2, "shared_killed", {"KILL_AT": "6"}, restarts=1, save_interval=4, ema=0.9,
-                                   sample_interval=4, **FSDP)
+    records, weights, said = train(
+        folder, 2, "shared_killed", {"KILL_AT": "6"}, restarts=1, save_interval=4, ema=0.9, sample_interval=4, **FSDP
+    )
     assert "from step 4" in said
     assert figures(records) == figures(shared_out[0])
     assert all(torch.equal(value, shared_out[1][name]) for name, value in weights.items())
@@ -142,9 +153,19 @@ def test_every_model_however_a_step_is_dealt_out(folder, name):  # noqa: F811
     singular values, is nothing but rounding error, AdamW and Muon go as far by it as by any other: so the rate is
     small, losses and gradient norms are compared sharply, weights a tensor at a time and less so.
     """
+
     def run(processes, rows, **more):
-        return train(folder, processes, f"{name}_{processes}_{rows}_{more}", model_name=name, max_batch_size=rows,
-                     max_steps=4, max_lr=0.0003, **more)[:2]
+        return train(
+            folder,
+            processes,
+            f"{name}_{processes}_{rows}_{more}",
+            model_name=name,
+            max_batch_size=rows,
+            max_steps=4,
+            max_lr=0.0003,
+            **more,
+        )[:2]
+
     whole, weights = run(1, 8)
     for records, theirs in (run(1, 4), run(1, 1), run(2, 4), run(2, 1, **FSDP)):
         close(records, whole, rel=2e-5)
@@ -153,7 +174,7 @@ def test_every_model_however_a_step_is_dealt_out(folder, name):  # noqa: F811
                 assert value.abs().max() > 0 and torch.equal(value, theirs[key]), key
             else:
                 assert (value - theirs[key]).norm() <= 1e-2 * value.norm(), key
-    parts, = (folder / f"{name}_2_1_{FSDP}").glob("*/checkpoints/*")
+    (parts,) = (folder / f"{name}_2_1_{FSDP}").glob("*/checkpoints/*")
     model, _, _ = load_run(parts)  # as inference, fine-tuning and export read it
     assert len(list(parts.glob("model-*"))) == 2
     assert all(torch.equal(value, theirs[key]) for key, value in model.state_dict().items() if key in theirs)
@@ -193,7 +214,6 @@ def example(group, tmp_path_factory):
     return two_checkpoints(tmp_path_factory.mktemp("parts") / "run", *trained())
 
 
-
 def test_what_is_saved_comes_back(example):
     run, model, optimizer = example
     for other, theirs in (trained(1), (fresh := tiny(), build_optimizer(fresh, CONFIG))):
@@ -207,6 +227,7 @@ def test_what_is_saved_comes_back(example):
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon", "ema": 0.9}])
 def test_a_step_not_taken_leaves_every_bit_of_the_parts_as_it_was(group, recipe):
     """By gradients that are no numbers; after it the run goes on as the one without it."""
+
     def run(*steps):
         torch.manual_seed(0)
         fsdp.shard(model := tiny(), torch.device("cpu"), "fp32", compiled=False)
@@ -216,10 +237,12 @@ def test_a_step_not_taken_leaves_every_bit_of_the_parts_as_it_was(group, recipe)
             ids = torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(number))
             stepper.gradients([{"input_ids": ids, "targets": ids}], [weight], [0], 1.0)
             stepper.update(stepper.clip().isfinite())
-        states = [state[key] for part in stepper.optimizer.all for state in part.state.values()
-                  for key in sorted(state)]
+        states = [
+            state[key] for part in stepper.optimizer.all for state in part.state.values() for key in sorted(state)
+        ]
         assert sum(map(fsdp.is_part, states)) >= len(list(model.parameters())) - 1  # all but the unused one
         return [fsdp.whole(t.detach()).numpy().tobytes() for t in [*model.parameters(), *states]]
+
     taken = run((1, 1.0), (2, 1.0))
     assert run((9, math.nan), (1, 1.0), (2, 1.0), (9, math.inf)) == taken != run((1, 1.0))
 
@@ -254,8 +277,11 @@ def test_every_flipped_bit_and_truncation_is_found(example, tmp_path, capsys):
     for number, path in zip(range(FLIPS), itertools.cycle(sorted(newest.iterdir()))):
         content = bytearray(path.read_bytes())
         at = chance.randrange(len(content))
-        path.write_bytes(content[:at] if number % 3 == 2 else
-                         content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1:])
+        path.write_bytes(
+            content[:at]
+            if number % 3 == 2
+            else content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :]
+        )
         assert damage(newest), (number, path.name)
         assert number % 20 or newest_checkpoint(run) == before
         path.write_bytes(content)
@@ -265,6 +291,7 @@ def test_every_flipped_bit_and_truncation_is_found(example, tmp_path, capsys):
 def safetensors_header(header: bytes):
     def write(path):
         path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+
     write.__name__ = f"header_{len(header)}"
     return write
 
@@ -280,16 +307,35 @@ PART = b'"model.bias":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["shared out", "whole"])
-@pytest.mark.parametrize("name, how", [
-    ("model-00001-of-00001.safetensors", raw_pickle), ("model-00001-of-00001.safetensors", torch_file),
-    ("model-00001-of-00001.safetensors", safetensors_header(b"{" + PART + b"}")),
-    *(("model-00001-of-00001.safetensors", safetensors_header(b'{"__metadata__":{"DCP_SHARDING_INFO":"%s"},%s}'
-                                                             % (info, PART)))
-      for info in (b"[", b"[]", b"{}", b"[" * 5000, rb'{\"model.bias\":{\"saved_offsets\":[\"x\"]}}',
-                   rb'{\"model.bias\":{\"saved_offsets\":[-9]}}')),
-    ("optimizer-00001-of-00001.safetensors", raw_pickle), ("optimizer.pt", raw_pickle), ("optimizer.pt", torch_file),
-    ("optimizer.pt", names_of_no_tensor), ("trainer_state.pt", torch_file), (".metadata", raw_pickle),
-], ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("model-00001-of-00001.safetensors", raw_pickle),
+        ("model-00001-of-00001.safetensors", torch_file),
+        ("model-00001-of-00001.safetensors", safetensors_header(b"{" + PART + b"}")),
+        *(
+            (
+                "model-00001-of-00001.safetensors",
+                safetensors_header(b'{"__metadata__":{"DCP_SHARDING_INFO":"%s"},%s}' % (info, PART)),
+            )
+            for info in (
+                b"[",
+                b"[]",
+                b"{}",
+                b"[" * 5000,
+                rb"{\"model.bias\":{\"saved_offsets\":[\"x\"]}}",
+                rb"{\"model.bias\":{\"saved_offsets\":[-9]}}",
+            )
+        ),
+        ("optimizer-00001-of-00001.safetensors", raw_pickle),
+        ("optimizer.pt", raw_pickle),
+        ("optimizer.pt", torch_file),
+        ("optimizer.pt", names_of_no_tensor),
+        ("trainer_state.pt", torch_file),
+        (".metadata", raw_pickle),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_a_hostile_checkpoint_executes_nothing(example, tmp_path, monkeypatch, name, how, whole):
     monkeypatch.chdir(tmp_path)
     place = shutil.copytree(find_checkpoints(example[0])[0], tmp_path / "step-00000002")

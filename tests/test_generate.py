@@ -1,4 +1,5 @@
 """Decoding through the state, by recomputation, alone and in a batch; sampling filters against plain formulas."""
+
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -13,9 +14,22 @@ from utils.errors import UserError
 
 V, LONGEST = 61, 48
 TOKENIZER = SimpleNamespace(eos_id=2, im_end_id=5)
-TINY = {"dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "inter_dim": 48, "moe_inter_dim": 16,
-        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
-        "n_routed_experts": 4, "n_activated_experts": 2}
+TINY = {
+    "dim": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "inter_dim": 48,
+    "moe_inter_dim": 16,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_activated_experts": 2,
+}
 
 
 class NoState(BaseModel):
@@ -28,7 +42,7 @@ class NoState(BaseModel):
         self.lm_head = torch.nn.Linear(16, args.vocab_size)
 
     def forward(self, input_ids, targets=None):
-        x = self.tok_embed(input_ids) + self.position.weight[:input_ids.shape[1]]
+        x = self.tok_embed(input_ids) + self.position.weight[: input_ids.shape[1]]
         count = torch.arange(1, x.shape[1] + 1)[:, None]
         return self.lm_head(torch.tanh(x + 3 * x.cumsum(1) / count)), None, {}
 
@@ -44,7 +58,7 @@ class Remembers(NoState):
     def forward(self, input_ids, targets=None, state=None):
         if state is None:
             return super().forward(input_ids, targets)
-        at = state.positions(input_ids.shape[1])                                                       # (B, T)
+        at = state.positions(input_ids.shape[1])  # (B, T)
         x = self.tok_embed(input_ids) + self.position.weight[at]
         sums = x.cumsum(1) + state.layers[0]["sum"]
         state.layers[0]["sum"] = sums[:, -1:]
@@ -58,7 +72,7 @@ def make(name, longest=LONGEST):
     Model, ModelArgs = get_model_and_args(name)
     known = {field.name for field in dataclasses.fields(ModelArgs)}
     model = Model(ModelArgs(vocab_size=V, max_seq_len=longest, **{k: v for k, v in TINY.items() if k in known}))
-    with torch.no_grad():       # far from uniform, so that the likeliest token is no matter of rounding
+    with torch.no_grad():  # far from uniform, so that the likeliest token is no matter of rounding
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.3)
@@ -85,11 +99,11 @@ def reread(model, ids, max_new_tokens, stop_ids=()):
 def test_greedy_equals_rereading_alone_and_in_a_batch(name):
     model = make(name)
     expected = [reread(model, ids, 25) for ids in PROMPTS]
-    assert len({token for answer in expected for token in answer}) > 8          # not one token over and over
+    assert len({token for answer in expected for token in answer}) > 8  # not one token over and over
     assert generate(model, TOKENIZER, PROMPTS, 25, stop_ids=(), temperature=0) == expected
     for ids, answer in zip(PROMPTS, expected):
         assert list(stream(model, TOKENIZER, ids, 25, stop_ids=(), temperature=0)) == answer
-    assert [len(answer) for answer in expected] == [25, 25, 25, 25, 18]         # the last one fills max_seq_len
+    assert [len(answer) for answer in expected] == [25, 25, 25, 25, 18]  # the last one fills max_seq_len
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -122,7 +136,7 @@ def test_training_mode_and_the_stop_tokens_of_the_tokenizer():
     assert model.training
     running = stream(model, TOKENIZER, [1], 5, stop_ids=())
     next(running)
-    running.close()                                 # a reader who walks away leaves the model as it was
+    running.close()  # a reader who walks away leaves the model as it was
     assert model.training and generate(model, TOKENIZER, [], 5) == []
 
 
@@ -133,7 +147,7 @@ def probabilities(logits, temperature, top_k, top_p, min_p):
     kept = order[:top_k] if top_k else order
     weights = {i: math.exp(scores[i] - scores[order[0]]) for i in kept}
     total, kept, mass = sum(weights.values()), [], 0.0
-    for i in order[:len(weights)]:
+    for i in order[: len(weights)]:
         if mass >= top_p and top_p < 1:
             break
         kept.append(i)
@@ -156,9 +170,9 @@ def test_filters_against_the_definitions(temperature, top_k, top_p, min_p):
 
 def test_top_p_over_a_large_vocabulary():
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 3000, generator=generator) * torch.tensor([[0.1], [5.0], [1.5]])   # flat, sharp, between
+    logits = torch.randn(3, 3000, generator=generator) * torch.tensor([[0.1], [5.0], [1.5]])  # flat, sharp, between
     expected = torch.tensor([probabilities(row.double().tolist(), 1.0, 0, 0.9, 0.0) for row in logits])
-    assert (expected[0] > 0).sum() > 1024 > (expected[1] > 0).sum()              # by a full sort, and by the few
+    assert (expected[0] > 0).sum() > 1024 > (expected[1] > 0).sum()  # by a full sort, and by the few
     assert torch.equal((distribution(logits, Sampling(top_p=0.9)) > 0).sum(-1), (expected > 0).sum(-1))
     torch.testing.assert_close(distribution(logits, Sampling(top_p=0.9)), expected.float(), atol=1e-7, rtol=1e-4)
     for u in (1e-6, 0.5, 1.0):
@@ -173,9 +187,9 @@ def test_drawn_tokens_follow_the_distribution():
         drawn = pick(logits.expand(40_000, -1), sampling, Sampling(seed=1).uniforms(40_000))
         share = torch.bincount(drawn, minlength=6) / len(drawn)
         expected = distribution(logits, sampling)[0]
-        assert (share - expected).abs().max() < 0.012           # five standard deviations
+        assert (share - expected).abs().max() < 0.012  # five standard deviations
         assert share[expected == 0].sum() == 0
-        for edge in (1.0, 2**-24, 1 - 2**-24):                  # the ends of the interval draw no filtered token
+        for edge in (1.0, 2**-24, 1 - 2**-24):  # the ends of the interval draw no filtered token
             assert expected[pick(logits, sampling, torch.tensor([edge]))] > 0
 
 
@@ -188,13 +202,20 @@ def test_filters_against_transformers():
 
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(6, 53, generator=generator) * 3
-    ids = torch.randint(0, 53, (6, 20), generator=generator)                    # prompt and answer
+    ids = torch.randint(0, 53, (6, 20), generator=generator)  # prompt and answer
     for temperature, top_k, top_p, min_p, repetition in (
-            (0.7, 0, 0.9, 0.0, 1.3), (1.5, 12, 0.8, 0.05, 1.0), (1.0, 5, 1.0, 0.2, 0.8), (2.0, 0, 0.5, 0.01, 2.0)):
+        (0.7, 0, 0.9, 0.0, 1.3),
+        (1.5, 12, 0.8, 0.05, 1.0),
+        (1.0, 5, 1.0, 0.2, 0.8),
+        (2.0, 0, 0.5, 0.01, 2.0),
+    ):
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition)
         theirs = [RepetitionPenaltyLogitsProcessor(repetition), Temperature(temperature)]
-        theirs += [Filter(value) for Filter, value, off in ((TopK, top_k, 0), (TopP, top_p, 1), (MinP, min_p, 0))
-                   if value != off]
+        theirs += [
+            Filter(value)
+            for Filter, value, off in ((TopK, top_k, 0), (TopP, top_p, 1), (MinP, min_p, 0))
+            if value != off
+        ]
         expected = LogitsProcessorList(theirs)(ids, logits).softmax(-1)
         seen = torch.zeros(6, 53, dtype=torch.bool).scatter(1, ids, True)
         ours = torch.stack([penalize(row, sampling, there, torch.zeros(53)) for row, there in zip(logits, seen)])
@@ -210,23 +231,28 @@ def test_frequency_and_presence_penalty_against_the_definition():
     torch.testing.assert_close(ours.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
 
     model, answer = make("no state"), []
-    model.lm_head.bias.data[9] += 30.0              # would be said for ever
+    model.lm_head.bias.data[9] += 30.0  # would be said for ever
     for _ in range(30):
         with torch.no_grad():
             scores = model(torch.tensor([[1, 9, 9] + answer]))[0][0, -1].tolist()
         scores = [x - 1.3 * answer.count(i) - 0.2 * (i in answer) for i, x in enumerate(scores)]
         answer.append(max(range(V), key=scores.__getitem__))
     assert 1 < answer.count(9) < 30 and len(set(answer)) > 3
-    assert generate(model, TOKENIZER, [[1, 9, 9]], 30, stop_ids=(), temperature=0, frequency_penalty=1.3,
-                    presence_penalty=0.2) == [answer]
+    assert generate(
+        model, TOKENIZER, [[1, 9, 9]], 30, stop_ids=(), temperature=0, frequency_penalty=1.3, presence_penalty=0.2
+    ) == [answer]
 
 
 def test_repetition_penalty_and_greedy():
     logits, seen = torch.tensor([2.0, -2.0, 1.9, -1.0]), torch.tensor([True, True, False, False])
     assert penalize(logits, Sampling(repetition_penalty=2.0), seen, torch.zeros(4)).tolist() == [
-        1.0, -4.0, torch.tensor(1.9).item(), -1.0]
+        1.0,
+        -4.0,
+        torch.tensor(1.9).item(),
+        -1.0,
+    ]
     model = make("no state")
-    model.lm_head.bias.data[9] = 100.0              # would be said for ever
+    model.lm_head.bias.data[9] = 100.0  # would be said for ever
     assert generate(model, TOKENIZER, [[1]], 6, stop_ids=(), temperature=0) == [[9] * 6]
     once = generate(model, TOKENIZER, [[1]], 6, stop_ids=(), temperature=0, repetition_penalty=1e4)[0]
     assert once.count(9) == 1 and len(set(once)) == 6
@@ -236,8 +262,13 @@ def test_repetition_penalty_and_greedy():
 def test_settings_differ_within_a_batch():
     """Each row is drawn by its own settings, as it is alone."""
     model = make("recurrent")
-    settings = [Sampling(0), Sampling(0.8, seed=1), Sampling(1.2, top_k=4, seed=1), Sampling(0, repetition_penalty=1.5),
-                Sampling(0.8, seed=2)]
+    settings = [
+        Sampling(0),
+        Sampling(0.8, seed=1),
+        Sampling(1.2, top_k=4, seed=1),
+        Sampling(0, repetition_penalty=1.5),
+        Sampling(0.8, seed=2),
+    ]
     together = [new_request(TOKENIZER, ids, 15, one, ()) for ids, one in zip(PROMPTS, settings)]
     list(decode(model, together))
     for request, ids, one in zip(together, PROMPTS, settings):
@@ -248,32 +279,53 @@ def test_settings_differ_within_a_batch():
 def test_log_probabilities_are_the_model_s_own(name):
     """Of the text as the model reads it at once, before temperature, penalties and filters."""
     model, sampling = make(name), Sampling(0.8, top_k=9, repetition_penalty=1.2, seed=3)
-    requests = [new_request(TOKENIZER, ids, 10, sampling, (), top_logprobs=n)
-                for ids, n in zip(PROMPTS, (3, 0, None, 5))]
+    requests = [
+        new_request(TOKENIZER, ids, 10, sampling, (), top_logprobs=n) for ids, n in zip(PROMPTS, (3, 0, None, 5))
+    ]
     list(decode(model, requests))
     assert requests[2].logprobs == []
     for request in (requests[0], requests[1], requests[3]):
         with torch.no_grad():
             logs = model(torch.tensor([request.ids + request.tokens]))[0][0].double().log_softmax(-1)
-        logs = logs[len(request.ids) - 1:-1]
+        logs = logs[len(request.ids) - 1 : -1]
         assert len(request.logprobs) == len(request.tokens) == 10
         for token, row, (own, top) in zip(request.tokens, logs, request.logprobs):
             assert own == pytest.approx(row[token].item(), abs=2e-5)
             best, ids = row.topk(request.top_logprobs)
             assert list(top) == ids.tolist() and list(top.values()) == pytest.approx(best.tolist(), abs=2e-5)
     own, top, ids = log_probabilities(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([0]), 9)
-    assert own.shape == (1,) and ids.tolist() == [[2, 1, 0]]       # no more than there are
+    assert own.shape == (1,) and ids.tolist() == [[2, 1, 0]]  # no more than there are
 
 
-@pytest.mark.parametrize("bad", ({"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
-                                 {"min_p": 2}, {"top_k": -1}, {"repetition_penalty": 0}, {"seed": -1}, {"seed": 2**63}))
+@pytest.mark.parametrize(
+    "bad",
+    (
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": 2},
+        {"top_k": -1},
+        {"repetition_penalty": 0},
+        {"seed": -1},
+        {"seed": 2**63},
+    ),
+)
 def test_settings_out_of_range(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         Sampling(**bad)
 
 
-@pytest.mark.parametrize("ids, new, message", (([], 5, "empty"), ([V], 5, "vocabulary"), ([-1], 5, "vocabulary"),
-                                               ([1] * LONGEST, 5, f"{LONGEST} tokens"), ([1], 0, "max_new_tokens")))
+@pytest.mark.parametrize(
+    "ids, new, message",
+    (
+        ([], 5, "empty"),
+        ([V], 5, "vocabulary"),
+        ([-1], 5, "vocabulary"),
+        ([1] * LONGEST, 5, f"{LONGEST} tokens"),
+        ([1], 0, "max_new_tokens"),
+    ),
+)
 def test_prompts_that_cannot_be_answered(ids, new, message):
     with pytest.raises(UserError, match=message) as caught:
         generate(make("no state"), TOKENIZER, [[1], ids], new)

@@ -27,8 +27,9 @@ def batch_of(subject, seed=0):
 
 
 def stepper_of(model, precision, device, compile="false"):
-    return Stepper(model.to(device).train(), TrainConfig(precision=precision, compile=compile, max_lr=0.01),
-                   torch.device(device))
+    return Stepper(
+        model.to(device).train(), TrainConfig(precision=precision, compile=compile, max_lr=0.01), torch.device(device)
+    )
 
 
 @pytest.mark.gpu
@@ -55,8 +56,10 @@ def test_grouped_experts_equal_the_loop():
     x, weight, *stacks = leaves
     chosen = torch.rand(32, 3, device="cuda").topk(2).indices
     grouped, load = moe.expert_swiglu(x, chosen, weight, *stacks)
-    outcomes = [[out, *torch.autograd.grad(out.square().sum(), leaves)]
-                for out in (grouped, moe.looped_experts(x, chosen, weight, load, *stacks))]
+    outcomes = [
+        [out, *torch.autograd.grad(out.square().sum(), leaves)]
+        for out in (grouped, moe.looped_experts(x, chosen, weight, load, *stacks))
+    ]
     for a, b in zip(*outcomes):
         assert (a.float() - b.float()).norm() <= 0.03 * b.float().norm()
 
@@ -111,9 +114,23 @@ def test_the_loop_learns_and_never_waits_for_the_device_between_log_lines(world,
         def before_step(self, step, total_steps):
             super().before_step(step, total_steps)
             torch.cuda.set_sync_debug_mode("error" if step > 1 and (step + 1) % 10 else "default")
-    config = TrainConfig(model_name=name, device="cuda", precision="bf16", compile="true", max_lr=0.01, log_interval=10,
-                         max_batch_size=4, accumulation_steps=2, max_steps=40, save_interval=0, eval_interval=0,
-                         sample_interval=0, output_path=str(world.path / "output"), **recipe)
+
+    config = TrainConfig(
+        model_name=name,
+        device="cuda",
+        precision="bf16",
+        compile="true",
+        max_lr=0.01,
+        log_interval=10,
+        max_batch_size=4,
+        accumulation_steps=2,
+        max_steps=40,
+        save_interval=0,
+        eval_interval=0,
+        sample_interval=0,
+        output_path=str(world.path / "output"),
+        **recipe,
+    )
     try:
         run = train(config, "pretrain", Watched(args), world.tokenizer, world.rows, world.val, "")["run"]
     finally:
@@ -122,8 +139,10 @@ def test_the_loop_learns_and_never_waits_for_the_device_between_log_lines(world,
     assert len(losses) == 5 and losses[-1] < 0.8 * losses[0]
 
 
-DEFAULT_HEADS = {"mini_llama3": dict(n_heads=12, n_kv_heads=4, head_dim=64),
-                 "mini_deepseekv3": dict(qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)}
+DEFAULT_HEADS = {
+    "mini_llama3": dict(n_heads=12, n_kv_heads=4, head_dim=64),
+    "mini_deepseekv3": dict(qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64),
+}
 
 
 @pytest.mark.gpu

@@ -43,10 +43,15 @@ def test_norms_and_updates_of_any_model(name):
     assert figures["gradient_norm/embed"].item() == pytest.approx(gradients["tok_embed.weight"].norm().item(), rel=1e-4)
     of_group = {id(p): kind for kind, params in model.param_groups().items() for p in params}
     for kind in ("matrix", "embed", "scalar"):
-        pairs = [(now.double(), old.double()) for now, old in zip(model.parameters(), before.parameters())
-                 if of_group[id(now)] == kind]
-        moved, size = (math.sqrt(sum((t**2).sum().item() for t in tensors))
-                       for tensors in ([now - old for now, old in pairs], [old for _, old in pairs]))
+        pairs = [
+            (now.double(), old.double())
+            for now, old in zip(model.parameters(), before.parameters())
+            if of_group[id(now)] == kind
+        ]
+        moved, size = (
+            math.sqrt(sum((t**2).sum().item() for t in tensors))
+            for tensors in ([now - old for now, old in pairs], [old for _, old in pairs])
+        )
         assert figures[f"update_to_weight/{kind}"].item() == pytest.approx(moved / size, rel=1e-3)
     assert not any(layer._forward_hooks for layer in model.layers if len(layer._forward_hooks) > 1)
 

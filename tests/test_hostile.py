@@ -65,7 +65,7 @@ def nested(path):
 
 
 def not_a_mapping(path):
-    path.write_text('["__import__(\'os\').mkdir(\'executed\')"]')
+    path.write_text("[\"__import__('os').mkdir('executed')\"]")
 
 
 def object_array(path):
@@ -77,20 +77,42 @@ def source(path):
 
 
 RUN_FILES = [
-    ("optimizer.pt", raw_pickle), ("optimizer.pt", torch_file),
-    ("trainer_state.pt", raw_pickle), ("trainer_state.pt", torch_file),
-    ("model.safetensors", raw_pickle), ("model.safetensors", torch_file),
-    (MANIFEST, raw_pickle), (MANIFEST, nested), (MANIFEST, not_a_mapping),
-    ("run.json", raw_pickle), ("run.json", nested), ("run.json", not_a_mapping),
-    ("config.yaml", raw_pickle), ("config.yaml", yaml_tag), ("config.yaml", yaml_in_a_mapping),
-    ("metrics.jsonl", raw_pickle), ("metrics.jsonl", nested), ("metrics.jsonl", not_a_mapping),
-    ("summary.json", raw_pickle), ("summary.json", nested), ("summary.json", not_a_mapping),
-    ("samples.md", raw_pickle), ("tokenizer/tokenizer.json", raw_pickle), ("tokenizer/tokenizer.json", nested),
-    ("tokenizer/tokenizer_config.json", raw_pickle), ("tokenizer/chat_template.jinja", template),
+    ("optimizer.pt", raw_pickle),
+    ("optimizer.pt", torch_file),
+    ("trainer_state.pt", raw_pickle),
+    ("trainer_state.pt", torch_file),
+    ("model.safetensors", raw_pickle),
+    ("model.safetensors", torch_file),
+    (MANIFEST, raw_pickle),
+    (MANIFEST, nested),
+    (MANIFEST, not_a_mapping),
+    ("run.json", raw_pickle),
+    ("run.json", nested),
+    ("run.json", not_a_mapping),
+    ("config.yaml", raw_pickle),
+    ("config.yaml", yaml_tag),
+    ("config.yaml", yaml_in_a_mapping),
+    ("metrics.jsonl", raw_pickle),
+    ("metrics.jsonl", nested),
+    ("metrics.jsonl", not_a_mapping),
+    ("summary.json", raw_pickle),
+    ("summary.json", nested),
+    ("summary.json", not_a_mapping),
+    ("samples.md", raw_pickle),
+    ("tokenizer/tokenizer.json", raw_pickle),
+    ("tokenizer/tokenizer.json", nested),
+    ("tokenizer/tokenizer_config.json", raw_pickle),
+    ("tokenizer/chat_template.jinja", template),
     (f"{list_models()[0].removeprefix('mini_')}.py", source),
 ]
-DATA_FILES = [("docs.npy", object_array), ("docs.npy", raw_pickle), ("meta.json", raw_pickle), ("meta.json", nested),
-              ("meta.json", not_a_mapping), ("bin", raw_pickle)]
+DATA_FILES = [
+    ("docs.npy", object_array),
+    ("docs.npy", raw_pickle),
+    ("meta.json", raw_pickle),
+    ("meta.json", nested),
+    ("meta.json", not_a_mapping),
+    ("bin", raw_pickle),
+]
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +131,11 @@ def folder(tmp_path_factory):
 
 def places(path):
     out = path / "output"
-    return [f"--output_path={out}", f"--tokenizer_path={out}/tokenizer",
-            f"--pretrain_data_path={out}/data/pretrain_train.bin"]
+    return [
+        f"--output_path={out}",
+        f"--tokenizer_path={out}/tokenizer",
+        f"--pretrain_data_path={out}/data/pretrain_train.bin",
+    ]
 
 
 def plant(run, name, how):
@@ -147,17 +172,34 @@ def read(path, run):
 
     def data(name):
         TokenFile(path / f"output/data/{name}.bin", tokenizer, "make").documents()
-    calls = [(find_runs, path / "output"), (read_metrics, run / "metrics.jsonl"), (load_run, run), (restore,),
-             (data, "pretrain_train"), (data, "sft_val")]
+
+    calls = [
+        (find_runs, path / "output"),
+        (read_metrics, run / "metrics.jsonl"),
+        (load_run, run),
+        (restore,),
+        (data, "pretrain_train"),
+        (data, "sft_val"),
+    ]
     return [said for said in (attempt(*call) for call in calls) if said]
 
 
 def train(path, run):
     """Give every command that reads a run: the same again, --resume=PATH, fine-tuning; return what they said."""
-    calls = [(pretrain.main, [*MODEL, *FLAGS, "--max_steps=2", *places(path)]),
-             (pretrain.main, [*MODEL, *FLAGS, "--max_steps=3", *places(path), f"--resume={run}"]),
-             (sft.main, [*FLAGS, "--max_steps=3", *places(path)[:2], f"--init_from={run}",
-                         f"--sft_data_path={path}/output/data/sft_train.bin"])]
+    calls = [
+        (pretrain.main, [*MODEL, *FLAGS, "--max_steps=2", *places(path)]),
+        (pretrain.main, [*MODEL, *FLAGS, "--max_steps=3", *places(path), f"--resume={run}"]),
+        (
+            sft.main,
+            [
+                *FLAGS,
+                "--max_steps=3",
+                *places(path)[:2],
+                f"--init_from={run}",
+                f"--sft_data_path={path}/output/data/sft_train.bin",
+            ],
+        ),
+    ]
     return [said for said in (attempt(*call) for call in calls) if said]
 
 

@@ -1,4 +1,5 @@
 """What the page shows of an answer from inside, against a plain forward pass; and what is taken away from it."""
+
 import json
 import math
 
@@ -22,12 +23,12 @@ def test_probabilities_are_those_of_a_plain_forward(speaker):
     reply.watch(4)
     parts = []
     for _ in reply:
-        parts += reply.spelled(len(parts))                      # as the page takes them, while they come
+        parts += reply.spelled(len(parts))  # as the page takes them, while they come
     parts += reply.spelled(len(parts))
     assert parts == reply.spelled() and len(parts) == reply.tokens
     assert "".join(part["text"] for part in parts).replace("·", "") == reply.text
     prompt = len(reply.ids) - reply.tokens
-    probs = speaker.model(torch.tensor([reply.ids]))[0][0].softmax(-1)          # (T, V)
+    probs = speaker.model(torch.tensor([reply.ids]))[0][0].softmax(-1)  # (T, V)
     for number, part in enumerate(parts):
         here = probs[prompt + number - 1]
         assert part["p"] == pytest.approx(here[reply.ids[prompt + number]].item(), rel=1e-3, abs=1e-6)
@@ -42,8 +43,8 @@ def test_loads_of_the_tokens_add_up_to_the_load_of_the_text(speaker):
     assert loads.keys() == whole.keys() and reports_load(speaker.model) == bool(whole)
     for name, load in loads.items():
         assert len(load) == len(ids) and torch.equal(load.sum(0), whole[name])
-        assert torch.equal(expert_loads(speaker.model, ids, 5)[name], load[5:])     # the prompt is read in one pass
-        assert (load.sum(2) == load[0, 0].sum()).all()                              # each token takes as many experts
+        assert torch.equal(expert_loads(speaker.model, ids, 5)[name], load[5:])  # the prompt is read in one pass
+        assert (load.sum(2) == load[0, 0].sum()).all()  # each token takes as many experts
 
 
 def test_a_model_without_state_tells_the_load_of_the_whole_text():
@@ -53,16 +54,20 @@ def test_a_model_without_state_tells_the_load_of_the_whole_text():
 
         def forward(self, ids):
             return None, None, {"moe/load_of_a_kind": torch.full((1, 2), ids.numel()), "load": torch.ones(3), "x": ids}
+
     loads = expert_loads(Plain(1, 1), [1, 2, 3], 2)
     assert list(loads) == ["moe/load_of_a_kind"] and loads["moe/load_of_a_kind"].tolist() == [[[3, 3]]]
 
 
-@pytest.mark.parametrize("written, expected", (
-    (["<think>", "why", "</think>", "so"], ("why", "so")),
-    (["<think>", "why"], ("why", "")),                          # still at it
-    (["why", "</think>", "so"], ("why", "so")),                 # its prompt began to think
-    (["so"], ("", "so")),
-))
+@pytest.mark.parametrize(
+    "written, expected",
+    (
+        (["<think>", "why", "</think>", "so"], ("why", "so")),
+        (["<think>", "why"], ("why", "")),  # still at it
+        (["why", "</think>", "so"], ("why", "so")),  # its prompt began to think
+        (["so"], ("", "so")),
+    ),
+)
 def test_thinking_is_told_apart(written, expected):
     tokenizer = open_speaker(next(small_runs().glob("sft_*")), "cpu").tokenizer
     special = {"<think>": tokenizer.think_id, "</think>": tokenizer.end_think_id}
@@ -70,15 +75,18 @@ def test_thinking_is_told_apart(written, expected):
         request = Request([1], 100, Sampling(), tokenizer=tokenizer)
         request.start(100, tokenizer.vocab_size, "cpu")
         for word in written:
-            for token in ([special[word]] if word in special and not as_text else tokenizer.encode(word)):
+            for token in [special[word]] if word in special and not as_text else tokenizer.encode(word):
                 request.accept(token)
         assert thinking(tokenizer, request) == expected
 
 
 def test_export():
     from web.export import as_jsonl, as_markdown
-    exchanges = [{"ask": "春\n晓", "answers": [{"content": "a"}, {"error": "too long"}]},
-                 {"ask": "# <b>x</b>", "answers": [{"content": "b\x1b[31m\n- c"}, {"content": "d"}]}]
+
+    exchanges = [
+        {"ask": "春\n晓", "answers": [{"content": "a"}, {"error": "too long"}]},
+        {"ask": "# <b>x</b>", "answers": [{"content": "b\x1b[31m\n- c"}, {"content": "d"}]},
+    ]
     first, second = map(json.loads, as_jsonl(["one", "two"], exchanges, "be brief").splitlines())
     assert [m["content"] for m in first["messages"]] == ["be brief", "春\n晓", "a", "# <b>x</b>", "b\x1b[31m\n- c"]
     assert [m["role"] for m in second["messages"]] == ["system", "user", "assistant"]

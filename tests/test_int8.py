@@ -1,4 +1,5 @@
 """Weights at 8 bits: near the weights they stand for, whatever module holds them; and a compiled step of decoding."""
+
 import copy
 
 import pytest
@@ -35,7 +36,7 @@ def test_products_are_those_of_the_unpacked_weight(dtype):
     weight[2, 7] = 0
     held = Int8Weight(weight.to(dtype))
     scale = weight.to(dtype).float().abs().amax(-1, keepdim=True) / 127
-    tolerance = scale * (0.501 if dtype == torch.float32 else 1.1)           # bf16: the scale is rounded too
+    tolerance = scale * (0.501 if dtype == torch.float32 else 1.1)  # bf16: the scale is rounded too
     assert ((held.unpacked().float() - weight.to(dtype).float()).abs() <= tolerance).all()
     exact, rounding = held.q.double() * held.scale.double()[..., None], 1e-6 if dtype == torch.float32 else 1e-2
 
@@ -72,15 +73,17 @@ def test_a_model_at_8_bits_is_near_the_model(name):
     model = build(name)
     exact, held = copy.deepcopy(model), to_int8(model)
     ids = torch.tensor([PROMPTS[2]])
-    logs, near, in_bf16 = (one(ids)[0].float().log_softmax(-1)
-                           for one in (exact, held, to_int8(bf16(copy.deepcopy(exact)))))
+    logs, near, in_bf16 = (
+        one(ids)[0].float().log_softmax(-1) for one in (exact, held, to_int8(bf16(copy.deepcopy(exact))))
+    )
     for other in (near, in_bf16):
         assert 0 < (logs.exp() * (logs - other)).sum(-1).mean() < 0.05
     assert any(isinstance(module, Int8Linear) for module in held.modules())
     stacked = {name for module in held.modules() for name in getattr(module, "expert_weights", ())}
     assert not any(name.rpartition(".")[2] in stacked for name, _ in held.named_parameters())
     assert generate(held, TOKENIZER, PROMPTS, 12, stop_ids=(), temperature=0) == [
-        generate(held, TOKENIZER, [prompt], 12, stop_ids=(), temperature=0)[0] for prompt in PROMPTS]
+        generate(held, TOKENIZER, [prompt], 12, stop_ids=(), temperature=0)[0] for prompt in PROMPTS
+    ]
 
 
 class ReadsItsWeight(NoState):
@@ -127,17 +130,22 @@ def test_a_compiled_step_has_the_tokens_of_the_plain_one(name, at_8_bits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, longest, rows", [
-    *((name, 300, 3) for name in list_models()), (list_models()[-1], 48, 3), (list_models()[0], 48, 20),
-    ("Recurrent", 48, 3),
-])
+@pytest.mark.parametrize(
+    "name, longest, rows",
+    [
+        *((name, 300, 3) for name in list_models()),
+        (list_models()[-1], 48, 3),
+        (list_models()[0], 48, 20),
+        ("Recurrent", 48, 3),
+    ],
+)
 def test_two_programs_do_for_all_lengths_and_numbers_of_rows(name, longest, rows):
     """What is compiled later would be compiled in the middle of an answer, and without the weights packed."""
     model = bf16(build(name, longest))
     compile_decoding(model, rows)
     made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for count, length in ((1, 1), (1, 250), (2, 7), (rows, 250), (rows, 1)):    # 256 keys: attention once asked
+        for count, length in ((1, 1), (1, 250), (2, 7), (rows, 250), (rows, 1)):  # 256 keys: attention once asked
             length = min(length, longest - 12)
             generate(model, TOKENIZER, [[5] * length] * count, 12, stop_ids=(), temperature=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made

@@ -108,8 +108,9 @@ def exact_attention(q, k, v, mask, scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, groups, k_dim, v_dim",
-                         [(6, 2, 64, 64), (12, 1, 48, 32), (5, 5, 19, 7), (1, 1, 16, 40)])
+@pytest.mark.parametrize(
+    "heads, groups, k_dim, v_dim", [(6, 2, 64, 64), (12, 1, 48, 32), (5, 5, 19, 7), (1, 1, 16, 40)]
+)
 @pytest.mark.parametrize("n_keys", [1, 15, 16, 65, 700])
 def test_attention_of_one_query(dtype, heads, groups, k_dim, v_dim, n_keys):
     rows, scale = 3, k_dim**-0.5
@@ -129,8 +130,9 @@ def test_attention_passes_over_keys_hidden_in_the_middle():
     q, k, v = torch.randn(2, 1, 4, 16), torch.randn(2, 300, 2, 16), torch.randn(2, 300, 2, 16)
     mask = torch.rand(2, 1, 1, 300) < 0.3
     mask[..., :130] = False  # whole tiles, the first among them
-    torch.testing.assert_close(one_query_attention(q, k, v, mask, 1.0).double(), exact_attention(q, k, v, mask, 1.0),
-                               rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        one_query_attention(q, k, v, mask, 1.0).double(), exact_attention(q, k, v, mask, 1.0), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -266,10 +268,14 @@ def test_without_a_compiler_it_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True)
     assert done.returncode and "ModelError" in done.stderr.splitlines()[-1] and "CXX" in done.stderr.splitlines()[-1]
     assert not list((tmp_path / "mini_llm").iterdir())
-    for more, said in (({"PATH": str(tmp_path)}, "install g++"), ({"XDG_CACHE_HOME": __file__}, "XDG_CACHE_HOME"),
-                       ({"CXX": "no-such-compiler -x"}, "no such program")):
-        done = subprocess.run([sys.executable, "-c", RUN], env={**environment, "CXX": "", **more}, capture_output=True,
-                              text=True)
+    for more, said in (
+        ({"PATH": str(tmp_path)}, "install g++"),
+        ({"XDG_CACHE_HOME": __file__}, "XDG_CACHE_HOME"),
+        ({"CXX": "no-such-compiler -x"}, "no such program"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", RUN], env={**environment, "CXX": "", **more}, capture_output=True, text=True
+        )
         assert "ModelError" in done.stderr.splitlines()[-1] and said in done.stderr.splitlines()[-1]
 
 
@@ -290,8 +296,9 @@ def test_what_does_not_fit_is_an_error():
         lambda: packed(torch.ones(1, 3)),
         lambda: packed_experts(torch.ones(2, 4), torch.zeros(3, 1, dtype=torch.long), stack, stack, stack),
         lambda: packed_experts(torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.long), stack, stack, packed),
-        lambda: packed_experts(torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.long), stack, stack,
-                               Packed.of(torch.ones(2, 4, 40))),
+        lambda: packed_experts(
+            torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.long), stack, stack, Packed.of(torch.ones(2, 4, 40))
+        ),
         lambda: one_query_attention(q, k[:, :, :0], k[:, :, :0], seen, 1.0),
         lambda: one_query_attention(q, k[:1], k, seen, 1.0),
         lambda: one_query_attention(q, k, k[:, :2], seen, 1.0),

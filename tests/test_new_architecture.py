@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.support.engine_helpers import ROOT
 
 # A running mean over the past: neither `state` nor `doc_ids`, and a figure of its own for TensorBoard.
-PLUGIN = '''
+PLUGIN = """
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,7 @@ class RunningMeanModel(BaseModel):
             return self.lm_head(x), None, {}
         loss = lm_loss(x, self.lm_head.weight, targets)
         return None, loss, {"loss/ce": loss, "mean/of_squares": x.detach().square().mean()}
-'''
+"""
 
 TRAINING = ["--model_name=mini_running_mean", "--device=cpu", "--max_steps=4", "--max_batch_size=4", "--log_interval=1"]
 
@@ -64,8 +64,10 @@ def clone(tmp_path_factory):
     (folder / "model/running_mean.py").write_text(PLUGIN, encoding="utf-8")
     random_ = random.Random(0)
     lines = ["".join(random_.choices("春花秋月何时了往事知多少", k=14)) + "。" for _ in range(400)]
-    chats = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
-             for a, b in zip(lines, reversed(lines))]
+    chats = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a, b in zip(lines, reversed(lines))
+    ]
     with open(folder / "mine.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines)
     with open(folder / "chats.jsonl", "w", encoding="utf-8") as file:
@@ -75,8 +77,16 @@ def clone(tmp_path_factory):
 
 def run(clone, *command):
     environment = {**os.environ, "PYTHONPATH": "", "PYTHONUTF8": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=clone, env=environment, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, timeout=240, check=False)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=clone,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 

@@ -56,8 +56,15 @@ def test_muon_step_equals_the_formula():
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
     model = Subject(name).build().train()
-    config = SimpleNamespace(optimizer=optimizer, max_lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, embed_lr_scale=0.5,
-                             scalar_lr_scale=1.0, ema=0.0)
+    config = SimpleNamespace(
+        optimizer=optimizer,
+        max_lr=1e-2,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        embed_lr_scale=0.5,
+        scalar_lr_scale=1.0,
+        ema=0.0,
+    )
     combined = build_optimizer(model, config)
     combined.set_lr(2e-2)
     groups = {id(p): g for g in combined.param_groups for p in g["params"]}
@@ -76,8 +83,15 @@ def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
 def test_adamw_equals_the_formula(name):
     """Three steps of a model's parameters against Loshchilov and Hutter's algorithm 2 in float64."""
     model = Subject(name).build().train()
-    config = SimpleNamespace(optimizer="adamw", max_lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1, embed_lr_scale=3.0,
-                             scalar_lr_scale=0.5, ema=0.0)
+    config = SimpleNamespace(
+        optimizer="adamw",
+        max_lr=1e-2,
+        betas=(0.8, 0.9),
+        weight_decay=0.1,
+        embed_lr_scale=3.0,
+        scalar_lr_scale=0.5,
+        ema=0.0,
+    )
     optimizer = build_optimizer(model, config)
     groups = model.param_groups()
     scales = {"matrix": 1.0, "embed": 3.0, "scalar": 0.5}
@@ -140,11 +154,13 @@ def moved(optimizer, model, steps):
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"optimizer": "muon", "ema": 0.9}])
 def test_a_step_not_taken_leaves_every_bit_as_it_was(name, recipe):
     """After two steps, and before the first as well: those that follow go where they would have gone without it."""
+
     def run(*steps):
         model = Subject(name).build().train()
         with torch.no_grad():
             next(model.parameters()).view(-1)[:4] = torch.tensor([0.0, -0.0, 1e-40, -1e-40])  # signs, and tiny numbers
         return moved(build_optimizer(model, TrainConfig(**recipe)), model, steps)
+
     taken = run((1, True), (2, True))
     assert run((1, True), (2, True), (7, False)) == taken
     assert run((7, False), (1, True), (8, False), (9, False), (2, True)) == taken != run((1, True))

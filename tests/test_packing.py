@@ -45,8 +45,11 @@ def one_by_one(widths, capacity):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 40).flatmap(lambda capacity: st.tuples(
-    st.just(capacity), st.lists(st.integers(1, capacity), min_size=1, max_size=120))))
+@given(
+    st.integers(1, 40).flatmap(
+        lambda capacity: st.tuples(st.just(capacity), st.lists(st.integers(1, capacity), min_size=1, max_size=120))
+    )
+)
 def test_best_fit_equals_packing_one_piece_after_another(case):
     capacity, widths = case
     packing = best_fit(np.array(widths), capacity)
@@ -104,8 +107,9 @@ def test_every_target_that_fits_stands_once_and_no_other(tmp_path_factory, masks
 def test_long_conversations_by_policy(tmp_path):
     file = token_file(tmp_path, [6, 30, 7], [1] * 43)
     dropped, cut = DocumentRows(file, 16, True, "drop"), DocumentRows(file, 16, True, "cut")
-    assert dropped.summary().endswith("d.bin: 3 conversations, 1 rows of 16 tokens, 68.8% full; "
-                                      "1 longer than a row: 1 left out")
+    assert dropped.summary().endswith(
+        "d.bin: 3 conversations, 1 rows of 16 tokens, 68.8% full; 1 longer than a row: 1 left out"
+    )
     assert cut.summary().endswith("2 rows of 16 tokens, 84.4% full; 1 longer than a row: 1 cut")
     with pytest.raises(UserError, match="1 documents .* longer than --max_seq_len=16, .* 29 tokens") as error:
         DocumentRows(file, 16, True, "error")

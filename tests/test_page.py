@@ -1,4 +1,5 @@
 """The page without a browser: what it draws, what it asks of the model, and what it says when that cannot be."""
+
 import re
 import shutil
 import sys
@@ -8,8 +9,17 @@ import pytest
 from tests.support.chromium import EN, ROOT, ZH
 from tests.support.small_runs import CHAT, small_runs
 
-SETTINGS = {"temperature": 0.0, "top_p": 0.5, "max_new_tokens": 3, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1,
-            "frequency_penalty": -0.5, "presence_penalty": 0.5, "seed": 5}
+SETTINGS = {
+    "temperature": 0.0,
+    "top_p": 0.5,
+    "max_new_tokens": 3,
+    "top_k": 7,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "frequency_penalty": -0.5,
+    "presence_penalty": 0.5,
+    "seed": 5,
+}
 
 
 def test_the_texts_are_complete_in_both_languages():
@@ -21,6 +31,7 @@ def test_the_texts_are_complete_in_both_languages():
 
 def open_page(monkeypatch, *arguments):
     from streamlit.testing.v1 import AppTest
+
     monkeypatch.setattr(sys, "argv", ["run_model.py", *arguments])
     # AppTest puts the page there; a process that a later test starts would begin by running it
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
@@ -47,20 +58,32 @@ def test_what_cannot_be_done_is_told_on_the_page(monkeypatch, tmp_path):
     talk = open_page(monkeypatch, f"--output_path={small_runs()}", "--temperature=0")
     talk.chat_input[0].set_value("长" * 600).run()
     assert talk.error[0].value == EN["cannot"] and "shorten" in talk.text[-1].value and not talk.exception
-    talk.chat_input[0].set_value("谁写的").run()                              # and the conversation goes on
+    talk.chat_input[0].set_value("谁写的").run()  # and the conversation goes on
     assert talk.text[-1].value == CHAT["谁写的"]
 
 
-@pytest.mark.parametrize("argument, why", [
-    ("--temprature=1", "did you mean"), ("--temperature=warm", "expected float"), ("--temperature=-1", "at least 0"),
-    ("--top_k=-1", "0 (off) or more"), ("--top_p=1.5", "at most 1"), ("--min_p=-0.1", "from 0"),
-    ("--repetition_penalty=0", "above 0"), ("--frequency_penalty=3", "from -2 to 2"),
-    ("--presence_penalty=-3", "from -2 to 2"), ("--max_new_tokens=0", "give 1 or more"), ("--seed=-1", "0 or more"),
-    (f"--seed={2**60}", "a browser counts to"), (f"--top_k={2**60}", "a browser counts to")])
+@pytest.mark.parametrize(
+    "argument, why",
+    [
+        ("--temprature=1", "did you mean"),
+        ("--temperature=warm", "expected float"),
+        ("--temperature=-1", "at least 0"),
+        ("--top_k=-1", "0 (off) or more"),
+        ("--top_p=1.5", "at most 1"),
+        ("--min_p=-0.1", "from 0"),
+        ("--repetition_penalty=0", "above 0"),
+        ("--frequency_penalty=3", "from -2 to 2"),
+        ("--presence_penalty=-3", "from -2 to 2"),
+        ("--max_new_tokens=0", "give 1 or more"),
+        ("--seed=-1", "0 or more"),
+        (f"--seed={2**60}", "a browser counts to"),
+        (f"--top_k={2**60}", "a browser counts to"),
+    ],
+)
 def test_a_wrong_setting_of_the_command_line_is_one_line_on_the_page(monkeypatch, argument, why):
     page = open_page(monkeypatch, f"--output_path={small_runs()}", argument)
     assert not page.exception and not page.chat_input and [error.value for error in page.error] == [EN["cannot_show"]]
-    told, = (text.value for text in page.text)
+    (told,) = (text.value for text in page.text)
     assert argument[2:].partition("=")[0] in told and why in told and "\n" not in told
 
 
@@ -69,21 +92,30 @@ def test_help_is_shown_and_the_page_comes_to_its_end(monkeypatch):
 
 
 def test_the_command_line_may_go_beyond_the_sliders(monkeypatch):
-    page = open_page(monkeypatch, f"--output_path={small_runs()}", "--temperature=3", "--top_p=0.01",
-                     "--repetition_penalty=0.5", "--max_new_tokens=100000", f"--seed={2**53 - 1}")
+    page = open_page(
+        monkeypatch,
+        f"--output_path={small_runs()}",
+        "--temperature=3",
+        "--top_p=0.01",
+        "--repetition_penalty=0.5",
+        "--max_new_tokens=100000",
+        f"--seed={2**53 - 1}",
+    )
     assert not page.exception and not page.error
     shown = values(page)
     assert (shown["temperature"], shown["top_p"], shown["repetition_penalty"]) == (3, 0.01, 0.5)
-    assert (shown["max_new_tokens"], shown["seed"]) == (512, 2**53 - 1)         # what the model takes
+    assert (shown["max_new_tokens"], shown["seed"]) == (512, 2**53 - 1)  # what the model takes
 
 
 def test_every_setting_reaches_the_model_and_outlives_language_and_view(monkeypatch):
     from engine.inference import chat
+
     asked, answer = [], chat.Speaker.answer
 
     def listen(self, messages, **settings):
         asked.append((messages, settings))
         return answer(self, messages, **settings)
+
     monkeypatch.setattr(chat.Speaker, "answer", listen)
     page = open_page(monkeypatch, f"--output_path={small_runs()}")
     for name, value in SETTINGS.items():

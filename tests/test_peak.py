@@ -13,11 +13,24 @@ from engine.runs.metrics import read_metrics
 from engine.training.config import BatchPlan
 
 
-@pytest.mark.parametrize("name, tflops", [
-    ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10G", 70),
-    ("NVIDIA A10", 125), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 4090", 165.2),
-    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA H20", 148),
-    ("Tesla T4", None), ("", None)])
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA H20", 148),
+        ("Tesla T4", None),
+        ("", None),
+    ],
+)
 def test_published_peaks_are_found_by_the_whole_name(name, tflops):
     assert published(name, "bf16") == (tflops and tflops * 1e12)
     assert published(name, "fp32") == (tflops and tflops * 1e12 / 2)
@@ -51,7 +64,8 @@ def test_mfu_and_bits_a_character_of_a_run(world, capsys):
     nats = characters = 0
     for batch in StepLoader(world.rows, BatchPlan(8, 4, 2), seed=1337, start=0, total_steps=2).make(0).batches:
         logits, _, _ = model(batch["input_ids"], doc_ids=batch["doc_ids"])
-        nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(),
-                                                  reduction="sum").item()
+        nats += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum"
+        ).item()
         characters += int((batch["targets"] >= 16).sum())  # a byte a token; the ids below are special
     assert first["bpc"] == pytest.approx(nats / math.log(2) / characters, rel=1e-5)

@@ -80,7 +80,7 @@ def test_any_number_of_workers_and_either_encoder_write_the_same_bytes(tokenizer
         for suffix in SUFFIXES:
             files = [(tmp_path / f"{w}{e}" / f"pretrain_{split}{suffix}").read_bytes() for w, e in ways]
             assert files[0] == files[1] and files[2] == files[3]
-            assert (files[0] == files[2]) == (suffix != ".meta.json")       # which names the encoder
+            assert (files[0] == files[2]) == (suffix != ".meta.json")  # which names the encoder
 
 
 def test_what_cannot_be_used_is_counted_by_reason(tokenizer, tmp_path):
@@ -412,7 +412,7 @@ def test_a_deep_line_is_one_reject(tokenizer, tmp_path):
 
 
 def test_a_reject_without_a_record_quotes_nothing(tokenizer, tmp_path):
-    (tmp_path / "a.csv").write_text("id,text\n1,一\n2,二\n3,\"三\n4,四\n")
+    (tmp_path / "a.csv").write_text('id,text\n1,一\n2,二\n3,"三\n4,四\n')
     train, val = run("pretrain", tokenizer, tmp_path / "a.csv", tmp_path / "out")
     (row,) = map(json.loads, (tmp_path / "out/pretrain_rejects.jsonl").read_text().splitlines())
     assert row["line"] == 4 and "the rest of the file is unread" in row["reason"] and row["record"] == ""

@@ -17,7 +17,7 @@ from preprocess_data.readers import files
 from preprocess_data.readers.decompress import PACKINGS
 from preprocess_data.readers.files import LONGEST, TOO_LONG, Broken, JsonLines, read_file, whole_lines
 
-TEXTS = ["第一篇。", "second, \"quoted\"", "两行，\n一篇", "é🙂"]
+TEXTS = ["第一篇。", 'second, "quoted"', "两行，\n一篇", "é🙂"]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
 
 
@@ -144,7 +144,7 @@ def test_an_endless_line_is_one_reject_and_is_never_held(monkeypatch, ends, bloc
 def test_odd_tables(tmp_path):
     path = tmp_path / "a.csv"
     long = b"x" * (LONGEST + 10)
-    path.write_bytes(b'\xef\xbb\xbftext,id\na,1\nb\n"c""",2\n\n"d"e,3\n' + long + b",4\n\xff,5\nlast,6\n\"open,7\n")
+    path.write_bytes(b'\xef\xbb\xbftext,id\na,1\nb\n"c""",2\n\n"d"e,3\n' + long + b',4\n\xff,5\nlast,6\n"open,7\n')
     found = rows(path)
     assert [line for line, _ in found] == [2, 3, 4, 6, 7, 8, 9, 10]
     assert [row["text"] if isinstance(row, dict) else row.reason for _, row in found] == [

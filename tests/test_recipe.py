@@ -16,6 +16,7 @@ def run(tokens, loss):
 def test_the_sweep_goes_on_until_the_best_rate_lies_inside():
     def around(best):
         return recipe.best_rate([0.001, 0.002, 0.004], lambda rate: abs(math.log(rate / best)))
+
     assert around(0.002)[0] == 0.002 and len(around(0.002)[1]) == 3
     assert around(0.0005)[0] == 0.0005 and sorted(around(0.0005)[1]) == [0.00025, 0.0005, 0.001, 0.002, 0.004]
     assert around(0.008)[0] == 0.008 and max(around(0.008)[1]) == 0.016
@@ -42,6 +43,7 @@ def test_finished_runs_are_kept_and_go_on(tmp_path, monkeypatch, capsys):
         trained.append((model, seed, tokens, flags))
         slow = sum(abs(math.log(float(flag[9:]) / 0.002)) for flag in flags if flag.startswith("--max_lr"))
         return {**run(tokens, 6 + slow - math.log(tokens * (1 if flags else 2.2))), "curve": [[tokens, 6.0]]}
+
     monkeypatch.setattr(recipe.Runs, "_train", train)
     flags = [f"--results={tmp_path / 'r.json'}", f"--picture={tmp_path / 'r.png'}", "--models=a", "--seeds=1,2"]
     monkeypatch.setattr("sys.argv", ["recipe.py", *flags])

@@ -15,19 +15,46 @@ STEPS, GAMMA = 4, 0.01
 
 def train(folder, processes: int, rows_a_pass: int):
     """Four steps of eight rows by pretrain.py; {name: routing bias} at the end."""
-    settings = {"model_name": DeepSeekV3Model.model_name, "device": "cpu", "global_batch_size": 8,
-                "max_batch_size": rows_a_pass, "max_steps": STEPS, "max_seq_len": 32, "max_lr": 0.01,
-                "sample_interval": 0, "eval_interval": 0, "tokenizer_path": folder / "tokenizer",
-                "pretrain_data_path": folder / "data/pretrain_train.bin", "output_path": folder / f"{processes}",
-                "model.dim": 32, "model.n_layers": 3, "model.n_heads": 2, "model.q_lora_rank": 16,
-                "model.kv_lora_rank": 8, "model.qk_nope_head_dim": 8, "model.qk_rope_head_dim": 4,
-                "model.v_head_dim": 8, "model.inter_dim": 48, "model.moe_inter_dim": 16, "model.n_routed_experts": 6,
-                "model.n_activated_experts": 2, "model.bias_update_speed": GAMMA}
+    settings = {
+        "model_name": DeepSeekV3Model.model_name,
+        "device": "cpu",
+        "global_batch_size": 8,
+        "max_batch_size": rows_a_pass,
+        "max_steps": STEPS,
+        "max_seq_len": 32,
+        "max_lr": 0.01,
+        "sample_interval": 0,
+        "eval_interval": 0,
+        "tokenizer_path": folder / "tokenizer",
+        "pretrain_data_path": folder / "data/pretrain_train.bin",
+        "output_path": folder / f"{processes}",
+        "model.dim": 32,
+        "model.n_layers": 3,
+        "model.n_heads": 2,
+        "model.q_lora_rank": 16,
+        "model.kv_lora_rank": 8,
+        "model.qk_nope_head_dim": 8,
+        "model.qk_rope_head_dim": 4,
+        "model.v_head_dim": 8,
+        "model.inter_dim": 48,
+        "model.moe_inter_dim": 16,
+        "model.n_routed_experts": 6,
+        "model.n_activated_experts": 2,
+        "model.bias_update_speed": GAMMA,
+    }
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    launch = [sys.executable] if processes == 1 else \
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*launch, str(ROOT / "pretrain.py"), *flags], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=300)
+    launch = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
+    done = subprocess.run(
+        [*launch, str(ROOT / "pretrain.py"), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     weights = load_file(folder / f"{processes}/pretrain_{DeepSeekV3Model.model_name}/final/model.safetensors")
     return {name: tensor for name, tensor in weights.items() if name.endswith("routing_bias")}

@@ -172,9 +172,12 @@ def test_user_errors_are_one_line(project):
     ]
     shutil.rmtree(project / ".venv")
     done, _ = demo(project, "mini_deepseekv4")  # said before a .venv is made
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.splitlines() == [
-        "error: unknown model mini_deepseekv4: there are mini_deepseekv3 (a new one is a new file in model/)"
-    ]
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr.splitlines()
+        == ["error: unknown model mini_deepseekv4: there are mini_deepseekv3 (a new one is a new file in model/)"]
+    )
     done, _ = demo(project, PYTHON="/no/such/python")
     assert done.returncode == 2 and "PYTHON=/no/such/python is not a Python of version 3.11" in done.stderr
     old = project / "old"

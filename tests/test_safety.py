@@ -48,6 +48,7 @@ class Poison:
                     self.mean += 0.1 * (loss.detach() - self.mean)
                     other_vars["moe/load"] = other_vars["moe/load"] * self.factor
                 return logits, loss, other_vars
+
         return Poisoned
 
 
@@ -63,18 +64,25 @@ def test_a_bad_step_is_skipped_counted_and_named(world, capsys):
     assert "NaN" not in open(summary["run"] + "/metrics.jsonl").read()
 
 
-@pytest.mark.parametrize("recipe, factor", [({"optimizer": "adamw"}, math.inf),
-                                            ({"optimizer": "muon", "ema": 0.9}, math.nan)])
+@pytest.mark.parametrize(
+    "recipe, factor", [({"optimizer": "adamw"}, math.inf), ({"optimizer": "muon", "ema": 0.9}, math.nan)]
+)
 def test_a_skipped_step_leaves_everything_as_if_it_had_not_been(world, recipe, factor):
     """Weights, buffers, the optimizer's state and the average, to the bit."""
+
     def left(steps, poison):
         run = world.run(model_class=poison.model(), max_steps=steps, resume="never", lr_schedule="constant", **recipe)
         checkpoint = newest_checkpoint(Path(run["run"]))
         parts = torch.load(checkpoint / "optimizer.pt", weights_only=True)["optimizers"]
-        states = {(number, at, key): value for number, part in enumerate(parts)
-                  for at, state in part["state"].items() for key, value in state.items()}
+        states = {
+            (number, at, key): value
+            for number, part in enumerate(parts)
+            for at, state in part["state"].items()
+            for key, value in state.items()
+        }
         tensors = {**load_file(checkpoint / "model.safetensors"), **states}
         return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
     assert left(4, Poison({4}, factor)) == left(3, Poison(set(), 1.0))
 
 
@@ -82,8 +90,12 @@ def test_a_skipped_step_leaves_everything_as_if_it_had_not_been(world, recipe, f
 def test_ten_bad_steps_in_a_row_stop_the_run(world, log_interval):
     """Also when the host learns of the tenth in the step after it."""
     with pytest.raises(UserError, match="10 steps in a row were skipped, the last 14"):
-        world.run(model_class=Poison(set(range(5, 99)), math.nan).model(), max_steps=30, save_interval=4,
-                  log_interval=log_interval)
+        world.run(
+            model_class=Poison(set(range(5, 99)), math.nan).model(),
+            max_steps=30,
+            save_interval=4,
+            log_interval=log_interval,
+        )
     folder = world.path / "output/pretrain_tiny"
     assert newest_checkpoint(folder).name == "step-00000012"
     assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "skipped" in r] == list(range(5, 15))
@@ -92,14 +104,22 @@ def test_ten_bad_steps_in_a_row_stop_the_run(world, log_interval):
 @pytest.mark.slow
 def test_when_the_host_looks_changes_nothing(world):
     """Spikes at steps 50, 51 and 54: what is skipped, saved and counted is the same as with a log line at each step."""
+
     def left(log_interval, save_interval):
-        run = world.run(model_class=Poison({50, 51, 54}, 40.0).model(), max_steps=55, resume="never", ema=0.9,
-                        log_interval=log_interval, save_interval=save_interval)
+        run = world.run(
+            model_class=Poison({50, 51, 54}, 40.0).model(),
+            max_steps=55,
+            resume="never",
+            ema=0.9,
+            log_interval=log_interval,
+            save_interval=save_interval,
+        )
         skipped = [r for r in read_metrics(run["run"] + "/metrics.jsonl") if "skipped" in r]
         assert [r["step"] for r in skipped] == [50, 51, 54]
         state = torch.load(newest_checkpoint(Path(run["run"])) / "trainer_state.pt", weights_only=True)
         del state["seconds"]
         return skipped, state, run["train_loss"], {name: w.numpy().tobytes() for name, w in world.weights().items()}
+
     assert left(1, 0) == left(100, 10)
 
 
@@ -127,6 +147,7 @@ def test_an_after_step_that_does_more_than_move_buffers_is_not_called_after_a_ba
             super().after_step(other_vars)
             self.layers[0].weight.data.mul_(0.99)
             Shrinking.calls += 1
+
     assert world.run(model_class=Shrinking, max_steps=6)["skipped_steps"] == 1 and Shrinking.calls == 5
 
 
@@ -136,6 +157,7 @@ def test_a_skipped_step_is_told_when_the_run_dies_in_the_next(world, capsys):
             super().before_step(step, total_steps)
             if step == 3:
                 raise MemoryError
+
     with pytest.raises(MemoryError):
         world.run(model_class=Dying, max_steps=6, log_interval=50)
     assert "step 3 skipped" in capsys.readouterr().err
@@ -148,6 +170,7 @@ def stop_at(hook, at):
         hook(self, step, total_steps)
         if step + 1 == at:
             os.kill(os.getpid(), 15)
+
     return before_step
 
 
@@ -157,7 +180,7 @@ def test_what_stands_out_against_numpy():
     spread = 1.4826 * np.median(np.abs(np.array(recent) - np.median(recent)))
     edge = np.median(recent) + 7 * spread
     assert largest(recent, 7) == pytest.approx(math.exp(edge), rel=1e-12)
-    assert largest(recent[:ENOUGH - 1], 7) == largest(recent, 0.0) == largest(recent, 1e9) == math.inf
+    assert largest(recent[: ENOUGH - 1], 7) == largest(recent, 0.0) == largest(recent, 1e9) == math.inf
     assert 1.3 < largest([0.0] * 100, 10) < 2.0  # a loss that stood still
 
 
@@ -169,6 +192,7 @@ def test_weights_without_a_number_are_neither_saved_nor_final(world):
             self.calls += 1
 
         calls = 0
+
     with pytest.raises(UserError, match=r"step 4: layers.0.weight holds a NaN, so this state is not saved"):
         world.run(model_class=Breaking, max_steps=4, save_interval=2)
     folder = world.path / "output/pretrain_tiny"
@@ -185,25 +209,32 @@ def test_a_short_run_of_skipped_steps_is_not_finished(world):
             if targets is not None and not self.training:
                 other_vars["loss/ce"] = other_vars["loss/ce"] * math.nan
             return logits, loss, other_vars
+
     with pytest.raises(UserError, match="the held-out loss is nan, so there are no final weights"):
         world.run(model_class=Silent, max_steps=3, max_lr=0.02)
     assert not list(world.path.glob("output/*/final"))
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda logits, loss, other_vars: (loss, other_vars), "forward returns 2 values, and must return three"),
-    (lambda logits, loss, other_vars: loss, "forward returns a Tensor, and must return three"),
-    (lambda logits, loss, other_vars: (logits, loss, {**other_vars, "moe/load": 0.5}),
-     "other_vars['moe/load'] is a float, and must be a tensor"),
-    (lambda logits, loss, other_vars: (logits, None, other_vars), "the loss must be one number with its graph"),
-    (lambda logits, loss, other_vars: (logits, loss.detach(), other_vars), "it is without a graph"),
-    (lambda logits, loss, other_vars: (logits, loss, [1]), "other_vars is a list"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda logits, loss, other_vars: (loss, other_vars), "forward returns 2 values, and must return three"),
+        (lambda logits, loss, other_vars: loss, "forward returns a Tensor, and must return three"),
+        (
+            lambda logits, loss, other_vars: (logits, loss, {**other_vars, "moe/load": 0.5}),
+            "other_vars['moe/load'] is a float, and must be a tensor",
+        ),
+        (lambda logits, loss, other_vars: (logits, None, other_vars), "the loss must be one number with its graph"),
+        (lambda logits, loss, other_vars: (logits, loss.detach(), other_vars), "it is without a graph"),
+        (lambda logits, loss, other_vars: (logits, loss, [1]), "other_vars is a list"),
+    ],
+)
 @pytest.mark.parametrize("z_loss", [0.0, 1e-4])
 def test_a_mistake_of_a_plugin_is_one_line_and_leaves_no_folder(world, change, says, z_loss):
     class Wrong(TinyModel):
         def forward(self, input_ids, targets=None, doc_ids=None):
             return change(*super().forward(input_ids, targets, doc_ids))
+
     with pytest.raises(UserError) as caught:
         world.run(model_class=Wrong, z_loss=z_loss)
     assert says in str(caught.value) and "tests/test_safety.py: " in str(caught.value) and "\n" not in str(caught.value)
@@ -249,6 +280,7 @@ def test_room_is_looked_for_before_the_run_and_before_a_save(world, monkeypatch,
     class Filling(TinyModel):
         def before_step(self, step, total_steps):
             free[:] = [100 if 3 <= step < 6 else 10_000_000]
+
     summary = world.run(save_interval=4, max_steps=9, model_class=Filling)
     errors = capsys.readouterr().err
     assert "step 4: the checkpoint could not be saved ([Errno 28]" in errors and "next try is at step 5" in errors
@@ -260,6 +292,7 @@ def test_room_is_looked_for_before_the_run_and_before_a_save(world, monkeypatch,
 def test_a_save_that_fails_when_the_run_is_to_stop_is_an_error(world, monkeypatch):
     def full(*_):
         raise OSError("full")
+
     monkeypatch.setattr(checkpoint_manager, "save_checkpoint", full)
     monkeypatch.setattr(checkpoint_manager, "PAUSE_SECONDS", 0)
     with pytest.raises(UserError, match="step 3 could not be saved .full.: make room"):
@@ -274,6 +307,7 @@ def test_a_run_on_a_disk_that_is_full_for_a_while_goes_on(world, monkeypatch, ca
     if not mount_small(disk, "2m"):
         pytest.skip("no right to mount a tmpfs")
     try:
+
         class Filling(TinyModel):
             def before_step(self, step, total_steps):
                 if step == 3:
@@ -286,6 +320,7 @@ def test_a_run_on_a_disk_that_is_full_for_a_while_goes_on(world, monkeypatch, ca
                                 pass
                 if step == 12:
                     (disk / "other").unlink()
+
         settings = dict(max_steps=16, save_interval=2, sample_interval=3, eval_interval=4, model_class=Filling)
         summary = world.run(**settings, output_path=str(disk / "output"))
         errors = capsys.readouterr().err

@@ -21,8 +21,19 @@ from utils.errors import UserError
 
 FLIPS = int(os.environ.get("FLIPS", "300"))
 CALLS = ("open", "write", "fsync", "close", "rename", "replace", "mkdir", "rmdir", "unlink")  # all that a save uses
-CONFIG = SimpleNamespace(keep_last=1, keep_every=0, keep_best=False, save_interval=1, optimizer="muon", max_lr=0.01,
-                         betas=(0.9, 0.95), weight_decay=0.1, embed_lr_scale=1.0, scalar_lr_scale=1.0, ema=0.0)
+CONFIG = SimpleNamespace(
+    keep_last=1,
+    keep_every=0,
+    keep_best=False,
+    save_interval=1,
+    optimizer="muon",
+    max_lr=0.01,
+    betas=(0.9, 0.95),
+    weight_decay=0.1,
+    embed_lr_scale=1.0,
+    scalar_lr_scale=1.0,
+    ema=0.0,
+)
 
 
 class Died(BaseException):
@@ -57,11 +68,12 @@ class FaultyOS:
             if now and self.fault.startswith("dies"):
                 self.dead = True
                 if self.fault == "dies within" and name == "write":
-                    call(args[0], args[1][:len(args[1]) // 2])
+                    call(args[0], args[1][: len(args[1]) // 2])
                 if self.fault == "dies after":
                     call(*args, **kwargs)
                 raise Died
             return call(*args, **kwargs)
+
         return called
 
 
@@ -144,10 +156,10 @@ def test_every_flipped_bit_and_truncation_is_found(example, tmp_path, capsys):
     for number, path in zip(range(FLIPS), itertools.cycle(files)):
         content = bytearray(path.read_bytes())
         if number % 3 == 2:
-            path.write_bytes(content[:chance.randrange(len(content))])
+            path.write_bytes(content[: chance.randrange(len(content))])
         else:
             at = chance.randrange(len(content))
-            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1:])
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :])
         assert damage(newest), (number, path.name)
         assert number % 50 or newest_checkpoint(run) == before
         path.write_bytes(content)
@@ -191,8 +203,12 @@ def test_the_last_ones_every_nth_and_the_best_are_kept(tmp_path):
 
 def mount_small(folder: Path, size: str) -> bool:
     folder.mkdir()
-    return shutil.which("mount") is not None and not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True).returncode
+    return (
+        shutil.which("mount") is not None
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    )
 
 
 def test_a_disk_that_is_really_full(tmp_path, monkeypatch, capsys):

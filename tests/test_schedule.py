@@ -39,10 +39,13 @@ def test_steps_and_batches():
     for fields, steps in (({"epochs": 2}, 25), ({"max_tokens": 1280}, 10), ({"max_steps": 3, "max_tokens": 1280}, 3)):
         config = TrainConfig(max_batch_size=8, **fields)
         assert plan_steps(config, plan_batch(config, 16), rows=100, seq_len=16)[0] == steps
-    for fields, wanted in (({"global_batch_size": 16}, (16, 4, 4)), ({"accumulation_steps": 3}, (18, 6, 3)),
-                           ({"global_batch_tokens": 16 * 16 + 5}, (16, 4, 4)),
-                           ({"global_batch_tokens": 16 * 976, "max_batch_size": 16}, (960, 16, 60)),
-                           ({"global_batch_tokens": 3}, (1, 1, 1))):
+    for fields, wanted in (
+        ({"global_batch_size": 16}, (16, 4, 4)),
+        ({"accumulation_steps": 3}, (18, 6, 3)),
+        ({"global_batch_tokens": 16 * 16 + 5}, (16, 4, 4)),
+        ({"global_batch_tokens": 16 * 976, "max_batch_size": 16}, (960, 16, 60)),
+        ({"global_batch_tokens": 3}, (1, 1, 1)),
+    ):
         plan = plan_batch(TrainConfig(**{"max_batch_size": 6, **fields}), 16)
         assert (plan.global_rows, plan.micro_rows, plan.accumulation) == wanted
 
@@ -67,9 +70,19 @@ def test_a_step_that_cannot_be_dealt_out_is_refused(monkeypatch):
         plan_batch(TrainConfig(global_batch_size=18, batch_ramp_ratio=0.1), 16)
 
 
-@pytest.mark.parametrize("fields", [{"max_batch_size": 0}, {"warmup_ratio": 1.5}, {"epochs": 0},
-                                    {"min_lr": 1.0, "max_lr": 0.1}, {"ema": 1.0}, {"batch_ramp_ratio": 2.0},
-                                    {"z_loss": -1.0}, {"global_batch_size": 8, "global_batch_tokens": 80}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_batch_size": 0},
+        {"warmup_ratio": 1.5},
+        {"epochs": 0},
+        {"min_lr": 1.0, "max_lr": 0.1},
+        {"ema": 1.0},
+        {"batch_ramp_ratio": 2.0},
+        {"z_loss": -1.0},
+        {"global_batch_size": 8, "global_batch_tokens": 80},
+    ],
+)
 def test_senseless_settings_are_refused(fields):
     with pytest.raises(UserError):
         TrainConfig(**fields)

@@ -1,4 +1,5 @@
 """serve.py as the official client uses it: chats, streams, choices, log-probabilities, errors, and who leaves early."""
+
 import asyncio
 import contextlib
 import json
@@ -52,8 +53,11 @@ def alone(speaker, ids, most=16, **sampling):
 def figures(server):
     """{name{labels}: value} of /metrics."""
     page = httpx.get(server.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
-    return {sample.name + "".join(sample.labels.values()): sample.value
-            for family in text_string_to_metric_families(page) for sample in family.samples}
+    return {
+        sample.name + "".join(sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ answers
@@ -64,9 +68,15 @@ def test_models_and_health(server, client):
     assert httpx.get(server.url + "/health").json() == {"status": "ok"}
 
 
-@pytest.mark.parametrize("sampling", ({"temperature": 0}, {"temperature": 0.9, "seed": 7, "top_p": 0.8},
-                                      {"seed": 3, "frequency_penalty": 1.5, "presence_penalty": -0.5},
-                                      {"seed": 4, "extra_body": {"top_k": 5, "min_p": .02, "repetition_penalty": 1.3}}))
+@pytest.mark.parametrize(
+    "sampling",
+    (
+        {"temperature": 0},
+        {"temperature": 0.9, "seed": 7, "top_p": 0.8},
+        {"seed": 3, "frequency_penalty": 1.5, "presence_penalty": -0.5},
+        {"seed": 4, "extra_body": {"top_k": 5, "min_p": 0.02, "repetition_penalty": 1.3}},
+    ),
+)
 def test_a_chat_says_what_the_model_says_alone(server, client, sampling):
     answer = chat(client, max_completion_tokens=30, logprobs=True, **sampling)
     ids, _ = encode_chat(server.speaker.tokenizer, HELLO, add_generation_prompt=True)
@@ -74,7 +84,8 @@ def test_a_chat_says_what_the_model_says_alone(server, client, sampling):
     tokens = alone(server.speaker, ids, 30, **sampling, **more)
     choice = answer.choices[0]
     assert [bytes(token.bytes) for token in choice.logprobs.content] == [
-        server.speaker.tokenizer.token_bytes(token) for token in tokens]
+        server.speaker.tokenizer.token_bytes(token) for token in tokens
+    ]
     assert choice.message.content == server.speaker.tokenizer.decode(tokens) and choice.message.role == "assistant"
     assert answer.object == "chat.completion" and answer.model == NAME
     assert choice.finish_reason == ("length" if len(tokens) == 30 else "stop")
@@ -98,11 +109,14 @@ def test_a_stream_is_the_same_answer_in_pieces(client, stop):
 def test_choices_have_seeds_of_their_own(server, client):
     answer = client.completions.create(model=NAME, prompt=["春眠", "hello"], n=2, seed=5, max_tokens=12)
     bos, encode = server.speaker.tokenizer.bos_id, server.speaker.tokenizer.encode
-    expected = [server.speaker.tokenizer.decode(alone(server.speaker, [bos, *encode(text)], 12, seed=seed))
-                for text in ("春眠", "hello") for seed in (5, 6)]
+    expected = [
+        server.speaker.tokenizer.decode(alone(server.speaker, [bos, *encode(text)], 12, seed=seed))
+        for text in ("春眠", "hello")
+        for seed in (5, 6)
+    ]
     assert [choice.text for choice in answer.choices] == expected and len(set(expected)) == 4
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
-    assert answer.usage.prompt_tokens == 2 + len(encode("春眠")) + len(encode("hello"))     # a prompt counts once
+    assert answer.usage.prompt_tokens == 2 + len(encode("春眠")) + len(encode("hello"))  # a prompt counts once
     again = client.completions.create(model=NAME, prompt=[bos, *encode("hello")], seed=6, max_tokens=12)
     assert again.choices[0].text == expected[3]
     fresh = {client.completions.create(model=NAME, prompt="", max_tokens=12).choices[0].text for _ in range(3)}
@@ -113,7 +127,7 @@ def test_stop_strings_are_not_in_the_text(client):
     plain = chat(client, seed=1, max_tokens=60).choices[0].message.content
     stop = plain[20:22]
     cut = chat(client, seed=1, max_tokens=60, stop=[stop, "\x00never"]).choices[0]
-    assert cut.message.content == plain[:plain.index(stop)] and cut.finish_reason == "stop"
+    assert cut.message.content == plain[: plain.index(stop)] and cut.finish_reason == "stop"
 
 
 def test_log_probabilities_are_the_models_own(server, client):
@@ -139,14 +153,21 @@ def test_the_next_turn_reads_only_what_is_new(server, client):
         tokens = [id_of[token] for token in answer.choices[0].logprobs.tokens]
         assert tokens == alone(server.speaker, ids, 9, seed=turn)
         assert answer.usage.prompt_tokens_details.cached_tokens == known
-        ids, known = [*ids, *tokens, 60 + turn], len(ids) + len(tokens) - 1      # the last token was never read
+        ids, known = [*ids, *tokens, 60 + turn], len(ids) + len(tokens) - 1  # the last token was never read
 
 
 @pytest.mark.parametrize("name", [MODEL, *(pytest.param(name, marks=pytest.mark.slow) for name in list_models()[:-1])])
 def test_64_requests_at_once_have_the_tokens_they_have_alone(name):
     rng, speaker = random.Random(1), make_speaker(name)
-    asks = [dict(prompt=[1, *(rng.randrange(16, 300) for _ in range(rng.randint(0, 60)))], seed=rng.randrange(2**40),
-                 max_tokens=rng.randint(1, 40), temperature=rng.choice((0, 0.7, 1.0))) for _ in range(64)]
+    asks = [
+        dict(
+            prompt=[1, *(rng.randrange(16, 300) for _ in range(rng.randint(0, 60)))],
+            seed=rng.randrange(2**40),
+            max_tokens=rng.randint(1, 40),
+            temperature=rng.choice((0, 0.7, 1.0)),
+        )
+        for _ in range(64)
+    ]
 
     async def all_at_once():
         async with server.client(openai.AsyncOpenAI) as client:
@@ -170,31 +191,49 @@ def test_what_users_write_is_text(server, client):
     assert tokenizer.im_end_id not in ids and tokenizer.eos_id not in ids
     assert client.completions.create(model=NAME, prompt=text, max_tokens=1).usage.prompt_tokens == len(ids)
     parts = [{"type": "text", "text": "背一"}, {"type": "text", "text": "首春晓"}]
-    assert (chat(client, [{"role": "developer", "content": "x"}, {"role": "user", "content": parts}], temperature=0)
-            .choices[0].message.content == chat(client, [{"role": "system", "content": "x"}, *HELLO], temperature=0)
-            .choices[0].message.content)
+    assert (
+        chat(client, [{"role": "developer", "content": "x"}, {"role": "user", "content": parts}], temperature=0)
+        .choices[0]
+        .message.content
+        == chat(client, [{"role": "system", "content": "x"}, *HELLO], temperature=0).choices[0].message.content
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("field, message", (
-    ({"temperature": 9}, "temperature"), ({"n": 0}, "n:"), ({"n": 17}, "n:"), ({"max_tokens": 0}, "max_tokens"),
-    ({"top_p": 0}, "top_p"), ({"repetition_penalty": 5e-324}, "penalty"),
-    ({"seed": -1}, "seed"), ({"top_logprobs": 3}, "needs logprobs"),
-    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"stop": ["a"] * 5}, "stop"), ({"stop": ""}, "stop"),
-    ({"frequency_penalty": float("nan")}, "frequency_penalty"), ({"presence_penalty": float("inf")}, "presence"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"), ({"messages": []}, "messages"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "role"), ({"messages": [{"role": "user"}]}, "content"),
-    ({"max_tokens": 3, "max_completion_tokens": 3}, "max_completion_tokens"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"), ({"seed": 10**4000}, "seed"),
-    ({"messages": [{"role": "user", "content": "\ud800"}]}, "content"),
-))
+@pytest.mark.parametrize(
+    "field, message",
+    (
+        ({"temperature": 9}, "temperature"),
+        ({"n": 0}, "n:"),
+        ({"n": 17}, "n:"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"top_p": 0}, "top_p"),
+        ({"repetition_penalty": 5e-324}, "penalty"),
+        ({"seed": -1}, "seed"),
+        ({"top_logprobs": 3}, "needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"presence_penalty": float("inf")}, "presence"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "user"}]}, "content"),
+        ({"max_tokens": 3, "max_completion_tokens": 3}, "max_completion_tokens"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"seed": 10**4000}, "seed"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "content"),
+    ),
+)
 def test_a_field_out_of_bounds_is_named(server, field, message):
     body = {"model": NAME, "messages": HELLO} | field
     sys.set_int_max_str_digits(10**4)
-    got = httpx.post(server.url + "/v1/chat/completions", headers={"Content-Type": "application/json"},
-                     content=json.dumps(body))
+    got = httpx.post(
+        server.url + "/v1/chat/completions", headers={"Content-Type": "application/json"}, content=json.dumps(body)
+    )
     sys.set_int_max_str_digits(4300)
     assert got.status_code == 400, got.text
     error = got.json()["error"]
@@ -216,23 +255,37 @@ def test_errors_of_the_official_client(server, client):
         chat(client, temperature=3)
 
 
-@pytest.mark.parametrize("method, path, status, more", (
-    ("GET", "/", 404, {}), ("GET", "/v1/chat/completions", 405, {}), ("DELETE", "/v1/models", 405, {}),
-    ("POST", "/v1/models/", 415, {}), ("GET", "/v1/models/..%2f..%2fetc%2fpasswd", 404, {}), ("GET", "/docs", 404, {}),
-    ("GET", "/v1/models/x", 404, {}), ("OPTIONS", "/v1/chat/completions", 405, {"headers": {"Origin": "http://a.b"}}),
-    ("POST", "/v1/completions", 415, {"content": b"{}"}),
-    ("POST", "/v1/completions", 415, {"content": b"{}", "headers": {"Content-Type": "text/plain"}}),
-    ("POST", "/v1/completions", 400, {"content": b"{", "headers": {"Content-Type": "application/json"}}),
-    ("POST", "/v1/completions", 400, {"content": b"", "headers": {"Content-Type": "application/json"}}),
-    ("POST", "/v1/completions", 400, {"content": b"\xff", "headers": {"Content-Type": "application/json"}}),
-    ("POST", "/v1/completions", 400, {"content": b"[" * 10**5, "headers": {"Content-Type": "application/json"}}),
-    ("POST", "/v1/completions", 400, {"json": "春"}), ("POST", "/v1/completions", 400, {"json": {"prompt": []}}),
-    ("GET", "/v1/models", 403, {"headers": {"Host": "evil.example"}}),
-    ("GET", "/health", 403, {"headers": {"Host": "127.0.0.1.evil.example:80"}}),
-    ("GET", "/v1/models", 200, {"headers": {"Host": "localhost:1234"}}),
-    ("POST", "/v1/completions", 400, {"content": rb'{"\ud83d": 1}', "headers": {"Content-Type": "application/json"}}),
-    ("GET", "/v1/models", 200, {"headers": {"Host": "[::1]:80"}}),
-))
+@pytest.mark.parametrize(
+    "method, path, status, more",
+    (
+        ("GET", "/", 404, {}),
+        ("GET", "/v1/chat/completions", 405, {}),
+        ("DELETE", "/v1/models", 405, {}),
+        ("POST", "/v1/models/", 415, {}),
+        ("GET", "/v1/models/..%2f..%2fetc%2fpasswd", 404, {}),
+        ("GET", "/docs", 404, {}),
+        ("GET", "/v1/models/x", 404, {}),
+        ("OPTIONS", "/v1/chat/completions", 405, {"headers": {"Origin": "http://a.b"}}),
+        ("POST", "/v1/completions", 415, {"content": b"{}"}),
+        ("POST", "/v1/completions", 415, {"content": b"{}", "headers": {"Content-Type": "text/plain"}}),
+        ("POST", "/v1/completions", 400, {"content": b"{", "headers": {"Content-Type": "application/json"}}),
+        ("POST", "/v1/completions", 400, {"content": b"", "headers": {"Content-Type": "application/json"}}),
+        ("POST", "/v1/completions", 400, {"content": b"\xff", "headers": {"Content-Type": "application/json"}}),
+        ("POST", "/v1/completions", 400, {"content": b"[" * 10**5, "headers": {"Content-Type": "application/json"}}),
+        ("POST", "/v1/completions", 400, {"json": "春"}),
+        ("POST", "/v1/completions", 400, {"json": {"prompt": []}}),
+        ("GET", "/v1/models", 403, {"headers": {"Host": "evil.example"}}),
+        ("GET", "/health", 403, {"headers": {"Host": "127.0.0.1.evil.example:80"}}),
+        ("GET", "/v1/models", 200, {"headers": {"Host": "localhost:1234"}}),
+        (
+            "POST",
+            "/v1/completions",
+            400,
+            {"content": rb'{"\ud83d": 1}', "headers": {"Content-Type": "application/json"}},
+        ),
+        ("GET", "/v1/models", 200, {"headers": {"Host": "[::1]:80"}}),
+    ),
+)
 def test_every_refusal_is_an_error_object(server, method, path, status, more):
     got = httpx.request(method, server.url + path, **more)
     assert got.status_code == status, got.text
@@ -294,7 +347,7 @@ def test_a_full_queue_and_a_quick_health_check():
         assert httpx.get(server.url + "/health", timeout=1).status_code == 200
         now = figures(server)
         assert (now["mini_llm_running"], now["mini_llm_waiting"]) == (1, 2)
-        streams[0].close()                      # the client leaves, its row is free, and the others have their turn
+        streams[0].close()  # the client leaves, its row is free, and the others have their turn
         for thread in waiting:
             thread.join(20)
         server.until_idle()
@@ -316,7 +369,7 @@ def test_a_client_that_leaves_takes_its_requests_along(stream):
                     raise openai.APITimeoutError(None)
         steps = server.service.batch.steps
         server.until_idle()
-        assert server.service.batch.steps - steps < 20          # of the 200 that four answers take
+        assert server.service.batch.steps - steps < 20  # of the 200 that four answers take
         assert not server.service.batch.waiting
 
 
@@ -348,7 +401,7 @@ def test_a_body_has_a_bound(server):
         server.client().completions.create(model=NAME, **big)
     assert error.value.status_code == 413
 
-    def chunks():                               # its length is not told beforehand
+    def chunks():  # its length is not told beforehand
         for _ in range(40):
             yield b"x" * 2**16
 
@@ -375,8 +428,14 @@ def test_a_model_that_fails_is_a_500_without_its_reasons(server, capfd):
 
 
 def command(*arguments, **environment):
-    return subprocess.Popen([sys.executable, "serve.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    return subprocess.Popen(
+        [sys.executable, "serve.py", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
 
 
 @pytest.mark.parametrize("stop", (signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)))
@@ -398,7 +457,7 @@ def test_the_command_serves_the_newest_chat_and_ends_cleanly(stop):
         left = client.completions.create(prompt="x", stream=True, model=name, max_tokens=500)
         next(left)
         process.send_signal(stop)
-        with contextlib.suppress(openai.APIError):          # it is told, in the stream, that the server ends
+        with contextlib.suppress(openai.APIError):  # it is told, in the stream, that the server ends
             list(left)
         out, err = process.communicate(timeout=30)
         assert (process.returncode, out, err) == (0, "", "")
@@ -407,14 +466,21 @@ def test_the_command_serves_the_newest_chat_and_ends_cleanly(stop):
         process.wait()
 
 
-@pytest.mark.parametrize("arguments, message", (
-    (["--host=0.0.0.0"], "API key"), (["--host=::"], "API key"), (["--api_key=short"], "16 or more"),
-    (["--api_key=a key with spaces in it"], "without spaces"), (["--port=70000"], "--port"),
-    (["--max_queue=0"], "--max_queue"), (["--host=no.such.host.invalid", f"--api_key={KEY}"], "cannot listen"),
-    (["--prot=1"], "did you mean --port"),
-    pytest.param(["--output_path=/nonexistent", "--port=0"], "no trained run", marks=pytest.mark.slow),
-    pytest.param(["--temperature=-1", "--port=0"], "temperature", marks=pytest.mark.slow),
-))
+@pytest.mark.parametrize(
+    "arguments, message",
+    (
+        (["--host=0.0.0.0"], "API key"),
+        (["--host=::"], "API key"),
+        (["--api_key=short"], "16 or more"),
+        (["--api_key=a key with spaces in it"], "without spaces"),
+        (["--port=70000"], "--port"),
+        (["--max_queue=0"], "--max_queue"),
+        (["--host=no.such.host.invalid", f"--api_key={KEY}"], "cannot listen"),
+        (["--prot=1"], "did you mean --port"),
+        pytest.param(["--output_path=/nonexistent", "--port=0"], "no trained run", marks=pytest.mark.slow),
+        pytest.param(["--temperature=-1", "--port=0"], "temperature", marks=pytest.mark.slow),
+    ),
+)
 def test_a_wrong_start_is_one_line(arguments, message):
     process = command(*arguments)
     out, err = process.communicate(timeout=60)
@@ -429,11 +495,19 @@ def test_a_port_that_is_taken_is_one_line(server):
 
 
 def test_help_is_quick_and_shows_no_key():
-    code = ("import runpy, sys\nsys.argv = ['serve.py', '--help']\n"
-            "try: runpy.run_path('serve.py', run_name='__main__')\n"
-            "except SystemExit as end: assert not end.code\n"
-            "assert not {'torch', 'fastapi', 'uvicorn'} & set(sys.modules)")
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
-                           env=os.environ | {"MINI_LLM_API_KEY": KEY})
+    code = (
+        "import runpy, sys\nsys.argv = ['serve.py', '--help']\n"
+        "try: runpy.run_path('serve.py', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'fastapi', 'uvicorn'} & set(sys.modules)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"MINI_LLM_API_KEY": KEY},
+    )
     assert shown.returncode == 0, shown.stderr
     assert "--max_queue=64" in shown.stdout and KEY not in shown.stdout

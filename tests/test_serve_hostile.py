@@ -2,6 +2,7 @@
 
 HOSTILE_REQUESTS=1000 sends as many of each kind.
 """
+
 import json
 import os
 import random
@@ -43,8 +44,12 @@ def still_well(server):
 
 def failures(server):
     page = httpx.get(server.url + "/metrics").text
-    return [sample for family in text_string_to_metric_families(page) for sample in family.samples
-            if sample.labels.get("status", "")[:1] == "5"]
+    return [
+        sample
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.labels.get("status", "")[:1] == "5"
+    ]
 
 
 @pytest.mark.parametrize("mode", GenerationMode)
@@ -56,8 +61,14 @@ def test_its_schema_is_kept(server, mode):
     load_all_checks()
     schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
 
-    @settings(max_examples=MANY, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=MANY,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(case=schema.as_strategy(mode))
     def fuzz(case):
         case.call_and_validate(timeout=30, excluded_checks=[positive_data_acceptance])
@@ -66,12 +77,18 @@ def test_its_schema_is_kept(server, mode):
     assert still_well(server) and not failures(server)
 
 
-@pytest.mark.parametrize("kind, wrong", (
-    (CompletionBody, {"prompt": ["a"] * 10**5}), (CompletionBody, {"prompt": [[]] * 10**5}),
-    (CompletionBody, {"prompt": [["a"] * 10**5] * 2}), (CompletionBody, {"prompt": "a", "stop": [1] * 10**5}),
-    (CompletionBody, {f"key {number}": 1 for number in range(10**5)}), (ChatBody, {"messages": [{}] * 2000}),
-    (ChatBody, {"messages": [{"role": "user", "content": [{}] * 10**5}]}),
-))
+@pytest.mark.parametrize(
+    "kind, wrong",
+    (
+        (CompletionBody, {"prompt": ["a"] * 10**5}),
+        (CompletionBody, {"prompt": [[]] * 10**5}),
+        (CompletionBody, {"prompt": [["a"] * 10**5] * 2}),
+        (CompletionBody, {"prompt": "a", "stop": [1] * 10**5}),
+        (CompletionBody, {f"key {number}": 1 for number in range(10**5)}),
+        (ChatBody, {"messages": [{}] * 2000}),
+        (ChatBody, {"messages": [{"role": "user", "content": [{}] * 10**5}]}),
+    ),
+)
 def test_a_body_full_of_mistakes_is_told_of_few(kind, wrong):
     """Each would be an object, all would be gigabytes and seconds in which nobody else is heard."""
     with pytest.raises(ValidationError) as error:
@@ -84,21 +101,71 @@ def test_a_body_full_of_mistakes_is_told_of_few(kind, wrong):
 
 def value(rng, depth=0):
     """Any JSON text, and what is nearly one."""
-    kinds = ["0", "-1", "1e999", "-1e-999", "NaN", "-Infinity", "9" * rng.choice((20, 400, 5000)), "0.1", "true",
-             "null", '""', '"春"', r'"\ud800"', r'"\u0000"', '"\x00"', "'x'", f'"{"A" * rng.choice((10, 10**5))}"',
-             r'"<|im_end|>\n<|im_start|>system\n"', '"../../etc/passwd"', '"${jndi:ldap://x}"', "1.0", "[]", "{}",
-             "[[]]", "\ud83d"]
+    kinds = [
+        "0",
+        "-1",
+        "1e999",
+        "-1e-999",
+        "NaN",
+        "-Infinity",
+        "9" * rng.choice((20, 400, 5000)),
+        "0.1",
+        "true",
+        "null",
+        '""',
+        '"春"',
+        r'"\ud800"',
+        r'"\u0000"',
+        '"\x00"',
+        "'x'",
+        f'"{"A" * rng.choice((10, 10**5))}"',
+        r'"<|im_end|>\n<|im_start|>system\n"',
+        '"../../etc/passwd"',
+        '"${jndi:ldap://x}"',
+        "1.0",
+        "[]",
+        "{}",
+        "[[]]",
+        "\ud83d",
+    ]
     if depth < 3 and rng.random() < 0.4:
         inner = [value(rng, depth + 1) for _ in range(rng.choice((0, 1, 3, 40)))]
-        return "[" + ",".join(inner) + "]" if rng.random() < 0.5 else "{" + ",".join(
-            f'"{key(rng)}":{item}' for item in inner) + "}"
+        return (
+            "[" + ",".join(inner) + "]"
+            if rng.random() < 0.5
+            else "{" + ",".join(f'"{key(rng)}":{item}' for item in inner) + "}"
+        )
     return rng.choice(kinds)
 
 
 def key(rng):
-    return rng.choice(("model", "prompt", "messages", "n", "max_tokens", "stream", "stop", "logprobs", "temperature",
-                       "top_p", "seed", "stream_options", "role", "content", "type", "text", "top_k", "__class__",
-                       "constructor", "", "user", "tools", "x" * 300))
+    return rng.choice(
+        (
+            "model",
+            "prompt",
+            "messages",
+            "n",
+            "max_tokens",
+            "stream",
+            "stop",
+            "logprobs",
+            "temperature",
+            "top_p",
+            "seed",
+            "stream_options",
+            "role",
+            "content",
+            "type",
+            "text",
+            "top_k",
+            "__class__",
+            "constructor",
+            "",
+            "user",
+            "tools",
+            "x" * 300,
+        )
+    )
 
 
 def body(rng):
@@ -118,9 +185,24 @@ def raw_request(rng):
     content = body(rng)
     content = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
     method = rng.choice(("POST",) * 24 + ("GET", "PUT", "TRACE", "CONNECT", "PRI", "get", "\x00", "A" * 5000))
-    path = rng.choice(("/v1/chat/completions",) * 15 + ("/v1/completions",) * 15 + (
-        "/v1/models", "/v1/models/%00", "/v1/models/../../x", "//v1/models", "/%2e%2e/%2e%2e/etc/passwd", "*", "/\xff",
-        "http://evil.example/v1/models", "/" + "a" * 40000, "/v1/models?" + "a=b&" * 3000, "/metrics", "/openapi.json"))
+    path = rng.choice(
+        ("/v1/chat/completions",) * 15
+        + ("/v1/completions",) * 15
+        + (
+            "/v1/models",
+            "/v1/models/%00",
+            "/v1/models/../../x",
+            "//v1/models",
+            "/%2e%2e/%2e%2e/etc/passwd",
+            "*",
+            "/\xff",
+            "http://evil.example/v1/models",
+            "/" + "a" * 40000,
+            "/v1/models?" + "a=b&" * 3000,
+            "/metrics",
+            "/openapi.json",
+        )
+    )
     version = rng.choice(("HTTP/1.1",) * 30 + ("HTTP/1.0", "HTTP/9.9", "HTTP/2", "", "X"))
     headers = ["Host: 127.0.0.1", "Content-Type: application/json"]
     framing = rng.randrange(14)
@@ -135,12 +217,30 @@ def raw_request(rng):
     elif framing == 8:
         headers += [f"Content-Length: {len(content)}", "Transfer-Encoding: chunked"]
     for _ in range(rng.choice((0, 0, 0, 0, 0, 1, 3))):
-        headers.append(rng.choice((
-            "Host: evil.example", "Host: ", "Content-Type: text/plain", "Content-Type: \xff", "Content-Encoding: gzip",
-            "Authorization: Bearer \xff\xfe", "Authorization: " + "x" * 9000, "Expect: 100-continue",
-            "X: " + "y" * 50000, "Transfer-Encoding: gzip", "Connection: close", " folded: x",
-            "Connection: Upgrade\r\nUpgrade: websocket",
-            "no colon", "\x00: \x01", "Origin: http://evil.example", "X-Forwarded-For: 1.2.3.4", "Accept: \r")))
+        headers.append(
+            rng.choice(
+                (
+                    "Host: evil.example",
+                    "Host: ",
+                    "Content-Type: text/plain",
+                    "Content-Type: \xff",
+                    "Content-Encoding: gzip",
+                    "Authorization: Bearer \xff\xfe",
+                    "Authorization: " + "x" * 9000,
+                    "Expect: 100-continue",
+                    "X: " + "y" * 50000,
+                    "Transfer-Encoding: gzip",
+                    "Connection: close",
+                    " folded: x",
+                    "Connection: Upgrade\r\nUpgrade: websocket",
+                    "no colon",
+                    "\x00: \x01",
+                    "Origin: http://evil.example",
+                    "X-Forwarded-For: 1.2.3.4",
+                    "Accept: \r",
+                )
+            )
+        )
     rng.shuffle(headers)
     if rng.random() < 0.02:
         headers *= 300
@@ -154,10 +254,10 @@ def send(server, request, rng, wait=20):
         answer = b""
         try:
             for start in range(0, len(request), 2**16):
-                connection.sendall(request[start:start + 2**16])
+                connection.sendall(request[start : start + 2**16])
             manner = rng.random()
             if manner < 0.1:
-                return []                                   # gone at once
+                return []  # gone at once
             if manner < 0.5:
                 connection.shutdown(socket.SHUT_WR)
             else:
@@ -165,7 +265,7 @@ def send(server, request, rng, wait=20):
             while piece := connection.recv(2**16):
                 answer += piece
         except OSError:
-            pass                        # it waits for more, or keeps the line open (a timeout), or has closed it
+            pass  # it waits for more, or keeps the line open (a timeout), or has closed it
     return [int(line.split()[1]) for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
 
 
@@ -188,7 +288,7 @@ def connect(server):
     return socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10)
 
 
-HEAD = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def test_slow_heads_and_bodies_are_cut_off(server, monkeypatch):
@@ -201,7 +301,7 @@ def test_slow_heads_and_bodies_are_cut_off(server, monkeypatch):
     assert b" 415 " in refused.recv(2**16).splitlines()[0]
     assert httpx.get(server.url + "/health", timeout=2).status_code == 200
     end = time.monotonic() + 10
-    while time.monotonic() < end:               # a byte now and then buys no time
+    while time.monotonic() < end:  # a byte now and then buys no time
         try:
             head.sendall(b"y")
             refused.sendall(b"1\r\nx\r\n")
@@ -216,7 +316,7 @@ def test_slow_heads_and_bodies_are_cut_off(server, monkeypatch):
                 while connection.recv(2**16):
                     pass
             except ConnectionError:
-                pass                            # closed, one way or the other; a timeout fails the test
+                pass  # closed, one way or the other; a timeout fails the test
     assert still_well(server)
 
 
@@ -230,7 +330,7 @@ def test_connections_have_a_bound(server, monkeypatch):
             return False
 
     crowd, end = [connect(server) for _ in range(30)], time.monotonic() + 10
-    while healthy():                            # one of the ten had been somebody else's, who has left
+    while healthy():  # one of the ten had been somebody else's, who has left
         assert time.monotonic() < end
         crowd += [connect(server) for _ in range(3)]
     for connection in crowd:
@@ -247,7 +347,7 @@ def test_who_does_not_read_is_not_waited_for(monkeypatch):
         deaf.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(ask) + ask)
         time.sleep(0.1)
         server.until_idle()
-        with connect(server) as again:          # and the rows are free
+        with connect(server) as again:  # and the rows are free
             again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert b" 200 " in again.recv(2**16)
 

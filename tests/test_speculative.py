@@ -1,4 +1,5 @@
 """Speculation changes the number of the model's calls and nothing else: the tokens are those without it."""
+
 import itertools
 import os
 from types import SimpleNamespace
@@ -15,8 +16,10 @@ from tests.test_generate import PROMPTS, TINY, TOKENIZER, V, make
 from utils.errors import UserError
 
 DRAFTING = [name for name in list_models() if make(name).draft is not None]
-SETTINGS = (dict(temperature=0),
-            dict(temperature=0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, seed=3))
+SETTINGS = (
+    dict(temperature=0),
+    dict(temperature=0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, seed=3),
+)
 SAMPLES = int(os.environ.get("SPECULATIVE_SAMPLES", 3000))
 
 
@@ -44,8 +47,9 @@ def test_right_guesses_save_calls_and_wrong_ones_are_forgotten(name):
 
     def told(wrong):
         def guess(request, hidden, new):
-            ahead = answer[len(request.tokens):len(request.tokens) + 4]
+            ahead = answer[len(request.tokens) : len(request.tokens) + 4]
             return [(token + 1) % V if place == wrong else token for place, token in enumerate(ahead)]
+
         return guess
 
     for wrong, calls in ((None, 6), (0, 25), (1, 13), (3, 7)):
@@ -70,7 +74,7 @@ def test_drafts_step_by_step_are_those_of_the_whole_text(name):
     whole = model.draft(state.hidden[:, :-1], ids[:, 1:], model.init_state(2))[0]
     at, parts = 0, []
     for count in (5, 1, 3, 1, 1, 8):
-        parts.append(model.draft(state.hidden[:, at:at + count], ids[:, at + 1:at + 1 + count], drafts)[0])
+        parts.append(model.draft(state.hidden[:, at : at + count], ids[:, at + 1 : at + 1 + count], drafts)[0])
         drafts.advance(count)
         at += count
     assert at == 19
@@ -83,8 +87,13 @@ def test_sampled_tokens_follow_the_exact_distribution(name):
     """All answers of three tokens over a small vocabulary against their probabilities, by Pearson's chi-squared."""
     Model, ModelArgs = get_model_and_args(name)
     torch.manual_seed(5)
-    model = Model(ModelArgs(vocab_size=4, max_seq_len=16, **{key: value for key, value in TINY.items()
-                                                          if key in ModelArgs.__dataclass_fields__}))
+    model = Model(
+        ModelArgs(
+            vocab_size=4,
+            max_seq_len=16,
+            **{key: value for key, value in TINY.items() if key in ModelArgs.__dataclass_fields__},
+        )
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
@@ -102,12 +111,15 @@ def test_sampled_tokens_follow_the_exact_distribution(name):
         guesses, hits = guesses + request.guesses, hits + request.hits
     assert expected.sum() == pytest.approx(1) and 0.1 < hits / guesses < 0.9
     chi2 = ((counts - SAMPLES * expected) ** 2 / (SAMPLES * expected)).sum().item()
-    assert chi2 < 63 + 5 * (2 * 63) ** 0.5          # five standard deviations above its mean of 63
+    assert chi2 < 63 + 5 * (2 * 63) ** 0.5  # five standard deviations above its mean of 63
 
 
 def test_what_cannot_speculate_says_so():
-    for name, kind, message in (("no state", "ngram", "takes `state`"), ("recurrent", "mtp", "ngram"),
-                                ("recurrent", "magic", "choose one")):
+    for name, kind, message in (
+        ("no state", "ngram", "takes `state`"),
+        ("recurrent", "mtp", "ngram"),
+        ("recurrent", "magic", "choose one"),
+    ):
         with pytest.raises(UserError, match=message):
             generate(build(name), TOKENIZER, [[1]], 3, speculative=kind)
     with pytest.raises(UserError, match="empty"):

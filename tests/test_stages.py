@@ -18,8 +18,17 @@ from utils import paths
 from utils.errors import UserError
 
 NAME = list_models()[0]
-SMALL = ["--device=cpu", "--max_batch_size=2", "--max_steps=2", "--sample_interval=0", "--eval_interval=0",
-         "--model.dim=32", "--model.n_layers=2", "--max_seq_len=48", "--skip_checks"]
+SMALL = [
+    "--device=cpu",
+    "--max_batch_size=2",
+    "--max_steps=2",
+    "--sample_interval=0",
+    "--eval_interval=0",
+    "--model.dim=32",
+    "--model.n_layers=2",
+    "--max_seq_len=48",
+    "--skip_checks",
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +62,10 @@ def test_from_pretraining_to_a_loaded_chat_model(stages):
 
 def test_a_dry_run_writes_nothing(stages, capsys):
     before = {path: path.stat().st_mtime_ns for path in stages.rglob("*")}
-    for about in (pretrain.main([f"--model_name={NAME}", *SMALL, "--dry_run", "--write_run_path=run_path"]),
-                  sft.main([f"--model_name={NAME}", *SMALL[:5], "--dry_run", "--max_batch_size=0",
-                            "--global_batch_size=2"])):
+    for about in (
+        pretrain.main([f"--model_name={NAME}", *SMALL, "--dry_run", "--write_run_path=run_path"]),
+        sft.main([f"--model_name={NAME}", *SMALL[:5], "--dry_run", "--max_batch_size=0", "--global_batch_size=2"]),
+    ):
         assert about["steps"] == 2 and 0 < about["memory"]["predicted"]
     assert {path: path.stat().st_mtime_ns for path in stages.rglob("*")} == before
     said = capsys.readouterr().out
@@ -97,8 +107,15 @@ def test_a_run_that_was_tampered_with_is_refused(stages, tmp_path):
 
 
 def test_fields_that_leave_the_shapes_alone_may_change(stages, tmp_path):
-    sft.main([*SMALL[:5], f"--output_path={tmp_path}", f"--init_from=output/pretrain_{NAME}",
-              "--model.norm_eps=1e-5", "--max_seq_len=40"])
+    sft.main(
+        [
+            *SMALL[:5],
+            f"--output_path={tmp_path}",
+            f"--init_from=output/pretrain_{NAME}",
+            "--model.norm_eps=1e-5",
+            "--max_seq_len=40",
+        ]
+    )
     _, _, config = load_run(tmp_path / f"sft_{NAME}")
     assert config["model"]["norm_eps"] == 1e-5 and config["max_seq_len"] == 40 and config["model"]["max_seq_len"] == 48
 
@@ -107,8 +124,14 @@ def test_few_documents_leave_none_to_hold_out(stages, tmp_path, capsys):
     for name in ("pretrain_train.bin", "pretrain_train.meta.json", "pretrain_train.docs.npy"):
         shutil.copy(stages / "output/data" / name, tmp_path)
     (tmp_path / "pretrain_val.bin").touch()
-    summary = pretrain.main([f"--model_name={NAME}", *SMALL, f"--output_path={tmp_path}",
-                             f"--pretrain_data_path={tmp_path}/pretrain_train.bin"])
+    summary = pretrain.main(
+        [
+            f"--model_name={NAME}",
+            *SMALL,
+            f"--output_path={tmp_path}",
+            f"--pretrain_data_path={tmp_path}/pretrain_train.bin",
+        ]
+    )
     assert summary["val_loss"] is None and "no held-out data beside" in capsys.readouterr().err
 
 
@@ -123,36 +146,47 @@ def case(script, says, *flags):
     return pytest.param(script, flags, says, id=says[:40])
 
 
-@pytest.mark.parametrize("script, flags, says", [
-    case(pretrain, "which model? add --model_name="),
-    case(pretrain, "unknown model", f"--model_name={NAME[:-1]}x"),
-    case(pretrain, "no data file none.bin: make it with", f"--model_name={NAME}", "--pretrain_data_path=none.bin"),
-    case(pretrain, "no tokenizer in nowhere: run python train_tokenizer.py", f"--model_name={NAME}",
-         "--tokenizer_path=nowhere"),
-    case(pretrain, "with another tokenizer", f"--model_name={NAME}", "--tokenizer_path=other_tokenizer"),
-    case(pretrain, "beyond the vocabulary", f"--model_name={NAME}", "--pretrain_data_path=foreign.bin"),
-    case(pretrain, "PyTorch sees no CUDA device", f"--model_name={NAME}", "--device=cuda"),
-    case(pretrain, "did you mean --model.n_layers?", f"--model_name={NAME}", "--model.n_layer=3"),
-    case(pretrain, "each must be at least 0 and below 1", "--betas=0.9,1.5"),
-    case(pretrain, "--max_batch_size=0 takes as many rows as fit the device", "--max_batch_size=0"),
-    case(pretrain, "--accumulation_steps=0: must be at least 1", "--accumulation_steps=0"),
-    case(pretrain, "--max_lr=-1.0: must not be negative", "--max_lr=-1"),
-    case(pretrain, "--min_lr=1.0 is above --max_lr", "--min_lr=1"),
-    case(pretrain, "must be below 2^63", "--seed=12345678901234567890"),
-    case(pretrain, "the name of a folder in --output_path, not a path", "--run_name=../../x"),
-    case(pretrain, "not a path", "--run_name=.."),
-    case(pretrain, "n_layers=-1 must be at least 1", f"--model_name={NAME}", "--model.n_layers=-1"),
-    case(pretrain, "made for sft, not for pretrain", f"--model_name={NAME}",
-         "--pretrain_data_path=output/data/sft_train.bin"),
-    case(sft, "made for pretrain, not for sft", "--sft_data_path=output/data/pretrain_train.bin"),
-    case(sft, "that run is of the stage pretrain, not sft", f"--resume=output/pretrain_{NAME}"),
-    case(sft, "takes at most 48 tokens", "--max_seq_len=4096"),
-    case(sft, "has no valid checkpoint", "--init_from=empty_run"),
-    case(sft, "is no run folder", "--init_from=output"),
-    case(sft, "no pretraining run in empty", "--output_path=empty"),
-    case(sft, "the architecture's fields must stay as they were", "--model.dim=64"),
-    case(sft, "holds", "--model_name=mini_other", f"--init_from=output/pretrain_{NAME}"),
-])
+@pytest.mark.parametrize(
+    "script, flags, says",
+    [
+        case(pretrain, "which model? add --model_name="),
+        case(pretrain, "unknown model", f"--model_name={NAME[:-1]}x"),
+        case(pretrain, "no data file none.bin: make it with", f"--model_name={NAME}", "--pretrain_data_path=none.bin"),
+        case(
+            pretrain,
+            "no tokenizer in nowhere: run python train_tokenizer.py",
+            f"--model_name={NAME}",
+            "--tokenizer_path=nowhere",
+        ),
+        case(pretrain, "with another tokenizer", f"--model_name={NAME}", "--tokenizer_path=other_tokenizer"),
+        case(pretrain, "beyond the vocabulary", f"--model_name={NAME}", "--pretrain_data_path=foreign.bin"),
+        case(pretrain, "PyTorch sees no CUDA device", f"--model_name={NAME}", "--device=cuda"),
+        case(pretrain, "did you mean --model.n_layers?", f"--model_name={NAME}", "--model.n_layer=3"),
+        case(pretrain, "each must be at least 0 and below 1", "--betas=0.9,1.5"),
+        case(pretrain, "--max_batch_size=0 takes as many rows as fit the device", "--max_batch_size=0"),
+        case(pretrain, "--accumulation_steps=0: must be at least 1", "--accumulation_steps=0"),
+        case(pretrain, "--max_lr=-1.0: must not be negative", "--max_lr=-1"),
+        case(pretrain, "--min_lr=1.0 is above --max_lr", "--min_lr=1"),
+        case(pretrain, "must be below 2^63", "--seed=12345678901234567890"),
+        case(pretrain, "the name of a folder in --output_path, not a path", "--run_name=../../x"),
+        case(pretrain, "not a path", "--run_name=.."),
+        case(pretrain, "n_layers=-1 must be at least 1", f"--model_name={NAME}", "--model.n_layers=-1"),
+        case(
+            pretrain,
+            "made for sft, not for pretrain",
+            f"--model_name={NAME}",
+            "--pretrain_data_path=output/data/sft_train.bin",
+        ),
+        case(sft, "made for pretrain, not for sft", "--sft_data_path=output/data/pretrain_train.bin"),
+        case(sft, "that run is of the stage pretrain, not sft", f"--resume=output/pretrain_{NAME}"),
+        case(sft, "takes at most 48 tokens", "--max_seq_len=4096"),
+        case(sft, "has no valid checkpoint", "--init_from=empty_run"),
+        case(sft, "is no run folder", "--init_from=output"),
+        case(sft, "no pretraining run in empty", "--output_path=empty"),
+        case(sft, "the architecture's fields must stay as they were", "--model.dim=64"),
+        case(sft, "holds", "--model_name=mini_other", f"--init_from=output/pretrain_{NAME}"),
+    ],
+)
 def test_user_errors_are_one_line(stages, script, flags, says, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     if not (stages / "empty_run").exists():
@@ -189,8 +223,12 @@ def test_a_bin_file_of_an_odd_size_is_one_line(stages):
 
 
 def test_the_command_prints_one_line_and_fails(stages):
-    command = [sys.executable, str(ROOT / "pretrain.py"), "--model_name=nothing",
-               f"--tokenizer_path={stages / 'output/tokenizer'}"]
+    command = [
+        sys.executable,
+        str(ROOT / "pretrain.py"),
+        "--model_name=nothing",
+        f"--tokenizer_path={stages / 'output/tokenizer'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: unknown model 'nothing'")

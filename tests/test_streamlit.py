@@ -1,4 +1,5 @@
 """The page in a real headless Chromium: every control, two browsers at once, both themes, and text that stays text."""
+
 import functools
 import http.server
 import json
@@ -27,8 +28,9 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(home):
     """The address of the page over the two small runs."""
-    with serve(home, "run_model.py", f"--output_path={small_runs()}", "--temperature=0",
-               "--max_new_tokens=2000") as address:
+    with serve(
+        home, "run_model.py", f"--output_path={small_runs()}", "--temperature=0", "--max_new_tokens=2000"
+    ) as address:
         yield address
 
 
@@ -75,24 +77,25 @@ def is_mixture(stage):
 
 
 def dark(driver):
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia",
-                           {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+    driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
 
 
 def test_a_conversation(page, browser):
     view = Page(browser, page)
     view.shows(EN["chat_welcome"])
-    assert " · sft · " in view.all('[data-testid="stSelectbox"] input')[1].get_attribute("value")   # it can chat: first
+    assert " · sft · " in view.all('[data-testid="stSelectbox"] input')[1].get_attribute("value")  # it can chat: first
     view.ask("背一首春晓")
     assert view.messages() == ["背一首春晓", CHAT["背一首春晓"]]
     view.ask("谁写的")
-    assert view.messages()[2:] == ["谁写的", CHAT["谁写的"]]                  # the second turn
+    assert view.messages()[2:] == ["谁写的", CHAT["谁写的"]]  # the second turn
     view.shows(EN["tokens_per_s"], EN["first"])
     view.shoot("chat")
 
     figures = view.captions()[-1]
     view.click(EN["regenerate"])
-    wait(lambda: view.captions()[-1:] not in ([], [figures]), report=view.text)       # how long it took differs
+    wait(lambda: view.captions()[-1:] not in ([], [figures]), report=view.text)  # how long it took differs
     view.idle()
     assert view.messages()[2:] == ["谁写的", CHAT["谁写的"]]
     view.choose(0, "中文")
@@ -110,18 +113,18 @@ def test_stop_keeps_what_was_written(page, browser):
     view.shows(EN["base_welcome"])
     view.say("春眠")
     lengths = set()
-    wait(lambda: lengths.add(len(view.messages()[1])) or len(lengths) > 3, report=view.text)      # it grows as we look
+    wait(lambda: lengths.add(len(view.messages()[1])) or len(lengths) > 3, report=view.text)  # it grows as we look
     view.shoot("streaming")
     view.click(EN["stop"])
     view.idle()
     kept = view.messages()[1]
     assert len(kept) >= max(lengths) - 1 and not kept.endswith("▍")
     view.shows(EN["stopped"])
-    view.say("春眠不觉晓")                                                  # and once more: the first is still there
+    view.say("春眠不觉晓")  # and once more: the first is still there
     view.click(EN["stop"])
     view.idle()
     assert view.messages()[:2] == ["春眠", kept] and len(view.messages()) == 4
-    view.choose(1, "sft")                                                   # each run has its conversation
+    view.choose(1, "sft")  # each run has its conversation
     view.shows(EN["chat_welcome"])
     view.choose(1, "pretrain")
     wait(lambda: view.messages()[:2] == ["春眠", kept], report=view.text)
@@ -129,18 +132,19 @@ def test_stop_keeps_what_was_written(page, browser):
 
 def test_edit_compare_and_look_inside(page, browser, downloads):
     from selenium.webdriver import ActionChains, Keys
+
     view = Page(browser, page)
     for text in ("hello", "谁写的"):
         view.ask(text)
     assert view.messages()[1] == CHAT["hello"]
 
-    view.all('[data-testid="stChatMessage"] [data-testid="stPopover"] button')[0].click()          # edit the first
+    view.all('[data-testid="stChatMessage"] [data-testid="stPopover"] button')[0].click()  # edit the first
     box = wait(lambda: view.all('[data-testid="stPopoverBody"] textarea'), report=view.text)[0]
     box.send_keys(Keys.CONTROL, "a")
     box.send_keys("背一首春晓")
     view.shoot("edit")
     view.click(EN["send"])
-    wait(lambda: view.messages() == ["背一首春晓", CHAT["背一首春晓"]], report=view.text)       # what followed is gone
+    wait(lambda: view.messages() == ["背一首春晓", CHAT["背一首春晓"]], report=view.text)  # what followed is gone
     view.idle()
 
     view.click(EN["probabilities"])
@@ -150,7 +154,7 @@ def test_edit_compare_and_look_inside(page, browser, downloads):
     rows = wait(lambda: [row for row in view.shadow(".row") if row.is_displayed()], report=view.text)
     assert len(rows) == 8 and "%" in rows[0].text
     view.shoot("probabilities")
-    words[1].click()                                                                              # stays when we leave
+    words[1].click()  # stays when we leave
     ActionChains(browser).move_to_element(view.all("h3")[0]).perform()
     assert any(row.is_displayed() for row in view.shadow(".row"))
     words[1].click()
@@ -163,10 +167,10 @@ def test_edit_compare_and_look_inside(page, browser, downloads):
     assert "春眠不觉晓" in kept[1].read_text(encoding="utf-8")
     ActionChains(browser).send_keys(Keys.ESCAPE).perform()
 
-    view.all('[data-testid="stSidebar"] [data-testid="stCheckbox"] label')[0].click()              # compare two
+    view.all('[data-testid="stSidebar"] [data-testid="stCheckbox"] label')[0].click()  # compare two
     view.shows(EN["other"], EN["chat_welcome"])
     view.say("春眠")
-    view.click(EN["stop"])                                        # the base model would go on to its last token
+    view.click(EN["stop"])  # the base model would go on to its last token
     view.idle()
     assert len(view.all('[data-testid="stChatMessage"]')) == 3
     names = [text for text in view.messages() if " · " in text]
@@ -203,11 +207,18 @@ def test_the_experts_of_a_mixture(page, browser):
     view.click(EN["stop"])
     view.idle()
     view.click(EN["experts"])
-    tables = wait(lambda: len(view.all('[data-testid="stDataFrame"]')) == 2 and view.ended()
-                  and view.all('[data-testid="stDataFrame"]'), 40, view.text)
-    cells = wait(lambda: tables[0].find_elements("css selector", "canvas td"))       # what a screen reader is told
+    tables = wait(
+        lambda: (
+            len(view.all('[data-testid="stDataFrame"]')) == 2
+            and view.ended()
+            and view.all('[data-testid="stDataFrame"]')
+        ),
+        40,
+        view.text,
+    )
+    cells = wait(lambda: tables[0].find_elements("css selector", "canvas td"))  # what a screen reader is told
     shares = [cell.get_attribute("textContent") for cell in cells]
-    assert sum(map(float, shares[1:])) == pytest.approx(1), shares                # the first layer's, behind its name
+    assert sum(map(float, shares[1:])) == pytest.approx(1), shares  # the first layer's, behind its name
     view.shoot("experts")
 
 
@@ -215,9 +226,13 @@ def test_the_training_tab(page, browser):
     view = Page(browser, page)
     view.click(EN["record"])
     view.shows(EN["curve_loss"], EN["curve_lr"], "config.yaml")
-    lines = wait(lambda: len(view.all('[aria-roledescription="line mark"]')) == 2
-                 and view.all('[aria-roledescription="line mark"]'), report=view.text)
-    assert [line.get_attribute("d").count("L") for line in lines] == [89, 89]            # 90 steps, 89 strokes
+    lines = wait(
+        lambda: (
+            len(view.all('[aria-roledescription="line mark"]')) == 2 and view.all('[aria-roledescription="line mark"]')
+        ),
+        report=view.text,
+    )
+    assert [line.get_attribute("d").count("L") for line in lines] == [89, 89]  # 90 steps, 89 strokes
     view.press("config.yaml", "summary")
     view.shows("model_name", "stage: sft")
     view.shoot("training")
@@ -227,14 +242,14 @@ def test_two_browsers_see_nothing_of_each_other(page, browser, tmp_path):
     """Two people at once, on the same loaded models, one of them with a Chinese browser."""
     with open_browser(tmp_path, "zh-CN") as other:
         here, there = Page(browser, page), Page(other, page)
-        there.shows(ZH["chat_welcome"])                             # the browser's language, until another is chosen
+        there.shows(ZH["chat_welcome"])  # the browser's language, until another is chosen
         here.ask("背一首春晓")
         here.all('[data-testid="stSidebar"] textarea')[0].send_keys("only mine")
-        here.all('[data-testid="stSidebar"] textarea')[0].send_keys("\ue009\ue007")         # Ctrl+Enter
+        here.all('[data-testid="stSidebar"] textarea')[0].send_keys("\ue009\ue007")  # Ctrl+Enter
         assert there.messages() == []
         there.choose(1, "pretrain")
         there.shows(ZH["base_welcome"])
-        there.say("春眠")                                            # it goes on and on, and meanwhile:
+        there.say("春眠")  # it goes on and on, and meanwhile:
         here.ask("谁写的")
         assert here.messages() == ["背一首春晓", CHAT["背一首春晓"], "谁写的", CHAT["谁写的"]]
         there.click(ZH["stop"])
@@ -249,16 +264,18 @@ def test_two_browsers_see_nothing_of_each_other(page, browser, tmp_path):
         there.click(ZH["clear"])
         wait(lambda: not there.messages())
         assert len(here.messages()) == 4
-        browser.refresh()                                            # a new session, even of the same browser
+        browser.refresh()  # a new session, even of the same browser
         wait(lambda: here.ended() and here.all('[data-testid="stChatInput"] textarea'), 40, here.text)
         assert here.messages() == []
 
 
 def darkness(view):
     """The largest of red, green and blue of the page's background, and the smallest of its text."""
+
     def colour(name):
         value = view.all('[data-testid="stApp"]')[0].value_of_css_property(name)
-        return [int(part) for part in value[value.index("(") + 1:].rstrip(")").split(",")[:3]]
+        return [int(part) for part in value[value.index("(") + 1 :].rstrip(")").split(",")[:3]]
+
     return max(colour("background-color")), min(colour("color"))
 
 
@@ -280,24 +297,38 @@ def test_both_themes_by_the_system_and_by_the_menu(page, browser):
     view.shows("stage: sft")
     view.shoot("dark_training_zh")
     try:
-        for theme, is_dark in (("Light", False), ("Dark", True)):         # against the system, and with it
-            wait(lambda theme=theme: view.all(f'[data-testid="stMainMenuItem-theme-{theme}"]')
-                 or view.all('[data-testid="stMainMenuButton"]')[0].click())[0].click()
+        for theme, is_dark in (("Light", False), ("Dark", True)):  # against the system, and with it
+            wait(
+                lambda theme=theme: (
+                    view.all(f'[data-testid="stMainMenuItem-theme-{theme}"]')
+                    or view.all('[data-testid="stMainMenuButton"]')[0].click()
+                )
+            )[0].click()
             wait(lambda is_dark=is_dark: (darkness(view)[0] < 64) == is_dark, report=view.text)
     finally:
-        browser.execute_script("localStorage.clear()")                                  # where the choice is kept
+        browser.execute_script("localStorage.clear()")  # where the choice is kept
 
 
 def test_every_setting_is_moved_by_hand_and_reaches_the_model(parrot, browser, home):
     from selenium.webdriver import ActionChains, Keys
+
     view = Page(browser, parrot)
     view.press(EN["more"], "summary")
     wait(lambda: [one for one in view.all(f'input[aria-label="{EN["seed"]}"]') if one.is_displayed()], report=view.text)
     wanted = {}
-    for name in ("temperature", "top_p", "max_new_tokens", "min_p", "repetition_penalty", "frequency_penalty",
-                 "presence_penalty"):
+    for name in (
+        "temperature",
+        "top_p",
+        "max_new_tokens",
+        "min_p",
+        "repetition_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+    ):
+
         def thumb(name=name):
             return view.all(f'input[type="range"][aria-label="{EN[name]}"]')
+
         before = wait(thumb, report=view.text)[0].get_attribute("value")
         browser.execute_script("arguments[0].focus()", thumb()[0])
         key = Keys.ARROW_LEFT if name in ("top_p", "max_new_tokens") else Keys.ARROW_RIGHT
@@ -317,7 +348,7 @@ def test_every_setting_is_moved_by_hand_and_reaches_the_model(parrot, browser, h
     view.choose(0, "中文")
     view.shows(ZH["temperature"])
     view.choose(0, "English")
-    view.click(EN["record"])                                        # there and back: nothing is forgotten
+    view.click(EN["record"])  # there and back: nothing is forgotten
     view.shows("config.yaml")
     view.click(EN["talk"])
     wait(lambda: view.all('[data-testid="stChatInput"] textarea'))
@@ -336,11 +367,12 @@ def test_no_text_is_more_than_text(parrot, browser):
     for number, payload in enumerate(PAYLOADS):
         view.say(payload)
         asked = harmless(payload).strip()
-        said = asked.partition("</think>")[2] or asked                      # what was thought is folded away
+        said = asked.partition("</think>")[2] or asked  # what was thought is folded away
 
         def written(asked=asked, said=said):
             shown = [text.strip() for text in view.messages() if text]
             return shown[-2:] == [asked, said] and view.ended()
+
         wait(written, report=lambda: str(view.messages()[-2:]))
         if number % 6 == 5:
             view.press(EN["probabilities"])
@@ -349,7 +381,7 @@ def test_no_text_is_more_than_text(parrot, browser):
             view.press(EN["clear"])
             wait(lambda: not view.messages() and view.ended(), report=view.text)
     look(view, title)
-    assert RUN not in view.messages()                                       # what was thought is folded away
+    assert RUN not in view.messages()  # what was thought is folded away
     view.press(EN["thought"], "summary")
     wait(lambda: RUN in view.messages(), report=view.text)
     view.shoot("payloads")
@@ -357,7 +389,7 @@ def test_no_text_is_more_than_text(parrot, browser):
     wait(lambda: view.all('[data-testid="stDataFrame"]') and view.ended(), report=view.text)
     kind = view.all('[data-testid="stChatMessage"] [data-testid="stSelectbox"] input')[-1]
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", kind)
-    options = wait(lambda: view.all('[role="option"]') or kind.click())              # it may be redrawn under a click
+    options = wait(lambda: view.all('[role="option"]') or kind.click())  # it may be redrawn under a click
     assert MARKUP in options[1].text
     options[1].click()
     wait(view.ended)
@@ -373,7 +405,7 @@ def test_no_text_is_more_than_text(parrot, browser):
 
 
 def look(view, title):
-    inside, ours = '[data-testid="stChatMessageContent"] ', ':not([data-testid="stDataFrame"] *)'     # our own tables
+    inside, ours = '[data-testid="stChatMessageContent"] ', ':not([data-testid="stDataFrame"] *)'  # our own tables
     assert [tag for tag in MARKED if view.all(inside + tag + ours)] == []
     assert not view.shadow(".tokens :not(span):not(div)")
     assert view.driver.title == title and view.driver.execute_script("return window.owned === undefined")
@@ -397,7 +429,7 @@ def test_the_payloads_do_something_where_text_is_taken_for_markup(browser, tmp_p
         requests(browser)
         for number in range(len(PAYLOADS)):
             browser.get(f"{own}/{number}.html")
-            time.sleep(0.05)                                            # a page that goes elsewhere by itself
+            time.sleep(0.05)  # a page that goes elsewhere by itself
             ran += browser.execute_script("return window.owned === 1")
             asked += foreign(requests(browser), own)
         server.shutdown()

@@ -1,4 +1,5 @@
 """test.py as people use it: one shot, in a pipe, and on a real (pseudo) terminal; and that no output commands it."""
+
 import codecs
 import fcntl
 import json
@@ -27,8 +28,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(*arguments, stdin=subprocess.DEVNULL, **more):
     stdin = {} if "input" in more else {"stdin": stdin}
-    return subprocess.run([sys.executable, "test.py", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8",
-                          timeout=60, **stdin, **more)
+    return subprocess.run(
+        [sys.executable, "test.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        **stdin,
+        **more,
+    )
 
 
 def base_run():
@@ -57,9 +65,11 @@ def test_colours_and_logo_only_on_a_terminal(capsys, monkeypatch):
 
 
 def test_help_is_quick():
-    code = "import runpy, sys\nsys.argv = ['test.py', '--help']\n" \
-           "try: runpy.run_path('test.py', run_name='__main__')\n" \
-           "except SystemExit as end: assert not end.code\nassert 'torch' not in sys.modules"
+    code = (
+        "import runpy, sys\nsys.argv = ['test.py', '--help']\n"
+        "try: runpy.run_path('test.py', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\nassert 'torch' not in sys.modules"
+    )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
     assert "--temperature=0.7" in shown.stdout and "--run" in shown.stdout
@@ -67,43 +77,49 @@ def test_help_is_quick():
 
 def test_the_compiler_is_not_imported_to_talk():
     """It takes as long as torch itself; and with a mixture, which asks the compiler to leave its experts alone."""
-    code = "import sys\nfrom engine.chat import open_speaker\n" \
-           "assert ''.join(open_speaker(sys.argv[1], 'cpu').answer([{'role': 'user', 'content': 'x'}], 3))\n" \
-           "print('torch._dynamo' in sys.modules, 'matplotlib' in sys.modules)"
+    code = (
+        "import sys\nfrom engine.chat import open_speaker\n"
+        "assert ''.join(open_speaker(sys.argv[1], 'cpu').answer([{'role': 'user', 'content': 'x'}], 3))\n"
+        "print('torch._dynamo' in sys.modules, 'matplotlib' in sys.modules)"
+    )
     for path in small_runs().glob("*_*"):
         done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.stdout == "False False\n", done.stderr
 
 
-@pytest.mark.parametrize("locale", ({"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-                                    {"PYTHONIOENCODING": "latin-1"}))
+@pytest.mark.parametrize(
+    "locale",
+    ({"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "latin-1"}),
+)
 def test_utf8_whatever_the_locale(locale):
-    told = run(f"--output_path={small_runs()}", "--temperature=0", input="谁写的\n",
-               env={**os.environ, **locale})
+    told = run(f"--output_path={small_runs()}", "--temperature=0", input="谁写的\n", env={**os.environ, **locale})
     assert (told.returncode, told.stdout, told.stderr) == (0, CHAT["谁写的"] + "\n", "")
 
 
 def test_one_shot_and_pipe():
     place = f"--output_path={small_runs()}"
     shot = run(place, "--temperature=0", "--prompt", "谁写的")
-    assert (shot.returncode, shot.stdout, shot.stderr) == (0, CHAT["谁写的"] + "\n", "")      # the run that can chat
+    assert (shot.returncode, shot.stdout, shot.stderr) == (0, CHAT["谁写的"] + "\n", "")  # the run that can chat
     answer = run("--run", base_run(), "--temperature=0", "--max_new_tokens=30", "--prompt", "春眠").stdout
-    assert answer.startswith("春眠不觉晓，") and "\ufffd" not in answer[:-2]                  # a base model goes on
-    with subprocess.Popen(["printf", "hel\\377lo"], stdout=subprocess.PIPE) as pipe:    # a stray byte is no error
+    assert answer.startswith("春眠不觉晓，") and "\ufffd" not in answer[:-2]  # a base model goes on
+    with subprocess.Popen(["printf", "hel\\377lo"], stdout=subprocess.PIPE) as pipe:  # a stray byte is no error
         piped = run(place, stdin=pipe.stdout)
     assert piped.returncode == 0 and piped.stderr == ""
     poison = run(place, "--temperature=0", "--prompt", "payload").stdout
     assert poison == harmless(CHAT["payload"]) + "\n" and "\x1b" not in poison
 
 
-@pytest.mark.parametrize("arguments, message", (
-    (["--prompt=x", "--output_path={empty}"], "no trained run"),
-    (["--prompt=x", "--run={empty}"], "no run folder"),
-    (["--prompt=x", "--output_path={runs}", "--top_p=3"], "top_p"),
-    (["--prompt=x", "--output_path={runs}", "--device=gpu"], "expected one of auto, cuda"),
-    (["--prompt=x", "--output_path={runs}", "--temprature=3"], "did you mean --temperature"),
-    (["--output_path={runs}"], "nothing to answer"),
-))
+@pytest.mark.parametrize(
+    "arguments, message",
+    (
+        (["--prompt=x", "--output_path={empty}"], "no trained run"),
+        (["--prompt=x", "--run={empty}"], "no run folder"),
+        (["--prompt=x", "--output_path={runs}", "--top_p=3"], "top_p"),
+        (["--prompt=x", "--output_path={runs}", "--device=gpu"], "expected one of auto, cuda"),
+        (["--prompt=x", "--output_path={runs}", "--temprature=3"], "did you mean --temperature"),
+        (["--output_path={runs}"], "nothing to answer"),
+    ),
+)
 def test_errors_are_one_line(arguments, message, tmp_path):
     told = run(*(argument.format(empty=tmp_path, runs=small_runs()) for argument in arguments))
     assert told.returncode == 2 and told.stdout == ""
@@ -127,7 +143,7 @@ def test_old_turns_make_room():
     ids, dropped = fit(tokenizer, messages, len(whole) // 2, 100)
     assert 0 < dropped < 12 and dropped % 2 == 0
     assert len(ids) + 100 <= len(whole) // 2
-    assert ids == fit(tokenizer, messages[:1] + messages[1 + dropped:], 10_000, 100)[0]       # the system prompt stays
+    assert ids == fit(tokenizer, messages[:1] + messages[1 + dropped :], 10_000, 100)[0]  # the system prompt stays
     last = len(fit(tokenizer, messages[:1] + messages[-1:], 10_000, 100)[0])
     assert fit(tokenizer, messages, last + 1, 100) == (fit(tokenizer, messages[:1] + messages[-1:], 10_000, 1)[0], 12)
     with pytest.raises(UserError, match="shorten"):
@@ -159,9 +175,16 @@ class Terminal:
     def __init__(self, home, *arguments):
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "test.py", *arguments], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, close_fds=True,
-            start_new_session=True, env={**os.environ, "HOME": str(home), "XDG_STATE_HOME": str(home), "TERM": "xterm"},
-            preexec_fn=_own_terminal)
+            [sys.executable, "test.py", *arguments],
+            cwd=ROOT,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            close_fds=True,
+            start_new_session=True,
+            env={**os.environ, "HOME": str(home), "XDG_STATE_HOME": str(home), "TERM": "xterm"},
+            preexec_fn=_own_terminal,
+        )
         os.close(slave)
         self.seen, self.decoder = "", codecs.getincrementaldecoder("utf-8")()
 
@@ -197,6 +220,7 @@ def terminal(tmp_path):
         opened.append(Terminal(tmp_path, *arguments))
         opened[0].until("› ")
         return opened[0]
+
     yield start
     for one in opened:
         one.close()
@@ -213,17 +237,32 @@ def test_a_chat_on_a_terminal(terminal, tmp_path):
     chat.say(f"/save {tmp_path / 'chat.jsonl'}")
     chat.until("4 messages appended")
     saved = json.loads((tmp_path / "chat.jsonl").read_text(encoding="utf-8"))["messages"]
-    assert saved == [{"role": role, "content": text} for role, text in (
-        ("user", "背一首春晓"), ("assistant", CHAT["背一首春晓"]), ("user", "谁写的"), ("assistant", CHAT["谁写的"]))]
-    for line, told in (("/set temperature 0.5", "temperature 0.5"), ("/set top_p 7", "out of range"),
-                       ("/set temperature warm", "expected float"), ("/set", "takes a name and a value"),
-                       ("/show", "temperature 0.5"), ("/set seed none", "seed None"),
-                       ("/set device cuda", "the names are"), ("/nonsense", "no command /nonsense"),
-                       ("/help", "/system TEXT"), ("/system be brief", "system prompt set"),
-                       ("/save /no/such/folder/x", "cannot write"), ("/save", "takes a file name")):
+    assert saved == [
+        {"role": role, "content": text}
+        for role, text in (
+            ("user", "背一首春晓"),
+            ("assistant", CHAT["背一首春晓"]),
+            ("user", "谁写的"),
+            ("assistant", CHAT["谁写的"]),
+        )
+    ]
+    for line, told in (
+        ("/set temperature 0.5", "temperature 0.5"),
+        ("/set top_p 7", "out of range"),
+        ("/set temperature warm", "expected float"),
+        ("/set", "takes a name and a value"),
+        ("/show", "temperature 0.5"),
+        ("/set seed none", "seed None"),
+        ("/set device cuda", "the names are"),
+        ("/nonsense", "no command /nonsense"),
+        ("/help", "/system TEXT"),
+        ("/system be brief", "system prompt set"),
+        ("/save /no/such/folder/x", "cannot write"),
+        ("/save", "takes a file name"),
+    ):
         chat.say(line)
         chat.until(told)
-    chat.say(f"/save {tmp_path / 'system.jsonl'}")          # /system began a new conversation
+    chat.say(f"/save {tmp_path / 'system.jsonl'}")  # /system began a new conversation
     chat.until("1 messages appended")
     chat.say("/reset")
     chat.until("a new conversation")
@@ -237,7 +276,7 @@ def test_ctrl_c_stops_the_answer_only(terminal):
     chat.until("春眠不觉晓，处处")
     os.write(chat.master, b"\x03")
     assert "stopped" in chat.until("› ")
-    chat.say('"""夜来风雨声，花落知多少。')                  # several lines
+    chat.say('"""夜来风雨声，花落知多少。')  # several lines
     chat.until("… ")
     chat.say('春眠"""')
     chat.until("花落知多少。\n春眠")
@@ -245,7 +284,7 @@ def test_ctrl_c_stops_the_answer_only(terminal):
     os.write(chat.master, b"\x03")
     assert "stopped" in chat.until("› ")
     time.sleep(1)  # readline waits for the next key when a signal comes between its prompt and its select
-    os.write(chat.master, b"\x03")                          # at the prompt it leaves
+    os.write(chat.master, b"\x03")  # at the prompt it leaves
     assert chat.process.wait(20) == 0
 
 
@@ -254,13 +293,21 @@ def test_every_setting_can_be_set(terminal):
     chat.say("/help")
     told = chat.until("may have several lines")
     assert all(f"/{name}" in told for name in ("reset", "system", "set", "show", "save", "quit"))
-    for name, value in (("temperature", "0.35"), ("top_k", "7"), ("top_p", "0.85"), ("min_p", "0.15"),
-                        ("repetition_penalty", "1.25"), ("frequency_penalty", "0.45"), ("presence_penalty", "0.65"),
-                        ("seed", "11"), ("max_new_tokens", "33")):
+    for name, value in (
+        ("temperature", "0.35"),
+        ("top_k", "7"),
+        ("top_p", "0.85"),
+        ("min_p", "0.15"),
+        ("repetition_penalty", "1.25"),
+        ("frequency_penalty", "0.45"),
+        ("presence_penalty", "0.65"),
+        ("seed", "11"),
+        ("max_new_tokens", "33"),
+    ):
         chat.say(f"/set {name} {value}")
         chat.until(f"{name} {value}")
         chat.until("› ")
-    os.write(chat.master, b"\x04")                          # Ctrl-D at the empty prompt
+    os.write(chat.master, b"\x04")  # Ctrl-D at the empty prompt
     assert chat.process.wait(20) == 0
 
 
@@ -283,4 +330,4 @@ def test_a_terminal_without_colours(terminal, monkeypatch):
     chat = terminal(f"--output_path={small_runs()}", "--temperature=0")
     chat.say("谁写的")
     told = chat.until("tokens/s") + chat.until("› ")
-    assert CHAT["谁写的"] in told and "\x1b[" not in re.sub(r"\x1b\[\?2004[hl]", "", told)   # bracketed paste on, off
+    assert CHAT["谁写的"] in told and "\x1b[" not in re.sub(r"\x1b\[\?2004[hl]", "", told)  # bracketed paste on, off

@@ -36,25 +36,38 @@ def same(first, second):
 
 def stop_after(world, monkeypatch, steps, **settings):
     """Train, with a SIGTERM that arrives during step `steps`."""
+
     def before_step(self, step, total_steps):
         if step + 1 == steps:
             os.kill(os.getpid(), signal.SIGTERM)
+
     with monkeypatch.context() as patch:
         patch.setattr(TinyModel, "before_step", before_step)
         return world.run(**settings)
 
 
 def test_it_learns_and_leaves_a_complete_folder(world):
-    summary = world.run(max_steps=60, eval_interval=20, save_interval=20, sample_interval=30, log_interval=10,
-                        keep_last=2)
+    summary = world.run(
+        max_steps=60, eval_interval=20, save_interval=20, sample_interval=30, log_interval=10, keep_last=2
+    )
     folder = world.path / "output" / "pretrain_tiny"
     assert summary["status"] == "finished" and summary["run"] == str(folder)
     assert summary["next_command"] == f"python next.py {folder}"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "run.json", "engine_helpers.py", "metrics.jsonl", "logs", "samples.md",
-                     "checkpoints",
-                     "final", "summary.json", "loss_curve.png",
-                     "tokenizer", ".lock"}
+    assert names == {
+        "config.yaml",
+        "run.json",
+        "engine_helpers.py",
+        "metrics.jsonl",
+        "logs",
+        "samples.md",
+        "checkpoints",
+        "final",
+        "summary.json",
+        "loss_curve.png",
+        "tokenizer",
+        ".lock",
+    }
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000040", "step-00000060"]
     assert json.loads((folder / "summary.json").read_text()) == summary
     curve = losses(summary)
@@ -63,7 +76,7 @@ def test_it_learns_and_leaves_a_complete_folder(world):
     tokens = len(world.val.file.tokens)
     assert summary["val_bpc"] == pytest.approx(summary["val_loss"] * (tokens - 12) / (tokens - 24) / np.log(2))
     assert (folder / "samples.md").read_text().count("## Step") == 2
-    run, = find_runs(world.path / "output")
+    (run,) = find_runs(world.path / "output")
     assert (run.path, run.stage, run.model_name, run.step) == (folder, "pretrain", "tiny", 60)
     assert run.val_loss == summary["val_loss"]
 
@@ -73,9 +86,22 @@ def test_tensorboard_holds_everything_in_other_vars(world):
 
     board = EventAccumulator(str(world.path / os.path.join(world.run(max_steps=2)["run"], "logs")))
     board.Reload()
-    assert {"train/loss", "train/lr", "train/tokens_per_s", "train/grad_norm", "train/mfu", "train/bpc", "val/loss",
-            "val/bpc", "loss/ce", "loss/extra", "gradient_norm/layer_00", "gradient_norm/embed",
-            "activation_rms/layer_01", "update_to_weight/matrix"} <= set(board.Tags()["scalars"])
+    assert {
+        "train/loss",
+        "train/lr",
+        "train/tokens_per_s",
+        "train/grad_norm",
+        "train/mfu",
+        "train/bpc",
+        "val/loss",
+        "val/bpc",
+        "loss/ce",
+        "loss/extra",
+        "gradient_norm/layer_00",
+        "gradient_norm/embed",
+        "activation_rms/layer_01",
+        "update_to_weight/matrix",
+    } <= set(board.Tags()["scalars"])
     assert set(board.Tags()["histograms"]) == {"moe/load/00", "moe/load/01"}
 
 
@@ -84,8 +110,13 @@ def test_a_histogram_that_cannot_be_drawn_ends_no_run(tmp_path):
 
     log = RunLog(tmp_path, 0)
     record = {"step": 1} | dict.fromkeys(("loss", "bpc", "lr", "grad_norm", "tokens_per_s", "mfu"), 1.0)
-    log.step(record, {name: torch.tensor([1.0, value]) for name, value in
-                      (("fine", 2.0), ("huge", 1e30), ("infinite", float("inf")), ("none", float("nan")))})
+    log.step(
+        record,
+        {
+            name: torch.tensor([1.0, value])
+            for name, value in (("fine", 2.0), ("huge", 1e30), ("infinite", float("inf")), ("none", float("nan")))
+        },
+    )
     log.close()
     board = EventAccumulator(str(tmp_path / "logs"))
     board.Reload()
@@ -96,14 +127,17 @@ def test_two_runs_are_equal(world):
     first = world.run(model_fields={"dropout": 0.1})
     weights = world.weights()
     second = world.run(model_fields={"dropout": 0.1}, resume="never")
-    records = [[{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(s["run"] + "/metrics.jsonl")]
-               for s in (first, second)]
+    records = [
+        [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(s["run"] + "/metrics.jsonl")]
+        for s in (first, second)
+    ]
     assert records[0] == records[1]
     assert second["run"].endswith("_2") and losses(first) == losses(second) and same(weights, world.weights())
 
 
-@pytest.mark.parametrize("recipe", [{"optimizer": "muon"}, {"optimizer": "adamw"},
-                                    {"ema": 0.9, "batch_ramp_ratio": 0.7}])
+@pytest.mark.parametrize(
+    "recipe", [{"optimizer": "muon"}, {"optimizer": "adamw"}, {"ema": 0.9, "batch_ramp_ratio": 0.7}]
+)
 def test_resuming_is_exact(world, monkeypatch, recipe):
     settings = dict(**recipe, model_fields={"dropout": 0.1}, lr_schedule="cosine")
     whole = world.run(**settings, output_path=str(world.path / "whole"))
@@ -115,10 +149,12 @@ def test_resuming_is_exact(world, monkeypatch, recipe):
     assert rest["run"] == half["run"] and losses(rest) == losses(whole) and same(weights, world.weights())
     assert weights["bias"].abs().sum() > 0
     ours, theirs = read_metrics(rest["run"] + "/metrics.jsonl"), read_metrics(whole["run"] + "/metrics.jsonl")
-    assert [{k: v for k, v in r.items() if k not in TIMES} for r in ours] == \
-           [{k: v for k, v in r.items() if k not in TIMES} for r in theirs]
-    assert {k: v for k, v in rest.items() if k not in (*TIMES, "run", "next_command")} == \
-           {k: v for k, v in whole.items() if k not in (*TIMES, "run", "next_command")}
+    assert [{k: v for k, v in r.items() if k not in TIMES} for r in ours] == [
+        {k: v for k, v in r.items() if k not in TIMES} for r in theirs
+    ]
+    assert {k: v for k, v in rest.items() if k not in (*TIMES, "run", "next_command")} == {
+        k: v for k, v in whole.items() if k not in (*TIMES, "run", "next_command")
+    }
 
 
 def test_a_signal_in_the_last_evaluation_ends_the_run_which_then_goes_on_with_it(world, monkeypatch):
@@ -132,6 +168,7 @@ def test_a_signal_in_the_last_evaluation_ends_the_run_which_then_goes_on_with_it
             if len(seen) == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, input_ids, targets, doc_ids)
+
     with monkeypatch.context() as patch:
         patch.setattr(TinyModel, "forward", signalled)
         half = world.run(**settings)
@@ -178,6 +215,7 @@ def test_a_crash_costs_only_the_steps_since_the_save(world, monkeypatch):
     def before_step(self, step, total_steps):
         if step == 5:
             raise KeyError("the machine dies")
+
     with monkeypatch.context() as patch:
         patch.setattr(TinyModel, "before_step", before_step)
         with pytest.raises(KeyError):
@@ -192,8 +230,12 @@ def test_a_crash_costs_only_the_steps_since_the_save(world, monkeypatch):
 def test_accumulation_does_not_change_the_curve(world):
     path, _ = sft_files(world.path / "data", world.tokenizer)
     masked = DocumentRows(TokenFile(path, world.tokenizer, "make"), 32, pack=True, long="drop")  # uneven targets
-    runs = [world.run(rows=masked, max_batch_size=size, global_batch_size=8, resume="never", optimizer="adamw",
-                      embed_lr_scale=1.0) for size in (8, 4, 1)]
+    runs = [
+        world.run(
+            rows=masked, max_batch_size=size, global_batch_size=8, resume="never", optimizer="adamw", embed_lr_scale=1.0
+        )
+        for size in (8, 4, 1)
+    ]
     assert [run["run"][-2:] for run in runs] == ["ny", "_2", "_3"]
     for run in runs[1:]:
         assert losses(run) == pytest.approx(losses(runs[0]), rel=2e-4)  # the extra term weighs by targets, not by rows
@@ -207,6 +249,7 @@ def test_the_average_is_evaluated_and_exported(world):
     class Watched(TinyModel):
         def before_step(self, step, total_steps):
             seen.append({name: value.detach().clone() for name, value in self.named_parameters()})
+
     summary = world.run(optimizer="adamw", ema=0.5, model_class=Watched)
     assert losses(summary) == losses(raw)  # the average is only looked at
     values = seen[1:] + [dict(world.model.named_parameters())]
@@ -221,8 +264,10 @@ def test_the_average_is_evaluated_and_exported(world):
     with torch.no_grad():
         for name, parameter in world.model.named_parameters():
             parameter.copy_(average[name])
-    batch = {name: torch.stack([torch.from_numpy(world.val.row(i)[name]) for i in range(len(world.val))])
-             for name in ("input_ids", "targets", "doc_ids")}
+    batch = {
+        name: torch.stack([torch.from_numpy(world.val.row(i)[name]) for i in range(len(world.val))])
+        for name in ("input_ids", "targets", "doc_ids")
+    }
     assert summary["val_loss"] == pytest.approx(world.model.eval()(**batch)[2]["loss/ce"].item(), rel=1e-5)
 
 
@@ -243,6 +288,7 @@ class Reads(TorchDispatchMode):
             if threading.current_thread() is threading.main_thread():  # not of the loader, which is ahead
                 self.events.append(event(tensor))
             return method(tensor, *args, **how)
+
         patch.setattr(torch.Tensor, name, noted)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -265,7 +311,7 @@ def test_the_numbers_of_a_step_are_read_when_the_next_one_is_on_its_way(world, m
     starts = [at for at, event in enumerate(reads.events) if isinstance(event, str)]
     assert len(starts) == 24
     for step in range(2, 23):  # what was read after the backward pass of this step, before that of the next
-        read = [tensor.tolist() for tensor in reads.events[starts[step - 1] + 1:starts[step]]]
+        read = [tensor.tolist() for tensor in reads.events[starts[step - 1] + 1 : starts[step]]]
         before = told[step - 2]
         if step % 8 == 7:  # and then the log line begins: it counts characters in its batch, which the host has made
             assert read[0] == [before["loss"], before["grad_norm"], 1.0]
@@ -306,7 +352,9 @@ def test_a_bad_step_is_skipped_and_counted(world, monkeypatch, capsys):
                 calls.append(0)
                 loss = loss * float("nan") if len(calls) in at else loss
             return logits, loss, other_vars
+
         return replacement
+
     monkeypatch.setattr(TinyModel, "forward", poisoned({3}))
     monkeypatch.setattr(TinyModel, "accepts", classmethod(lambda cls, name: name == "doc_ids"))
     summary = world.run()
@@ -326,8 +374,10 @@ def test_one_writer_a_folder(world, monkeypatch):
 
 
 def test_a_second_signal_ends_at_once():
-    code = ("import os, signal, engine.stopping as s; s.ECHO_SECONDS = %s\nwith s.StopSignal() as stop:\n"
-            "    os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); print(stop.name)")
+    code = (
+        "import os, signal, engine.stopping as s; s.ECHO_SECONDS = %s\nwith s.StopSignal() as stop:\n"
+        "    os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); print(stop.name)"
+    )
     for echo, code_wanted, output in ((5, 0, "SIGTERM\n"), (-1, 143, "")):
         done = subprocess.run([sys.executable, "-c", code % echo], capture_output=True, text=True, cwd=ROOT)
         assert (done.returncode, done.stdout) == (code_wanted, output) and "saving at the next step" in done.stderr
@@ -340,6 +390,7 @@ def test_a_failed_save_does_not_end_the_run(world, monkeypatch, capsys):
         if folder.name == "step-00000002":
             raise OSError("No space left on device")
         save(folder, *rest)
+
     monkeypatch.setattr(checkpoint_manager, "save_checkpoint", full_disk)
     monkeypatch.setattr(checkpoint_manager, "PAUSE_SECONDS", 0)
     assert world.run(save_interval=2)["status"] == "finished"
@@ -364,6 +415,7 @@ def test_a_model_without_doc_ids(world):
     class Plain(TinyModel):
         def forward(self, input_ids, targets=None):
             return super().forward(input_ids, targets)
+
     rows = DocumentRows(world.rows.file, 32, pack=False)
     world.val = DocumentRows(world.val.file, 32, pack=False)
     assert world.run(rows=rows, model_class=Plain, max_steps=3)["status"] == "finished"

@@ -60,7 +60,7 @@ def test_logits_loss_and_gradients(name, seed, tmp_path):
 def test_the_configurations_cover_every_switch():
     seen = [vars(random_args(DEEPSEEK, seed)) for seed in SEEDS]
     both = seen + [vars(random_args(LLAMA, seed)) for seed in SEEDS]
-    for side in (seen, both[len(seen):]):
+    for side in (seen, both[len(seen) :]):
         assert {a["tie_embeddings"] for a in side} == {True, False}
         assert {a["rope_type"] for a in side} == {"default", "llama3", "yarn"}
     assert {a["n_mtp_layers"] for a in seen} == {0, 1, 2}
@@ -68,7 +68,10 @@ def test_the_configurations_cover_every_switch():
     assert {a["norm_topk"] for a in seen} == {True, False}
     assert any(a["q_lora_rank"] == 0 for a in seen) and any(a["q_lora_rank"] for a in seen)
     assert {(a["n_expert_groups"] > 1, a["n_limited_groups"] < a["n_expert_groups"]) for a in seen} == {
-        (False, False), (True, False), (True, True)}
+        (False, False),
+        (True, False),
+        (True, True),
+    }
     assert any(a["route_scale"] != 1 for a in seen)
     assert {min(a["n_dense_layers"], 1) + (a["n_dense_layers"] == a["n_layers"]) for a in seen} == {0, 1, 2}
     assert any(a["rope_mscale_all_dim"] for a in seen)
@@ -79,9 +82,10 @@ def greedy(model, prompt, new):
 
 
 def reference_greedy(reference, prompt, new, **settings):
-    out = reference.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None,
-                             pad_token_id=0, **settings)
-    return out[0, len(prompt):].tolist()
+    out = reference.generate(
+        torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, **settings
+    )
+    return out[0, len(prompt) :].tolist()
 
 
 PROMPT = [1, 5, 9, 2, 11, 30, 17]
@@ -156,10 +160,30 @@ def test_rope_scaling_reaches_beyond_the_training():
     published = [
         (LLAMA, 128, 5e5, dict(rope_type="llama3", rope_factor=8.0, rope_original_max_seq_len=8192)),  # Llama 3.1
         (LLAMA, 64, 5e5, dict(rope_type="llama3", rope_factor=32.0, rope_original_max_seq_len=8192)),  # Llama 3.2
-        (DEEPSEEK, 64, 1e4, dict(rope_type="yarn", rope_factor=40.0, rope_original_max_seq_len=4096, rope_mscale=1.0,
-                                 rope_mscale_all_dim=1.0)),  # DeepSeek-V3
-        (DEEPSEEK, 64, 1e4, dict(rope_type="yarn", rope_factor=40.0, rope_original_max_seq_len=4096, rope_mscale=0.707,
-                                 rope_mscale_all_dim=0.707)),
+        (
+            DEEPSEEK,
+            64,
+            1e4,
+            dict(
+                rope_type="yarn",
+                rope_factor=40.0,
+                rope_original_max_seq_len=4096,
+                rope_mscale=1.0,
+                rope_mscale_all_dim=1.0,
+            ),
+        ),  # DeepSeek-V3
+        (
+            DEEPSEEK,
+            64,
+            1e4,
+            dict(
+                rope_type="yarn",
+                rope_factor=40.0,
+                rope_original_max_seq_len=4096,
+                rope_mscale=0.707,
+                rope_mscale_all_dim=0.707,
+            ),
+        ),
         (LLAMA, 128, 1e6, dict(rope_type="yarn", rope_factor=4.0, rope_original_max_seq_len=32768)),
     ]
     for name, head_dim, theta, fields in published:
@@ -173,14 +197,19 @@ def test_rope_scaling_reaches_beyond_the_training():
         assert rope_amplitude(args) == pytest.approx(amplitude, rel=1e-6)
 
 
-@pytest.mark.parametrize("fields,said", [
-    ({"rope_type": "linear"}, "choose default, llama3 or yarn"),
-    ({"rope_factor": 2.0}, "needs a way to stretch"),
-    ({"rope_type": "yarn", "rope_factor": 4.0}, "needs rope_original_max_seq_len"),
-    ({"rope_type": "yarn", "rope_factor": 0.5, "rope_original_max_seq_len": 9}, "at least 1"),
-    ({"rope_type": "llama3", "rope_factor": 2.0, "rope_original_max_seq_len": 9, "rope_low_freq_factor": 5.0},
-     "must lie between 0 and rope_high_freq_factor"),
-])
+@pytest.mark.parametrize(
+    "fields,said",
+    [
+        ({"rope_type": "linear"}, "choose default, llama3 or yarn"),
+        ({"rope_factor": 2.0}, "needs a way to stretch"),
+        ({"rope_type": "yarn", "rope_factor": 4.0}, "needs rope_original_max_seq_len"),
+        ({"rope_type": "yarn", "rope_factor": 0.5, "rope_original_max_seq_len": 9}, "at least 1"),
+        (
+            {"rope_type": "llama3", "rope_factor": 2.0, "rope_original_max_seq_len": 9, "rope_low_freq_factor": 5.0},
+            "must lie between 0 and rope_high_freq_factor",
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", [LLAMA, DEEPSEEK])
 def test_rope_settings_that_cannot_be(name, fields, said):
     args = random_args(name, 0)

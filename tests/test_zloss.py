@@ -43,7 +43,7 @@ def test_any_model_gets_the_term_and_its_gradient(name):
     assert other_vars["loss/z"] > 0 and torch.isclose(loss, plain + other_vars["loss/z"])
     assert torch.isclose(loss, sum(v for k, v in other_vars.items() if k.startswith("loss/")))
     head = model.tok_embed.weight
-    gradient, = torch.autograd.grad(other_vars["loss/z"], head)
+    (gradient,) = torch.autograd.grad(other_vars["loss/z"], head)
     step = 1e-4 / gradient.norm()
     values = []
     with torch.no_grad():
@@ -56,6 +56,7 @@ def test_any_model_gets_the_term_and_its_gradient(name):
 def test_a_model_with_a_loss_of_its_own_is_told():
     def forward(input_ids, targets):
         return None, torch.zeros(()), {}
+
     with pytest.raises(UserError, match="--z_loss is computed in lm_loss .* set --z_loss=0"):
         with_z_loss(forward, 1e-4)(input_ids=None, targets=None)
 

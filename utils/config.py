@@ -202,13 +202,16 @@ def to_dict(config) -> dict:
 def help_text(config_class, args_class=None, model_name: str = "") -> str:
     """Every setting with its type, default and meaning, and the fields of the chosen architecture."""
     doc = (config_class.__doc__ or "").strip()
-    lines = ([doc, ""] if doc and not doc.startswith(config_class.__name__ + "(") else [])
+    lines = [doc, ""] if doc and not doc.startswith(config_class.__name__ + "(") else []
     lines += ["Settings (--key=value; --config=preset.yaml reads them from a file):"]
     lines += [_help_line("--" + f.name, f) for f in dataclasses.fields(config_class) if f.name != "model"]
     if args_class is not None:
         lines += ["", f"Architecture of {model_name} (--model.key=value):"]
-        lines += [_help_line("--model." + f.name, f) for f in dataclasses.fields(args_class)
-                  if f.name not in ("vocab_size", "max_seq_len")]
+        lines += [
+            _help_line("--model." + f.name, f)
+            for f in dataclasses.fields(args_class)
+            if f.name not in ("vocab_size", "max_seq_len")
+        ]
     elif any(f.name == "model" for f in dataclasses.fields(config_class)):
         lines += ["", "Architecture fields are set by --model.key=value; add --model_name=... to list them."]
     return "\n".join(lines)

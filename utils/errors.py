@@ -46,8 +46,12 @@ def run_script(main) -> None:
         if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
             raise
         said = str(error).partition("\n")[0]
-        print(f"error: out of memory ({said}): fewer rows at once (--max_batch_size; 0 finds what fits), shorter ones "
-              "(--max_seq_len), or a smaller model", file=sys.stderr, flush=True)
+        print(
+            f"error: out of memory ({said}): fewer rows at once (--max_batch_size; 0 finds what fits), shorter ones "
+            "(--max_seq_len), or a smaller model",
+            file=sys.stderr,
+            flush=True,
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -1,4 +1,5 @@
 """The logo, for people: printed on a terminal, and nowhere else."""
+
 import sys
 
 from utils.terminal import paint

@@ -1,4 +1,5 @@
 """What a terminal needs: colours where they are wanted, and text that cannot command it."""
+
 import locale
 import os
 import sys
@@ -12,8 +13,11 @@ BIDI_CONTROLS = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u206
 
 def harmless(text):
     """The text without control characters, except newline and tab: it can be printed, and does nothing else."""
-    return "".join(char for char in text if char in "\n\t" or not (
-        unicodedata.category(char) in ("Cc", "Cs") or char in BIDI_CONTROLS))
+    return "".join(
+        char
+        for char in text
+        if char in "\n\t" or not (unicodedata.category(char) in ("Cc", "Cs") or char in BIDI_CONTROLS)
+    )
 
 
 def colourful(stream=None):
@@ -59,6 +63,7 @@ def line_history(name):
     except ImportError:
         return
     import atexit
+
     folder = os.path.join(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"), "mini_llm")
     path = os.path.join(folder, name)
     try:
@@ -66,7 +71,7 @@ def line_history(name):
         if os.path.exists(path):
             readline.read_history_file(path)
     except OSError:
-        return                      # a home that cannot be written to: the history then lasts one session
+        return  # a home that cannot be written to: the history then lasts one session
     readline.set_history_length(1000)
     atexit.register(_save_history, readline, path)
 

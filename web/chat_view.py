@@ -3,6 +3,7 @@
 An answer is a dict: content and thought (texts), figures, tokens (with what else could have come), ids; or an error.
 st.session_state holds a conversation for each choice of runs, and belongs to one browser session alone.
 """
+
 import time
 import zlib
 
@@ -12,7 +13,7 @@ from utils.terminal import harmless
 from web.export import export
 from web.inspect_view import LIKELIEST, look_inside
 
-REFRESH = 0.05      # s between two updates of a streaming answer: the eye needs no more, the browser likes less
+REFRESH = 0.05  # s between two updates of a streaming answer: the eye needs no more, the browser likes less
 AVATARS = {"user": ":material/person:", "assistant": ":material/auto_awesome:"}
 
 
@@ -35,7 +36,7 @@ def talk(say, names, speakers, settings, system):
                     show_answer(say, speaker, answer, f"{number}:{len(names)}:{names[speakers.index(speaker)]}")
     if not exchanges[-1]["answers"]:
         write(say, names, speakers, exchanges, settings, system)
-        st.rerun()                      # draws the finished answers with their figures and buttons
+        st.rerun()  # draws the finished answers with their figures and buttons
     again, clear, save, _ = st.columns([2, 2, 2, 3], vertical_alignment="center")
     again.button(say["regenerate"], icon=":material/refresh:", on_click=forget, args=(exchanges,), type="tertiary")
     clear.button(say["clear"], icon=":material/edit_square:", on_click=exchanges.clear, type="tertiary")
@@ -54,18 +55,20 @@ def places(names):
     for name, column in zip(names, columns):
         box = column.chat_message("assistant", avatar=AVATARS["assistant"])
         if len(names) > 1:
-            box.text(name)              # st.text: a folder's name is not ours
+            box.text(name)  # st.text: a folder's name is not ours
         yield box
 
 
 def show_ask(say, exchanges, number):
     """A message of the person, which can be edited: all that came after it is then said anew."""
-    key = f"edit:{number}:{zlib.crc32(exchanges[number]['ask'].encode())}"    # another message is another box, closed
+    key = f"edit:{number}:{zlib.crc32(exchanges[number]['ask'].encode())}"  # another message is another box, closed
     with st.chat_message("user", avatar=AVATARS["user"]):
         line, tool = st.columns([12, 1])
         line.text(harmless(exchanges[number]["ask"]))
-        with tool.popover("", icon=":material/edit:", type="tertiary", help=say["edit"], key=f"open:{key}"), \
-                st.form(key + ":form", border=False):
+        with (
+            tool.popover("", icon=":material/edit:", type="tertiary", help=say["edit"], key=f"open:{key}"),
+            st.form(key + ":form", border=False),
+        ):
             st.text_area(say["edit"], harmless(exchanges[number]["ask"]), key=key, label_visibility="collapsed")
             st.form_submit_button(say["send"], on_click=change, args=(exchanges, number, key), type="primary")
 
@@ -107,10 +110,18 @@ def write(say, names, speakers, exchanges, settings, system):
         for exchange in exchanges[:-1]:
             answer = exchange["answers"][number]
             if answer.get("content") and "error" not in answer:
-                history += [{"role": "user", "content": exchange["ask"]},
-                            {"role": "assistant", "content": answer["content"]}]
-        stream(say, speaker, [*history, {"role": "user", "content": exchanges[-1]["ask"]}], settings, answers[number],
-               screens[number])
+                history += [
+                    {"role": "user", "content": exchange["ask"]},
+                    {"role": "assistant", "content": answer["content"]},
+                ]
+        stream(
+            say,
+            speaker,
+            [*history, {"role": "user", "content": exchanges[-1]["ask"]}],
+            settings,
+            answers[number],
+            screens[number],
+        )
 
 
 def stream(say, speaker, messages, settings, answer, screen):
@@ -145,8 +156,11 @@ def keep(say, reply, answer, screen, cursor=""):
 
 def describe(say, figures):
     """The line below an answer: numbers and our own words only, as st.caption reads Markdown."""
-    parts = [f"{figures['tokens']} {say['tokens']}", f"{figures['tokens_per_s']:.1f} {say['tokens_per_s']}",
-             f"{say['first']} {1000 * figures['first_seconds']:.0f} ms"]
+    parts = [
+        f"{figures['tokens']} {say['tokens']}",
+        f"{figures['tokens_per_s']:.1f} {say['tokens_per_s']}",
+        f"{say['first']} {1000 * figures['first_seconds']:.0f} ms",
+    ]
     if figures["finish"] != "stop":
         parts.append(say[figures["finish"]])
     if figures["dropped"]:

@@ -1,4 +1,5 @@
 """A conversation to take away: as the fine-tuning data has them, or to read."""
+
 import json
 
 import streamlit as st
@@ -9,10 +10,16 @@ from utils.terminal import harmless
 def export(say, names, exchanges, system):
     """The button that offers both files."""
     with st.popover(say["export"], icon=":material/download:", type="tertiary"):
-        st.download_button("JSON Lines", as_jsonl(names, exchanges, system), "conversation.jsonl", "application/jsonl",
-                           on_click="ignore")
-        st.download_button("Markdown", as_markdown(names, exchanges, system), "conversation.md", "text/markdown",
-                           on_click="ignore")
+        st.download_button(
+            "JSON Lines",
+            as_jsonl(names, exchanges, system),
+            "conversation.jsonl",
+            "application/jsonl",
+            on_click="ignore",
+        )
+        st.download_button(
+            "Markdown", as_markdown(names, exchanges, system), "conversation.md", "text/markdown", on_click="ignore"
+        )
 
 
 def as_jsonl(names, exchanges, system):
@@ -23,14 +30,17 @@ def as_jsonl(names, exchanges, system):
         for exchange in exchanges:
             answer = exchange["answers"][number]
             if answer.get("content") and "error" not in answer:
-                messages += [{"role": "user", "content": exchange["ask"]},
-                             {"role": "assistant", "content": answer["content"]}]
+                messages += [
+                    {"role": "user", "content": exchange["ask"]},
+                    {"role": "assistant", "content": answer["content"]},
+                ]
         lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return "".join(lines)
 
 
 def as_markdown(names, exchanges, system):
     """The conversation under headings; the texts are indented, so that nothing in them is taken for Markdown."""
+
     def block(text):
         return "".join(f"    {line}\n" for line in harmless(text).splitlines()) + "\n"
 

@@ -1,4 +1,5 @@
 """The side of the page: the language, one or two of the runs in the output folder, and how they shall answer."""
+
 import streamlit as st
 
 from engine.inference.options import SAMPLING
@@ -7,8 +8,8 @@ from utils.log import format_count
 from utils.terminal import harmless
 from web.texts import TEXTS
 
-COUNTABLE = 2**53 - 1       # the largest whole number that every browser keeps exactly
-SLIDERS = {                 # name: from, to, step
+COUNTABLE = 2**53 - 1  # the largest whole number that every browser keeps exactly
+SLIDERS = {  # name: from, to, step
     "temperature": (0.0, 2.0, 0.05),
     "top_p": (0.05, 1.0, 0.05),
     "min_p": (0.0, 1.0, 0.01),
@@ -31,6 +32,7 @@ def choose_runs(say, output_path):
     """One of the runs in the output folder, or two; without any, the page says how to make one and ends."""
     with st.spinner(say["loading"]):
         from engine.inference.chat import talkers  # torch comes with it: seconds, the first time
+
         runs = {str(run.path): run for run in talkers(output_path)}
     if not runs:
         st.warning(say["no_runs"])
@@ -53,7 +55,7 @@ def choose_run(say, title, runs, key):
         facts.append(f"{say['held_out']} {run.val_loss:.3f}")
     if run.val_bpc is not None:
         facts.append(f"{run.val_bpc:.2f} {say['bits']}")
-    st.caption(" · ".join(facts))               # numbers and our own words only: st.caption reads Markdown
+    st.caption(" · ".join(facts))  # numbers and our own words only: st.caption reads Markdown
     return run
 
 
@@ -76,10 +78,10 @@ def controls(say, options, speakers):
     state = st.session_state
     wishes = state.setdefault("wishes", {"system": "", "max_new_tokens": options.max_new_tokens, **options.sampling()})
     for name, value in wishes.items():
-        if name not in state:       # the first time, and after a run that did not draw it: Streamlit then forgets it
+        if name not in state:  # the first time, and after a run that did not draw it: Streamlit then forgets it
             state[name] = value
-    wanted = min(wishes["max_new_tokens"], longest)     # what the models here can do of what was wished for
-    if state.max_new_tokens != wanted:      # a value that is set goes to the browser, over one being chosen there
+    wanted = min(wishes["max_new_tokens"], longest)  # what the models here can do of what was wished for
+    if state.max_new_tokens != wanted:  # a value that is set goes to the browser, over one being chosen there
         state.max_new_tokens = wanted
     system = ""
     if not all(speaker.is_base for speaker in speakers):
@@ -96,14 +98,16 @@ def controls(say, options, speakers):
 
 def known(name):
     """The arguments of a control whose value outlives it: through another language, view or model."""
+
     def remember():
         st.session_state.wishes[name] = st.session_state[name]
+
     return {"key": name, "on_change": remember}
 
 
 def slide(say, options, name):
     low, high, step = SLIDERS[name]
-    value = float(getattr(options, name))       # the command line may go beyond what the slider offers
+    value = float(getattr(options, name))  # the command line may go beyond what the slider offers
     return st.slider(say[name], min(low, value), max(high, value), step=step, help=say[f"{name}_help"], **known(name))
 
 

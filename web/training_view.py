@@ -1,4 +1,5 @@
 """What is known of a run: its curves and its settings."""
+
 import pandas
 import streamlit as st
 
@@ -10,7 +11,8 @@ CURVES = (("loss", "val_loss"), ("bpc", "val_bpc"), ("lr",), ("grad_norm",), ("t
 def show_run(say, run):
     """The curves of metrics.jsonl, config.yaml and run.json of one run."""
     from engine.runs.metrics import read_metrics
-    st.text(label(run))                 # st.text and st.code: a folder may come from a stranger
+
+    st.text(label(run))  # st.text and st.code: a folder may come from a stranger
     records = pandas.DataFrame(read_metrics(run.path / "metrics.jsonl"))
     # one point alone is no curve: it stands beside the choice of the run
     shown = [[name for name in names if name in records] for names in CURVES]
@@ -25,8 +27,11 @@ def show_run(say, run):
             curve[names] = curve[names].apply(pandas.to_numeric, errors="coerce")
             # a step and an evaluation are two records of one step, and each has only its own figures
             curve = curve.groupby("step").last().rename(columns={name: say[f"line_{name}"] for name in names})
-            st.vega_lite_chart(curve.reset_index().melt("step", var_name="line", value_name="value").dropna(),
-                               chart(say, len(names) > 1), height=220)
+            st.vega_lite_chart(
+                curve.reset_index().melt("step", var_name="line", value_name="value").dropna(),
+                chart(say, len(names) > 1),
+                height=220,
+            )
     for name, language in (("config.yaml", "yaml"), ("run.json", "json")):
         path = run.path / name
         if path.is_file():
@@ -41,7 +46,11 @@ def chart(say, legend):
         "encoding": {
             "x": {"field": "step", "type": "quantitative", "title": say["step"], "axis": {"format": "d"}},
             "y": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
-            "color": {"field": "line", "type": "nominal", "sort": None,
-                      "legend": {"title": None, "orient": "bottom"} if legend else None},
+            "color": {
+                "field": "line",
+                "type": "nominal",
+                "sort": None,
+                "legend": {"title": None, "orient": "bottom"} if legend else None,
+            },
         },
     }

@@ -65,8 +65,10 @@ def call(model, ids, **inputs):
 def logits_of(model, ids, **inputs):
     """Return the logits (B, T, V) of a call without targets."""
     logits = call(model, ids, **inputs)[0]
-    require(isinstance(logits, torch.Tensor), "without targets forward must return logits, and they are "
-            f"{type(logits).__name__}")
+    require(
+        isinstance(logits, torch.Tensor),
+        f"without targets forward must return logits, and they are {type(logits).__name__}",
+    )
     shape = (*ids.shape, model.args.vocab_size)
     require(tuple(logits.shape) == shape, f"logits have shape {tuple(logits.shape)}, expected (B, T, V) = {shape}")
     return logits
@@ -80,8 +82,9 @@ def next_tokens(ids):
 @contextmanager
 def embedded_tokens(model):
     """Within the block, collect what the model's token embedding returns: tensors to take gradients at."""
-    table = next((m for m in model.modules() if isinstance(m, nn.Embedding)
-                  and m.num_embeddings >= model.args.vocab_size), None)
+    table = next(
+        (m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings >= model.args.vocab_size), None
+    )
     if table is None:
         raise NotApplicable("there is no nn.Embedding of the vocabulary to take gradients at")
     outputs = []

@@ -141,5 +141,7 @@ def refuse_unless_right(name, switches=None):
     failed = [r for r in results if r.status == "fail"]
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise UserError(f"{name} fails the check {failed[0].check}{more}: {failed[0].detail}: see python "
-                        f"check_model.py --model_name={name}, or train anyway with --skip_checks")
+        raise UserError(
+            f"{name} fails the check {failed[0].check}{more}: {failed[0].detail}: see python "
+            f"check_model.py --model_name={name}, or train anyway with --skip_checks"
+        )

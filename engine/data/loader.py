@@ -21,8 +21,9 @@ class StepBatches:
     tokens: int  # tokens of this process's share that are not padding
 
 
-def collate(rows: list[dict[str, np.ndarray]], with_doc_ids: bool, pad_id: int, pin: bool = False,
-            trim: bool = False) -> dict[str, torch.Tensor]:
+def collate(
+    rows: list[dict[str, np.ndarray]], with_doc_ids: bool, pad_id: int, pin: bool = False, trim: bool = False
+) -> dict[str, torch.Tensor]:
     """Stack rows into the keyword arguments of forward.
 
     trim: cut columns that are padding in every row, to a multiple of 16. Rows of one document each are mostly padding;
@@ -49,8 +50,18 @@ class StepLoader:
     number of processes changes neither the global batch nor the micro-batches. Call close() when leaving early.
     """
 
-    def __init__(self, rows, plan, seed: int, start: int, total_steps: int, rank: int = 0, world_size: int = 1,
-                 pin: bool = False, trim: bool = False):
+    def __init__(
+        self,
+        rows,
+        plan,
+        seed: int,
+        start: int,
+        total_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        pin: bool = False,
+        trim: bool = False,
+    ):
         self.rows, self.plan, self.seed, self.start, self.total_steps = rows, plan, seed, start, total_steps
         self.rank, self.world_size, self.pin, self.trim = rank, world_size, pin, trim
         self.queue: queue.Queue = queue.Queue(maxsize=2)

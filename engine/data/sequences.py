@@ -35,12 +35,16 @@ class TokenFile:
         stem = self.path.with_suffix("")
         self.meta = self._read_meta(Path(f"{stem}.meta.json"), tokenizer)
         if kind and self.meta.get("kind", kind) != kind:
-            raise UserError(f"{self.path} was made for {self.meta['kind']}, not for {kind}: make the right one with "
-                            f"`{make_with}`, or give its path")
+            raise UserError(
+                f"{self.path} was made for {self.meta['kind']}, not for {kind}: make the right one with "
+                f"`{make_with}`, or give its path"
+            )
         self.tokens = self._map(self.path, np.dtype(self.meta.get("dtype", "uint16")).newbyteorder("<"))
         if self.meta.get("tokens", len(self.tokens)) != len(self.tokens):
-            raise UserError(f"{self.path} holds {len(self.tokens)} tokens and its meta file says "
-                            f"{self.meta['tokens']}: make it again with `{make_with}`")
+            raise UserError(
+                f"{self.path} holds {len(self.tokens)} tokens and its meta file says "
+                f"{self.meta['tokens']}: make it again with `{make_with}`"
+            )
         if len(self.tokens) < 2:
             raise UserError(f"{self.path} holds no text: make it again with `{make_with}`")
         mask_path, docs_path = Path(f"{stem}.mask.bin"), Path(f"{stem}.docs.npy")
@@ -55,14 +59,19 @@ class TokenFile:
             return {}
         meta = load_json(path, "make the data again")
         if meta.get("dtype", "uint16") not in ("uint16", "uint32"):
-            raise UserError(f"{path} says that tokens are {meta['dtype']}, and they are uint16 or uint32: "
-                            "make the data again")
+            raise UserError(
+                f"{path} says that tokens are {meta['dtype']}, and they are uint16 or uint32: make the data again"
+            )
         if meta.get("tokenizer_fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
-            raise UserError(f"{self.path} was made with another tokenizer than {tokenizer.path}: "
-                            "preprocess the data again, or pass the right --tokenizer_path")
+            raise UserError(
+                f"{self.path} was made with another tokenizer than {tokenizer.path}: "
+                "preprocess the data again, or pass the right --tokenizer_path"
+            )
         if meta.get("max_id", 0) >= self.vocab_size:
-            raise UserError(f"{self.path} holds token id {meta['max_id']}, beyond the vocabulary of {self.vocab_size} "
-                            f"in {tokenizer.path}: preprocess the data again, or pass the right --tokenizer_path")
+            raise UserError(
+                f"{self.path} holds token id {meta['max_id']}, beyond the vocabulary of {self.vocab_size} "
+                f"in {tokenizer.path}: preprocess the data again, or pass the right --tokenizer_path"
+            )
         return meta
 
     @staticmethod
@@ -110,8 +119,10 @@ class TokenFile:
         """Tokens at `where`, a slice or an array of places, as int64, checked against the vocabulary."""
         tokens = self.tokens[where].astype(np.int64)
         if len(tokens) and tokens.max() >= self.vocab_size:
-            raise UserError(f"{self.path} holds token id {tokens.max()}, beyond the vocabulary of {self.vocab_size}: "
-                            "preprocess the data again, or pass the right --tokenizer_path")
+            raise UserError(
+                f"{self.path} holds token id {tokens.max()}, beyond the vocabulary of {self.vocab_size}: "
+                "preprocess the data again, or pass the right --tokenizer_path"
+            )
         return tokens
 
 
@@ -153,8 +164,10 @@ class DocumentRows:
         beyond = widths > seq_len
         self.documents, self.too_long, self.dropped = len(starts), int(beyond.sum()), 0
         if self.too_long and long == "error":
-            raise UserError(f"{self.too_long} documents of {file.path} are longer than --max_seq_len={seq_len}, the "
-                            f"longest has {widths.max()} tokens: raise it, or choose another --long_rows")
+            raise UserError(
+                f"{self.too_long} documents of {file.path} are longer than --max_seq_len={seq_len}, the "
+                f"longest has {widths.max()} tokens: raise it, or choose another --long_rows"
+            )
         if self.too_long and long == "split":
             starts, widths = split(starts, widths, seq_len)
         elif self.too_long:
@@ -212,16 +225,21 @@ class DocumentRows:
 
 def empty_row(seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
     """A row of padding: no loss, and of no document."""
-    return {"input_ids": np.full(seq_len, pad_id, np.int64), "targets": np.full(seq_len, IGNORE, np.int64),
-            "doc_ids": np.full(seq_len, PADDING, np.int64)}
+    return {
+        "input_ids": np.full(seq_len, pad_id, np.int64),
+        "targets": np.full(seq_len, IGNORE, np.int64),
+        "doc_ids": np.full(seq_len, PADDING, np.int64),
+    }
 
 
 def split(starts: np.ndarray, widths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut documents (N,) into pieces of seq_len inputs at most; the last target of one is the next one's input."""
     pieces = np.maximum(1, -(-widths // seq_len))
     within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    return (np.repeat(starts, pieces) + within * seq_len,
-            np.minimum(np.repeat(widths, pieces) - within * seq_len, seq_len))
+    return (
+        np.repeat(starts, pieces) + within * seq_len,
+        np.minimum(np.repeat(widths, pieces) - within * seq_len, seq_len),
+    )
 
 
 def shuffled(position: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:

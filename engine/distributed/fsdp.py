@@ -21,11 +21,14 @@ def shard(model: torch.nn.Module, device: torch.device, precision: str, compiled
     from torch.distributed.tensor import init_device_mesh
 
     if precision == "fp16":
-        raise UserError("--parallel=fsdp does not go with --precision=fp16, whose scale each process would choose for "
-                        "itself: use bf16 or fp32")
+        raise UserError(
+            "--parallel=fsdp does not go with --precision=fp16, whose scale each process would choose for "
+            "itself: use bf16 or fp32"
+        )
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-        raise UserError(f"--parallel=fsdp needs a newer PyTorch than {torch.__version__}: "
-                        "pip install -r requirements.txt")
+        raise UserError(
+            f"--parallel=fsdp needs a newer PyTorch than {torch.__version__}: pip install -r requirements.txt"
+        )
     flat = next((name for name, parameter in model.named_parameters() if not parameter.ndim), None)
     if flat:
         raise UserError(f"--parallel=fsdp cannot cut {flat}, which has no dimension: make it a vector of one number")
@@ -82,10 +85,12 @@ def let_go(model: torch.nn.Module) -> None:
 @contextmanager
 def one_voice(model: torch.nn.Module):
     """Within the block every process sees the logits of the first, so that they all choose the same tokens."""
+
     def first(_model, _inputs, output):
         logits = output[0].contiguous()
         dist.broadcast(logits, src=0)
         return logits, *output[1:]
+
     if not is_sharded(model):
         yield
         return

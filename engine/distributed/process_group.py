@@ -45,8 +45,10 @@ def find_device(wanted: str = "auto") -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if wanted == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"torchrun started more processes than the {torch.cuda.device_count()} CUDA devices here: "
-                            "lower --nproc_per_node")
+            raise UserError(
+                f"torchrun started more processes than the {torch.cuda.device_count()} CUDA devices here: "
+                "lower --nproc_per_node"
+            )
         return torch.device("cuda", local_rank)
     return torch.device(wanted)
 
@@ -146,8 +148,10 @@ def refuse_unless_shared(folder: Path) -> None:
     barrier()
     blind = sum_numbers([float(not folder.is_dir())])[0]
     if blind:
-        raise UserError(f"{int(blind)} of {world_size()} processes do not see {folder}: put --output_path on a disk "
-                        "that all machines share")
+        raise UserError(
+            f"{int(blind)} of {world_size()} processes do not see {folder}: put --output_path on a disk "
+            "that all machines share"
+        )
 
 
 @torch.no_grad()

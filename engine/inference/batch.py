@@ -1,4 +1,5 @@
 """The rows of a batch, and what the model remembers of each: in its state, or by reading the texts again."""
+
 import torch
 
 from model.basemodel import State
@@ -29,7 +30,7 @@ class StateRows:
         layer does not write in place but replaces, as a recurrence may, is put back.
         """
         state, rows = self.state, slice(first, first + len(ids))
-        if len(ids) == len(state.pos):          # all of them: the state itself
+        if len(ids) == len(state.pos):  # all of them: the state itself
             state.upto, state.last_only = max(lengths), True
             logits = read(self.model, ids, state)
             state.advance(ids.shape[1])
@@ -72,8 +73,8 @@ class TextRows:
 
     def append(self, first, lengths, ids):
         """As for a state."""
-        texts, device = self.ids[first:first + len(ids)], ids.device
-        at = torch.tensor(lengths, device=device)[:, None] + torch.arange(ids.shape[1], device=device)     # (B, T)
+        texts, device = self.ids[first : first + len(ids)], ids.device
+        at = torch.tensor(lengths, device=device)[:, None] + torch.arange(ids.shape[1], device=device)  # (B, T)
         texts.scatter_(1, at, ids)
-        logits = self.model(texts[:, :max(lengths) + ids.shape[1]])[0]                                     # (B, T, V)
+        logits = self.model(texts[:, : max(lengths) + ids.shape[1]])[0]  # (B, T, V)
         return logits[torch.arange(len(ids), device=device), at[:, -1]]

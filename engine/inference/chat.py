@@ -1,4 +1,5 @@
 """A conversation with a run: what the terminal and the page share."""
+
 import time
 
 import torch
@@ -15,21 +16,23 @@ from model.kernels.int8 import to_int8
 from utils.chat_template import encode_chat
 from utils.errors import UserError
 
-BASE = "pretrain"       # the stage whose models have seen no conversation
+BASE = "pretrain"  # the stage whose models have seen no conversation
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 
 
 def talkers(output_path):
     """The trained runs of a folder (`RunInfo`), those that can chat before base models, newest first."""
-    return sorted(checkpoint.find_runs(output_path), key=lambda run: run.stage == BASE)       # a stable sort
+    return sorted(checkpoint.find_runs(output_path), key=lambda run: run.stage == BASE)  # a stable sort
 
 
 def choose_run(output_path):
     """The path of the run to talk to when none is named; UserError when there is none."""
     runs = talkers(output_path)
     if not runs:
-        raise UserError(f"no trained run in {output_path}: train one with `python pretrain.py` and `python sft.py`, "
-                        "or pass --run DIR")
+        raise UserError(
+            f"no trained run in {output_path}: train one with `python pretrain.py` and `python sft.py`, "
+            "or pass --run DIR"
+        )
     return runs[0].path
 
 
@@ -59,8 +62,10 @@ def check_types(model, precision):
     except RuntimeError as error:
         if "same dtype" not in str(error):
             raise
-        raise UserError(f"this model does not run with --precision={precision} ({error}): where its forward computes "
-                        "in fp32 it must say weight.float(); or use --precision=fp32") from error
+        raise UserError(
+            f"this model does not run with --precision={precision} ({error}): where its forward computes "
+            "in fp32 it must say weight.float(); or use --precision=fp32"
+        ) from error
 
 
 class Speaker:
@@ -68,7 +73,7 @@ class Speaker:
 
     def __init__(self, model, tokenizer, stage, speculative=""):
         self.model, self.tokenizer, self.speculative = model, tokenizer, speculative
-        self.is_base = stage == BASE          # it has seen no conversation yet
+        self.is_base = stage == BASE  # it has seen no conversation yet
 
     def answer(self, messages, max_new_tokens, **sampling):
         """A `Reply` to messages [{"role", "content"}, ...], the last of them the user's; UserError if it cannot fit.
@@ -79,8 +84,7 @@ class Speaker:
             ids, dropped = [self.tokenizer.bos_id] + self.tokenizer.encode(messages[-1]["content"]), 0
         else:
             ids, dropped = fit(self.tokenizer, messages, self.model.args.max_seq_len, max_new_tokens)
-        return Reply(self.model, self.tokenizer, ids, max_new_tokens, Sampling(**sampling), dropped,
-                     self.speculative)
+        return Reply(self.model, self.tokenizer, ids, max_new_tokens, Sampling(**sampling), dropped, self.speculative)
 
     def check(self, max_new_tokens, **sampling):
         """UserError when a setting is out of its range."""
@@ -92,12 +96,12 @@ class Reply:
     """An answer while it is written: iterate over its pieces of text. Its fields are right at any moment."""
 
     def __init__(self, model, tokenizer, ids, max_new_tokens, sampling, dropped=0, speculative=""):
-        self.text = ""                  # all pieces so far
-        self.tokens = 0                 # tokens so far
-        self.seconds = 0.0              # from the call to the latest token
-        self.first_seconds = 0.0        # from the call to the first token: reading the prompt
-        self.finish = "stopped"         # "stop": the model ended it; "length": no room left; "stopped": by the reader
-        self.dropped = dropped          # messages left out because they did not fit
+        self.text = ""  # all pieces so far
+        self.tokens = 0  # tokens so far
+        self.seconds = 0.0  # from the call to the latest token
+        self.first_seconds = 0.0  # from the call to the first token: reading the prompt
+        self.finish = "stopped"  # "stop": the model ended it; "length": no room left; "stopped": by the reader
+        self.dropped = dropped  # messages left out because they did not fit
         room(model, ids, max_new_tokens)
         self._speculative = speculative
         self._tokenizer = tokenizer
@@ -110,7 +114,7 @@ class Reply:
                 self.tokens = len(request.tokens)
                 self.seconds = time.perf_counter() - start
                 self.first_seconds = self.first_seconds or self.seconds
-            piece = request.text[len(self.text):]
+            piece = request.text[len(self.text) :]
             if piece:
                 self.text += piece
                 yield piece
@@ -139,11 +143,18 @@ class Reply:
 
         tokens_per_s counts from the call, so the reading of the prompt is in it.
         """
-        speculation = ({name: getattr(self._request, name) for name in ("calls", "guesses", "hits")}
-                       if self._speculative else {})
+        speculation = (
+            {name: getattr(self._request, name) for name in ("calls", "guesses", "hits")} if self._speculative else {}
+        )
         rate = self.tokens / self.seconds if self.seconds else 0.0
-        return {**speculation, "tokens": self.tokens, "tokens_per_s": rate, "first_seconds": self.first_seconds,
-                "finish": self.finish, "dropped": self.dropped}
+        return {
+            **speculation,
+            "tokens": self.tokens,
+            "tokens_per_s": rate,
+            "first_seconds": self.first_seconds,
+            "finish": self.finish,
+            "dropped": self.dropped,
+        }
 
 
 def fit(tokenizer, messages, max_seq_len, max_new_tokens):
@@ -154,14 +165,16 @@ def fit(tokenizer, messages, max_seq_len, max_new_tokens):
     """
     reserve = min(max_new_tokens, max_seq_len // 4)
     system = [message for message in messages[:1] if message["role"] == "system"]
-    turns, total = messages[len(system):], len(messages)
+    turns, total = messages[len(system) :], len(messages)
     while True:
         ids, _ = encode_chat(tokenizer, system + turns, add_generation_prompt=True)
         later = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
         if len(ids) + reserve <= max_seq_len or not later:
             break
-        turns = turns[later[0]:]
+        turns = turns[later[0] :]
     if len(ids) >= max_seq_len:
-        raise UserError(f"the message has {len(ids)} tokens with its system prompt, and the model takes {max_seq_len}, "
-                        "answer included: shorten it")
+        raise UserError(
+            f"the message has {len(ids)} tokens with its system prompt, and the model takes {max_seq_len}, "
+            "answer included: shorten it"
+        )
     return ids, total - len(system) - len(turns)

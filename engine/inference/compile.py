@@ -1,4 +1,5 @@
 """Decoding compiled: the forward of one token a row as one program, and on a processor the products of our kernels."""
+
 import copy
 
 import torch
@@ -39,9 +40,13 @@ def compile_decoding(model, rows=1):
         # other: they are kept by the code.
         forward.__code__ = forward.__code__.replace()
         frozen = {"freezing": True}
-        options = {**frozen, "size_asserts": False, "alignment_asserts": False,
-                   "cpp.enable_floating_point_contract_flag": "fast",
-                   "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        options = {
+            **frozen,
+            "size_asserts": False,
+            "alignment_asserts": False,
+            "cpp.enable_floating_point_contract_flag": "fast",
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+        }
     step = torch.compile(forward, options=options)
 
     def reader(ids, state):

@@ -38,5 +38,11 @@ class Writer:
     def _may_begin(self) -> int:
         """How many of the last characters may be the beginning of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
-        return next((n for n in range(min(longest, len(self._held)), 0, -1)
-                     if any(stop.startswith(self._held[-n:]) for stop in self._stop)), 0)
+        return next(
+            (
+                n
+                for n in range(min(longest, len(self._held)), 0, -1)
+                if any(stop.startswith(self._held[-n:]) for stop in self._stop)
+            ),
+            0,
+        )

@@ -1,4 +1,5 @@
 """Text from a model, by the contract alone: with `state` when the model takes it, else by reading the prefix again."""
+
 from engine.inference.request import Request
 from engine.inference.sampling import Sampling
 from engine.inference.scheduler import Batch, room
@@ -16,8 +17,10 @@ def generate(model, tokenizer, prompt_ids, max_new_tokens, stop_ids=None, stop=(
     have.
     """
     sampling = Sampling(**sampling)
-    requests = [new_request(tokenizer, ids, max_new_tokens, sampling.of_row(row), stop_ids, stop)
-                for row, ids in enumerate(prompt_ids)]
+    requests = [
+        new_request(tokenizer, ids, max_new_tokens, sampling.of_row(row), stop_ids, stop)
+        for row, ids in enumerate(prompt_ids)
+    ]
     for _ in decode(model, requests, speculative):
         pass
     return [request.tokens for request in requests]

@@ -1,4 +1,5 @@
 """What a learner wants to see of an answer: what else could have come, where it was thinking, which experts took it."""
+
 import math
 
 import torch
@@ -10,6 +11,7 @@ def spelled(tokenizer, request, start=0):
     text: what the token adds to the text; "·" where it is a part of a character that a later one completes. p: how
     likely the model found it, before all filters. top: the likeliest as [text, p], likeliest first.
     """
+
     def word(token):
         return tokenizer.decode([token], skip_special=False)
 
@@ -18,8 +20,13 @@ def spelled(tokenizer, request, start=0):
         token, (own, top) = request.tokens[number], request.logprobs[number]
         end = starts[number + 1] if number + 1 < len(starts) else len(text)
         name = word(token)
-        tokens.append({"text": text[starts[number]:end] or ("·" if "\ufffd" in name else name), "p": math.exp(own),
-                       "top": [[word(other), math.exp(log)] for other, log in top.items()]})
+        tokens.append(
+            {
+                "text": text[starts[number] : end] or ("·" if "\ufffd" in name else name),
+                "p": math.exp(own),
+                "top": [[word(other), math.exp(log)] for other, log in top.items()],
+            }
+        )
     return tokens
 
 

@@ -1,10 +1,19 @@
 """The settings of a conversation, the same wherever a model answers. No torch here: --help must be quick."""
+
 from dataclasses import asdict, dataclass
 
 from utils.config import opt
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty",
-            "presence_penalty", "seed")
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+)
 
 
 @dataclass
@@ -28,5 +37,6 @@ class AnswerOptions:
 @dataclass
 class TalkOptions(AnswerOptions):
     output_path: str = opt("output", "folder of the runs", path=True)
-    precision: str = opt("fp32", "of the weights; int8: of the matrices, the rest in bf16",
-                         choices=("fp32", "bf16", "fp16", "int8"))
+    precision: str = opt(
+        "fp32", "of the weights; int8: of the matrices, the rest in bf16", choices=("fp32", "bf16", "fp16", "int8")
+    )

@@ -1,4 +1,5 @@
 """One prompt, how to answer it, and the answer while it is written."""
+
 import time
 from dataclasses import replace
 
@@ -15,19 +16,31 @@ class Request:
     Whoever follows a request from another thread finds its fields right at any moment, and `finish` is set last.
     """
 
-    def __init__(self, ids, max_new_tokens, sampling, stop_ids=(), tokenizer=None, stop=(), top_logprobs=None,
-                 deadline=None, notify=lambda: None):
+    def __init__(
+        self,
+        ids,
+        max_new_tokens,
+        sampling,
+        stop_ids=(),
+        tokenizer=None,
+        stop=(),
+        top_logprobs=None,
+        deadline=None,
+        notify=lambda: None,
+    ):
         self.ids, self.max_new_tokens, self.stop_ids = ids, max_new_tokens, stop_ids
-        self.top_logprobs = top_logprobs    # None: no log-probabilities; else of how many likeliest tokens beside
-        self.deadline = deadline            # by time.monotonic(): what is there by then is the answer
-        self.notify = notify                # called without arguments, in the batch's thread, whenever it grew or ended
+        self.top_logprobs = top_logprobs  # None: no log-probabilities; else of how many likeliest tokens beside
+        self.deadline = deadline  # by time.monotonic(): what is there by then is the answer
+        self.notify = notify  # called without arguments, in the batch's thread, whenever it grew or ended
         self.tokens, self.logprobs = [], []
-        self.reused = 0         # tokens of the prompt that its row knew already
-        self.finish = None      # "stop": the model or a stop string; "length"; "cancelled"; "deadline"; "error"
-        self.error = ""         # what went wrong, when finish is "error"
-        self.calls = self.guesses = self.hits = 0       # of the model, when it is answered by engine/inference/speculative.py
+        self.reused = 0  # tokens of the prompt that its row knew already
+        self.finish = None  # "stop": the model or a stop string; "length"; "cancelled"; "deadline"; "error"
+        self.error = ""  # what went wrong, when finish is "error"
+        self.calls = self.guesses = self.hits = (
+            0  # of the model, when it is answered by engine/inference/speculative.py
+        )
         self.cancelled = False  # set it, from any thread, and the batch lets go of the request at its next step
-        self.settings = replace(sampling, seed=None)        # requests with equal ones are sampled together
+        self.settings = replace(sampling, seed=None)  # requests with equal ones are sampled together
         self._sampling = sampling
         self.writer = Writer(tokenizer, stop) if tokenizer is not None else None
 
@@ -55,8 +68,11 @@ class Request:
     def accept(self, token, logprob=None):
         """Add the chosen token, or end."""
         if token < 0:
-            self.end("error", "the model's logits are not finite: its training diverged, or the weights do not bear "
-                              "this precision; choose an earlier checkpoint or --precision=fp32")
+            self.end(
+                "error",
+                "the model's logits are not finite: its training diverged, or the weights do not bear "
+                "this precision; choose an earlier checkpoint or --precision=fp32",
+            )
         elif token in self.stop_ids:
             self.end("stop")
         else:

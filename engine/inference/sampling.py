@@ -1,4 +1,5 @@
 """From logits to the next token: the filters, and one draw that depends on nothing but its row's seed."""
+
 import secrets
 from dataclasses import dataclass, replace
 
@@ -11,14 +12,14 @@ from utils.errors import UserError
 class Sampling:
     """How the next token is chosen; temperature 0 takes the likeliest, and then the filters play no part."""
 
-    temperature: float = 1.0          # logits are divided by it
-    top_k: int = 0                    # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 1.0                # keep the fewest likeliest tokens whose probabilities reach p; 1 keeps all
-    min_p: float = 0.0                # drop tokens less likely than min_p times the likeliest; 0 drops none
-    repetition_penalty: float = 1.0   # positive logits of tokens already there are divided by it, negative multiplied
-    frequency_penalty: float = 0.0    # taken off the logit of a token for every time it stands in the answer
-    presence_penalty: float = 0.0     # taken off once for a token that stands in the answer
-    seed: int | None = None           # row i draws from seed + i, so it gets the same text alone; None: fresh each call
+    temperature: float = 1.0  # logits are divided by it
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the fewest likeliest tokens whose probabilities reach p; 1 keeps all
+    min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest; 0 drops none
+    repetition_penalty: float = 1.0  # positive logits of tokens already there are divided by it, negative multiplied
+    frequency_penalty: float = 0.0  # taken off the logit of a token for every time it stands in the answer
+    presence_penalty: float = 0.0  # taken off once for a token that stands in the answer
+    seed: int | None = None  # row i draws from seed + i, so it gets the same text alone; None: fresh each call
 
     def __post_init__(self):
         for name, allowed, holds in (
@@ -70,14 +71,14 @@ def candidates(logits, sampling):
     """
     logits = logits.float()
     # The likeliest becomes 0 first: then no temperature, however small, can overflow.
-    scores, ids = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6), None     # (B, V)
+    scores, ids = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-6), None  # (B, V)
     if 0 < sampling.top_k < scores.shape[-1]:
-        scores, ids = scores.topk(sampling.top_k)                              # sorted, likeliest first
+        scores, ids = scores.topk(sampling.top_k)  # sorted, likeliest first
     probs = scores.softmax(-1)
     if sampling.top_p < 1:
         if ids is None:
             probs, ids = likeliest_first(probs, sampling.top_p)
-        likelier = probs.cumsum(-1) - probs                                    # mass of the tokens before this one
+        likelier = probs.cumsum(-1) - probs  # mass of the tokens before this one
         probs = probs.masked_fill(likelier >= sampling.top_p, 0)
     if sampling.min_p > 0:
         probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
@@ -93,7 +94,7 @@ def likeliest_first(probs, mass, few=1024):
     if probs.device.type != "cpu" or probs.shape[-1] <= few:
         return probs.sort(dim=-1, descending=True, stable=True)
     top, ids = probs.topk(few)
-    lacking = top.sum(-1) < mass                                               # (B,)
+    lacking = top.sum(-1) < mass  # (B,)
     if lacking.any():
         rest = (0, probs.shape[-1] - few)
         top, ids = torch.nn.functional.pad(top, rest), torch.nn.functional.pad(ids, rest)
@@ -118,14 +119,14 @@ def pick(logits, sampling, uniform):
     probability is above 0 by construction, so a token that was filtered out cannot be drawn.
     """
     if sampling.temperature == 0:
-        highest, tokens = logits.max(-1)        # on the CPU one pass in a quarter of the time that argmax takes
+        highest, tokens = logits.max(-1)  # on the CPU one pass in a quarter of the time that argmax takes
     else:
         highest = logits.amax(-1)
         probs, ids = candidates(logits, sampling)
         reached = probs.cumsum(-1)
-        tokens = torch.searchsorted(reached, uniform.to(reached)[:, None] * reached[:, -1:])      # (B, 1)
+        tokens = torch.searchsorted(reached, uniform.to(reached)[:, None] * reached[:, -1:])  # (B, 1)
         tokens = (tokens if ids is None else ids.gather(-1, tokens.clamp(max=ids.shape[-1] - 1)))[:, 0]
-    return tokens.masked_fill(~highest.isfinite(), -1)   # the caller reads the tokens anyway: no extra wait
+    return tokens.masked_fill(~highest.isfinite(), -1)  # the caller reads the tokens anyway: no extra wait
 
 
 def log_probabilities(logits, tokens, n_top):

@@ -1,4 +1,5 @@
 """Continuous batching: requests join and leave a running batch at any step, and none of them can tell."""
+
 import threading
 from collections import deque
 from itertools import groupby
@@ -9,7 +10,7 @@ from engine.inference.batch import open_rows
 from engine.inference.sampling import log_probabilities, pick
 from utils.errors import UserError
 
-READ_TOKENS = 4096      # of prompts a step: those who are being answered wait no longer than that takes
+READ_TOKENS = 4096  # of prompts a step: those who are being answered wait no longer than that takes
 
 
 class QueueFull(Exception):
@@ -22,11 +23,15 @@ def room(model, ids, max_new_tokens):
     if not ids:
         raise UserError("the prompt is empty: a model needs at least one token, such as <s>, to go on from")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise UserError(f"the prompt has a token id outside the model's vocabulary of {vocab_size}: "
-                        "use the tokenizer that is in the run folder")
+        raise UserError(
+            f"the prompt has a token id outside the model's vocabulary of {vocab_size}: "
+            "use the tokenizer that is in the run folder"
+        )
     if len(ids) >= longest:
-        raise UserError(f"the prompt has {len(ids)} tokens and the model takes {longest}, prompt and answer together: "
-                        "shorten the prompt, or train with a larger --max_seq_len")
+        raise UserError(
+            f"the prompt has {len(ids)} tokens and the model takes {longest}, prompt and answer together: "
+            "shorten the prompt, or train with a larger --max_seq_len"
+        )
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} asks for nothing: give 1 or more")
     return min(max_new_tokens, longest - len(ids))
@@ -36,8 +41,8 @@ class Memory:
     """What a row of the batch has read."""
 
     def __init__(self):
-        self.ids = []       # the tokens; they stay when the request has left, for whoever goes on from there
-        self.left = 0       # the step at which the last request left
+        self.ids = []  # the tokens; they stay when the request has left, for whoever goes on from there
+        self.left = 0  # the step at which the last request left
 
 
 class Batch:
@@ -50,13 +55,13 @@ class Batch:
     """
 
     def __init__(self, model, slots, max_len=None, queue=None):
-        self.model, self.queue = model, queue       # queue: how many may wait, None: any number
+        self.model, self.queue = model, queue  # queue: how many may wait, None: any number
         self.device = next(model.parameters()).device
         self.rows = open_rows(model, slots, max_len or model.args.max_seq_len)
         self.memories = [Memory() for _ in range(slots)]
         self.running, self.waiting = [], deque()
-        self.steps = self.read = self.reused = 0    # steps; tokens of prompts that were read; that were known already
-        self._lock = threading.Lock()               # of `waiting` alone: never held while the model works
+        self.steps = self.read = self.reused = 0  # steps; tokens of prompts that were read; that were known already
+        self._lock = threading.Lock()  # of `waiting` alone: never held while the model works
 
     @property
     def busy(self):
@@ -65,8 +70,9 @@ class Batch:
     def add(self, *requests):
         """Let requests wait for their turn, all or none. UserError for a prompt that cannot be answered, QueueFull."""
         for request in requests:
-            request.start(room(self.model, request.ids, request.max_new_tokens), self.model.args.vocab_size,
-                          self.device)
+            request.start(
+                room(self.model, request.ids, request.max_new_tokens), self.model.args.vocab_size, self.device
+            )
         with self._lock:
             if self.queue is not None and len(self.waiting) + len(requests) > self.queue:
                 raise QueueFull
@@ -111,7 +117,7 @@ class Batch:
 
     def _take_in(self):
         """Read the prompts of those whose turn it is; returns their logits, behind those of the running ones."""
-        joining, free = [], self.memories[len(self.running):]
+        joining, free = [], self.memories[len(self.running) :]
         for request in self._next(len(free)):
             memory = self._best(free, request.ids)
             free.remove(memory)
@@ -149,7 +155,7 @@ class Batch:
 
         All of a memory must fit: a recurrent state cannot go back to an earlier token.
         """
-        known = [memory for memory in free if len(memory.ids) < len(ids) and memory.ids == ids[:len(memory.ids)]]
+        known = [memory for memory in free if len(memory.ids) < len(ids) and memory.ids == ids[: len(memory.ids)]]
         best = max(known, key=lambda memory: len(memory.ids), default=None)
         if best is None or not best.ids:
             best = min(free, key=lambda memory: memory.left)
@@ -159,9 +165,10 @@ class Batch:
 
     def _append(self, first, new):
         """Read as many new tokens in each of the rows from `first` on: logits (B, V)."""
-        memories = self.memories[first:first + len(new)]
-        logits = self.rows.append(first, [len(memory.ids) for memory in memories],
-                                  torch.tensor(new, device=self.device))
+        memories = self.memories[first : first + len(new)]
+        logits = self.rows.append(
+            first, [len(memory.ids) for memory in memories], torch.tensor(new, device=self.device)
+        )
         for memory, ids in zip(memories, new):
             memory.ids += ids
         return logits
@@ -176,7 +183,7 @@ class Batch:
                 self.running[row] = self.running[last]
                 self.running.pop()
                 if request.finish == "error":
-                    memory.ids = []         # nobody goes on from there
+                    memory.ids = []  # nobody goes on from there
 
     def _swap(self, a, b):
         if a != b:
@@ -195,7 +202,7 @@ def choose(requests, logits):
     alike = {}
     for row, request in enumerate(requests):
         alike.setdefault(request.settings, []).append(row)
-    greedy = all(settings.temperature == 0 for settings in alike)       # then nothing is drawn
+    greedy = all(settings.temperature == 0 for settings in alike)  # then nothing is drawn
     uniform = None if greedy else torch.tensor([one.uniforms[len(one.tokens)] for one in requests], device=device)
     if len(alike) == 1:
         tokens = pick(logits, requests[0].settings, uniform)
@@ -204,7 +211,7 @@ def choose(requests, logits):
         for settings, rows in alike.items():
             rows = torch.tensor(rows, device=device)
             tokens[rows] = pick(logits[rows], settings, None if greedy else uniform[rows])
-    chosen = tokens.tolist()                        # the one place where the host waits for the device
+    chosen = tokens.tolist()  # the one place where the host waits for the device
     logprobs = _logprobs(requests, raw, tokens)
     for row, request in enumerate(requests):
         request.accept(chosen[row], logprobs.get(row))
@@ -218,5 +225,7 @@ def _logprobs(requests, logits, tokens):
     index = torch.tensor(rows, device=logits.device)
     most = max(requests[row].top_logprobs for row in rows)
     own, top, ids = log_probabilities(logits[index], tokens[index].clamp(min=0), most)
-    return {row: (one, dict(list(zip(ids_of_row, logs))[:requests[row].top_logprobs]))
-            for row, one, ids_of_row, logs in zip(rows, own.tolist(), ids.tolist(), top.tolist())}
+    return {
+        row: (one, dict(list(zip(ids_of_row, logs))[: requests[row].top_logprobs]))
+        for row, one, ids_of_row, logs in zip(rows, own.tolist(), ids.tolist(), top.tolist())
+    }

@@ -5,6 +5,7 @@ anyway. So the answer is token for token the one without speculation, greedy or 
 model's calls differs. (For a guess that is certain of itself, the rule of Leviathan et al. 2023, section 2.3, accepts
 with the same probability p(guess), and what follows a refused one has the same distribution.)
 """
+
 import torch
 
 from engine.inference.batch import read
@@ -12,8 +13,8 @@ from engine.inference.scheduler import choose, room
 from utils.errors import UserError
 
 KINDS = ("mtp", "ngram")
-NGRAM = (3, 2)          # tokens that must match, the longer first
-NGRAM_GUESSES = 6       # tokens that are copied from behind the match
+NGRAM = (3, 2)  # tokens that must match, the longer first
+NGRAM_GUESSES = 6  # tokens that are copied from behind the match
 
 
 @torch.inference_mode()
@@ -30,7 +31,7 @@ def speculate(model, request, kind):
     longest = len(request.ids) + limit
     state = model.init_state(1, longest)
     guesser = Drafts(model, longest) if kind == "mtp" else look_up
-    unread, guesses = list(request.ids), []         # what the state has not seen; what may follow
+    unread, guesses = list(request.ids), []  # what the state has not seen; what may follow
     while request.finish is None:
         if request.cancelled or request.overdue():
             request.end("cancelled" if request.cancelled else "deadline")
@@ -44,7 +45,7 @@ def speculate(model, request, kind):
         hidden, written = state.hidden, len(request.tokens)
         request.calls += 1
         request.guesses += len(guesses)
-        for guess, row in zip([*guesses, None], logits[-1 - len(guesses):]):
+        for guess, row in zip([*guesses, None], logits[-1 - len(guesses) :]):
             choose([request], row[None])
             if request.finish is not None or request.tokens[-1] != guess:
                 break
@@ -57,11 +58,11 @@ def speculate(model, request, kind):
             elif before is None:
                 state.rewind(len(guesses) - right)
                 unread = new[-1:]
-            else:                                   # a memory that only goes forward: read again what was right
+            else:  # a memory that only goes forward: read again what was right
                 state, unread = before, unread + new
             if hidden is not None:
                 hidden = hidden[:, : known + len(new)]
-            guesses = guesser(request, hidden, new)[:limit - len(request.tokens) - 1]
+            guesses = guesser(request, hidden, new)[: limit - len(request.tokens) - 1]
         request.notify()
         yield [request]
 
@@ -71,11 +72,15 @@ def check_speculative(model, kind):
     if kind not in KINDS:
         raise UserError(f"--speculative={kind}: choose one of {', '.join(KINDS)}")
     if not model.accepts("state"):
-        raise UserError(f"--speculative={kind} needs a model whose forward takes `state`, and {model.model_name} does "
-                        "not: leave it out")
+        raise UserError(
+            f"--speculative={kind} needs a model whose forward takes `state`, and {model.model_name} does "
+            "not: leave it out"
+        )
     if kind == "mtp" and model.draft is None:
-        raise UserError(f"--speculative=mtp needs a model with a module that drafts, and this {model.model_name} has "
-                        "none: use --speculative=ngram, or train one with such a module")
+        raise UserError(
+            f"--speculative=mtp needs a model with a module that drafts, and this {model.model_name} has "
+            "none: use --speculative=ngram, or train one with such a module"
+        )
 
 
 class Drafts:
@@ -89,8 +94,8 @@ class Drafts:
         # Each position goes in with the token that follows it: the settled ones only, so nothing is ever taken back.
         seen = self.state.upto
         text = request.ids + request.tokens
-        ids = torch.tensor([text[seen + 1:]], device=hidden.device)
-        logits = self.model.draft(hidden[:, -ids.shape[1]:], ids, self.state)[0]
+        ids = torch.tensor([text[seen + 1 :]], device=hidden.device)
+        logits = self.model.draft(hidden[:, -ids.shape[1] :], ids, self.state)[0]
         self.state.advance(ids.shape[1])
         return [logits[0, -1].argmax().item()]
 
@@ -101,6 +106,6 @@ def look_up(request, hidden, new):
     for n in NGRAM:
         tail = text[-n:]
         for start in range(len(text) - n - 1, -1, -1):
-            if text[start:start + n] == tail:
-                return text[start + n:start + n + NGRAM_GUESSES]
+            if text[start : start + n] == tail:
+                return text[start + n : start + n + NGRAM_GUESSES]
     return []

@@ -1,4 +1,5 @@
 """A batch with a thread of its own, so that requests may come from anywhere at any time."""
+
 import sys
 import threading
 import traceback
@@ -51,6 +52,6 @@ class Service:
                 continue
             try:
                 self.batch.step()
-            except Exception:           # memory ran out, say: what is being answered is lost, the next may fit
+            except Exception:  # memory ran out, say: what is being answered is lost, the next may fit
                 traceback.print_exc(file=sys.stderr)
                 self.batch.abort("error", "the model failed on a request: the server's log says how")

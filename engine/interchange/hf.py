@@ -76,19 +76,39 @@ def import_hf(source: Path, run: Path, max_seq_len: int = 0) -> None:
 def write_run(place: Path, model, name: str, stage: str, source: Path) -> None:
     """The files of a run folder that later stages need, around weights that come from elsewhere."""
     counts = model.num_params()
-    settings = {"stage": stage, "model_name": name, "max_seq_len": model.args.max_seq_len,
-                "model": dataclasses.asdict(model.args)}
+    settings = {
+        "stage": stage,
+        "model_name": name,
+        "max_seq_len": model.args.max_seq_len,
+        "model": dataclasses.asdict(model.args),
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    about = {"stage": stage, "model_name": name, "params": counts, "imported_from": str(source.resolve()),
-             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-             "git_revision": git_revision()}
+    about = {
+        "stage": stage,
+        "model_name": name,
+        "params": counts,
+        "imported_from": str(source.resolve()),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "git_revision": git_revision(),
+    }
     write_json(place / "run.json", about)
     write_json(place / "summary.json", {"stage": stage, "model_name": name, "status": "imported", "params": counts})
     shutil.copyfile(model_file(name), place / model_file(name).name)
-    save_checkpoint(place / "final", model, None, {"step": 0}, {
-        "stage": stage, "model_name": name, "params": counts["total"], "step": 0, "tokens": 0,
-        "tokenizer": load_tokenizer(place / "tokenizer").fingerprint})
+    save_checkpoint(
+        place / "final",
+        model,
+        None,
+        {"step": 0},
+        {
+            "stage": stage,
+            "model_name": name,
+            "params": counts["total"],
+            "step": 0,
+            "tokens": 0,
+            "tokenizer": load_tokenizer(place / "tokenizer").fingerprint,
+        },
+    )
 
 
 @contextmanager

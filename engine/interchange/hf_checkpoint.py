@@ -23,8 +23,10 @@ def architecture_for(config: dict):
     fitting = {name: Model for name, Model in layouts.items() if Model.hf_layout.reads(config)}
     if not fitting:
         known = ", ".join(sorted(Model.hf_layout.architecture for Model in layouts.values()))
-        raise UserError(f"no model here reads {(config.get('architectures') or ['an unnamed architecture'])[0]}: "
-                        f"known are {known} (docs/interchange.md shows how to add one)")
+        raise UserError(
+            f"no model here reads {(config.get('architectures') or ['an unnamed architecture'])[0]}: "
+            f"known are {known} (docs/interchange.md shows how to add one)"
+        )
     wrote = (config.get("mini_llm") or {}).get("model_name")
     name = wrote if wrote in fitting else min(fitting)
     return name, fitting[name]

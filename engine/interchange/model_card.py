@@ -2,8 +2,13 @@
 
 import dataclasses
 
-FIGURES = {"steps": "training steps", "tokens": "training tokens", "train_loss": "training loss, nats a token",
-           "val_loss": "held-out loss, nats a token", "val_bpc": "held-out bits a character"}
+FIGURES = {
+    "steps": "training steps",
+    "tokens": "training tokens",
+    "train_loss": "training loss, nats a token",
+    "val_loss": "held-out loss, nats a token",
+    "val_bpc": "held-out bits a character",
+}
 
 
 def model_card(name: str, stage: str, model, config: dict, summary: dict) -> str:
@@ -17,9 +22,14 @@ def model_card(name: str, stage: str, model, config: dict, summary: dict) -> str
     table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())
     fields = "\n".join(f"| {key} | {value} |" for key, value in dataclasses.asdict(model.args).items())
     chat = "pretrain" not in stage
-    prompt = ('ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], '
-              'add_generation_prompt=True, return_tensors="pt", return_dict=False)') if chat else \
-        'ids = tokenizer("<s>Hello", return_tensors="pt", add_special_tokens=False).input_ids'
+    prompt = (
+        (
+            'ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], '
+            'add_generation_prompt=True, return_tensors="pt", return_dict=False)'
+        )
+        if chat
+        else 'ids = tokenizer("<s>Hello", return_tensors="pt", add_special_tokens=False).input_ids'
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -84,7 +84,8 @@ def _rename(data: dict, chosen: dict[str, int]) -> None:
     kept = [token for token in data["added_tokens"] if token["id"] not in names]
     for token in kept:  # a mark outside the byte alphabet is no text: it must not reach the decoder
         token["special"] |= token["content"] in SPECIAL_TOKENS or (
-            bool(token["content"].strip()) and not BYTE_OF.keys() >= set(token["content"]))
+            bool(token["content"].strip()) and not BYTE_OF.keys() >= set(token["content"])
+        )
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     kept += [{"id": i, "content": text, **plain, "special": True} for i, text in names.items()]
     data["added_tokens"] = sorted(kept, key=lambda token: token["id"])

@@ -24,8 +24,9 @@ def fitting_rows(at_most: int, model, optimizer, rows, device, autocast) -> int:
     """
     free = memory.available(device)
     if free is None:
-        raise UserError(f"--max_batch_size=0: how much memory is free on {device.type} is not known here: "
-                        "give a number of rows")
+        raise UserError(
+            f"--max_batch_size=0: how much memory is free on {device.type} is not known here: give a number of rows"
+        )
     _, gradients, moments = process_bytes(model, optimizer)
     room = int(SHARES.get(device.type, SHARE_OF_HOST) * free) - gradients - moments
     base = memory.held(device) + gradients
@@ -45,8 +46,10 @@ def fitting_rows(at_most: int, model, optimizer, rows, device, autocast) -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if not found:
-        raise UserError(f"not even one row of {rows.seq_len} tokens fits the {format_bytes(free)} that are free on "
-                        f"{device.type}: lower --max_seq_len, or train a smaller model")
+        raise UserError(
+            f"not even one row of {rows.seq_len} tokens fits the {format_bytes(free)} that are free on "
+            f"{device.type}: lower --max_seq_len, or train a smaller model"
+        )
     log(f"micro-batch: {found} rows fit ({format_bytes(max(0, used))} of {format_bytes(max(0, room))})")
     return found
 

@@ -85,16 +85,19 @@ def matching(path: Path, model: torch.nn.Module, shapes: dict) -> dict[str, str]
     own, names = model.state_dict(), canonical_names(model)
     unknown = sorted(set(shapes) - set(own))
     if unknown:
-        raise UserError(f"{path} holds {unknown[0]}, which this model has not: "
-                        "the architecture or its file has changed")
+        raise UserError(
+            f"{path} holds {unknown[0]}, which this model has not: the architecture or its file has changed"
+        )
     source = {name: name if name in shapes else names[name] for name in own}
     for name, target in own.items():
         shape = shapes.get(source[name])
         if shape is None:
             raise UserError(f"{path} lacks {name}: the architecture or its file has changed")
         if shape != target.shape:
-            raise UserError(f"{path}: {name} is {tuple(shape)} there and {tuple(target.shape)} in this model: "
-                            "the architecture's fields must stay as they were")
+            raise UserError(
+                f"{path}: {name} is {tuple(shape)} there and {tuple(target.shape)} in this model: "
+                "the architecture's fields must stay as they were"
+            )
     return source
 
 
@@ -105,6 +108,7 @@ def save_checkpoint(folder: Path, model, optimizer, state: dict, about: dict, we
     content of model.safetensors where it has been gathered already. The main process alone calls it, but all of them
     for model and optimizer of a model that is shared out: each writes its part.
     """
+
     def write_rest(place, files, optimizer_state):
         if optimizer_state is not None:
             files.append(write_file(place / "optimizer.pt", lambda file: torch.save(optimizer_state, file)))
@@ -214,8 +218,10 @@ def load_training_state(folder: Path, model, optimizer) -> dict:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         if getattr(error, "user_error", False):
             raise
-        raise UserError(f"{folder}/optimizer.pt does not fit this optimizer ({error}): --optimizer and the "
-                        "architecture must stay as they were") from None
+        raise UserError(
+            f"{folder}/optimizer.pt does not fit this optimizer ({error}): --optimizer and the "
+            "architecture must stay as they were"
+        ) from None
     return read_plain(folder / "trainer_state.pt")
 
 
@@ -257,8 +263,9 @@ def find_weights(path) -> tuple[Path, Path]:
     given = path if (path / MANIFEST).is_file() else None
     run = path if given is None else path.parent if path.name == "final" else path.parent.parent
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run folder (it has no config.yaml): "
-                        "give the folder that pretrain.py or sft.py made")
+        raise UserError(
+            f"{run} is no run folder (it has no config.yaml): give the folder that pretrain.py or sft.py made"
+        )
     if given is not None and damage(given) is not None:
         raise UserError(f"{given} is damaged, {damage(given)}: choose another checkpoint, or the run itself")
     checkpoint = given or newest_checkpoint(run, final=True)
@@ -301,9 +308,16 @@ def find_runs(output_path="output", stage: str | None = None, model_name: str | 
         if not folders:
             continue
         about, summary = read_manifest(folders[0]) or {}, _read_json(path / "summary.json")
-        info = RunInfo(path, about.get("stage", path.name.partition("_")[0]), about.get("model_name", ""),
-                       about.get("params"), about.get("step"), summary.get("val_loss"), summary.get("val_bpc"),
-                       (folders[0] / MANIFEST).stat().st_mtime)
+        info = RunInfo(
+            path,
+            about.get("stage", path.name.partition("_")[0]),
+            about.get("model_name", ""),
+            about.get("params"),
+            about.get("step"),
+            summary.get("val_loss"),
+            summary.get("val_bpc"),
+            (folders[0] / MANIFEST).stat().st_mtime,
+        )
         if stage in (None, info.stage) and model_name in (None, "", info.model_name):
             runs.append(info)
     return sorted(runs, key=lambda info: info.modified, reverse=True)

@@ -53,26 +53,36 @@ class Saver:
         if not problem:
             self.retry_at, self.delay = 0, 1
         elif must:
-            raise UserError(f"step {step} could not be saved ({problem}): make room; the same command then goes on "
-                            "from the checkpoint before")
+            raise UserError(
+                f"step {step} could not be saved ({problem}): make room; the same command then goes on "
+                "from the checkpoint before"
+            )
         else:
             self.retry_at, self.delay = step + self.delay, self.delay * 2
-            warn(f"step {step}: the checkpoint could not be saved ({problem}); the one before is kept, "
-                 f"the next try is at step {self.retry_at}")
+            warn(
+                f"step {step}: the checkpoint could not be saved ({problem}); the one before is kept, "
+                f"the next try is at step {self.retry_at}"
+            )
 
     def save_final(self, state: dict, val: dict) -> None:
         """Save the weights alone, as final/; UserError when that fails, or when there is nothing worth the name."""
         if state["step"] and state["skipped"] >= state["step"]:
-            raise UserError(f"not one of {state['step']} steps could be taken, so there are no final weights: "
-                            "lower --max_lr, use --precision=fp32, or look at the data")
+            raise UserError(
+                f"not one of {state['step']} steps could be taken, so there are no final weights: "
+                "lower --max_lr, use --precision=fp32, or look at the data"
+            )
         if val.get("val_loss") is not None and not math.isfinite(val["val_loss"]):
-            raise UserError(f"the held-out loss is {val['val_loss']}, so there are no final weights: lower --max_lr, "
-                            "use --precision=fp32, or look at the model")
+            raise UserError(
+                f"the held-out loss is {val['val_loss']}, so there are no final weights: lower --max_lr, "
+                "use --precision=fp32, or look at the model"
+            )
         measured = {key: val[key] for key in ("val_loss", "val_targets") if key in val}
         problem = self._save(self.run / "final", None, state, measured)
         if problem:
-            raise UserError(f"{self.run / 'final'} could not be saved ({problem}): make room; the same command then "
-                            "goes on from the last checkpoint")
+            raise UserError(
+                f"{self.run / 'final'} could not be saved ({problem}): make room; the same command then "
+                "goes on from the last checkpoint"
+            )
 
     def best(self) -> str | None:
         """The name of the step checkpoint with the lowest held-out loss, of those evaluated at their step."""
@@ -111,8 +121,9 @@ class Saver:
             prune_checkpoints(self.run, self.config.keep_last, self.config.keep_every, self.config.keep_best, target)
 
 
-def prune_checkpoints(run: Path, keep_last: int, keep_every: int = 0, keep_best: bool = False,
-                      written: Path | None = None) -> None:
+def prune_checkpoints(
+    run: Path, keep_last: int, keep_every: int = 0, keep_best: bool = False, written: Path | None = None
+) -> None:
     """Delete step checkpoints but the newest `keep_last`, those at multiples of `keep_every`, and the best.
 
     written: the one just saved, which always stays. Those beyond it go: the run came from before them because they were
@@ -159,17 +170,26 @@ def refuse_broken(model, step: int) -> None:
         broken = process_group.sum_tensors(broken)
     for name, count in broken.items():
         if count:
-            raise UserError(f"step {step}: {name} holds a NaN, so this state is not saved: lower --max_lr or use "
-                            "--precision=fp32; the last checkpoint is kept")
+            raise UserError(
+                f"step {step}: {name} holds a NaN, so this state is not saved: lower --max_lr or use "
+                "--precision=fp32; the last checkpoint is kept"
+            )
 
 
 def checkpoint_bytes(model, optimizer) -> tuple[int, int]:
     """About how many bytes the weights alone and a whole checkpoint take: fp32, and the moments of the optimizer."""
     kept = set(canonical_names(model).values())
-    weights = sum(tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
-                  for name, tensor in model.state_dict().items() if name in kept)
-    moments = sum(parameter.numel() * 4 * (2 if isinstance(part, torch.optim.AdamW) else 1) for part in optimizer.all
-                  for group in part.param_groups for parameter in group["params"])
+    weights = sum(
+        tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
+        for name, tensor in model.state_dict().items()
+        if name in kept
+    )
+    moments = sum(
+        parameter.numel() * 4 * (2 if isinstance(part, torch.optim.AdamW) else 1)
+        for part in optimizer.all
+        for group in part.param_groups
+        for parameter in group["params"]
+    )
     return weights, weights + moments
 
 
@@ -201,6 +221,8 @@ def ensure_room(run: Path, config, model, optimizer, total_steps: int) -> None:
     """UserError when the disk cannot hold the checkpoints that the run is going to keep, and the one being written."""
     (kept, need), free = room_for_checkpoints(config, model, optimizer, total_steps), disk_free(run)
     if free < need:
-        raise UserError(f"{run} needs about {format_bytes(need)} for {kept} checkpoints, the one being written and the "
-                        f"final weights, and the disk has {format_bytes(free)} for it: make room, lower --keep_last, "
-                        "or choose another --output_path")
+        raise UserError(
+            f"{run} needs about {format_bytes(need)} for {kept} checkpoints, the one being written and the "
+            f"final weights, and the disk has {format_bytes(free)} for it: make room, lower --keep_last, "
+            "or choose another --output_path"
+        )

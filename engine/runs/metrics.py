@@ -82,12 +82,14 @@ class RunLog:
 
     def _write(self, record: dict) -> None:
         """Append a record; what does not fit on the disk now is written with the next one. A NaN is no JSON: null."""
-        plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                 for key, value in record.items()}
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
         self.unwritten += json.dumps(plain).encode() + b"\n"
         with self._going_on():
             while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def _show(self, kind: str, *what) -> None:
         """Hand a scalar, a histogram or a text to TensorBoard; its writer dies of an error, and is then opened anew."""
@@ -175,10 +177,15 @@ def draw_curve(metrics: Path, picture: Path) -> None:
 def log_text(record: dict, smooth_loss: float, val_loss: float | None, skipped: int, device: torch.device) -> str:
     """The figures of a log line. Loss and bits a character (bpc) are smoothed over the last steps."""
     bpc = record["bpc"] * smooth_loss / record["loss"] if record["bpc"] and record["loss"] else None
-    parts = [f"loss {smooth_loss:.4f}", f"bpc {bpc:.4f}" if bpc is not None else None,
-             f"val {val_loss:.4f}" if val_loss is not None else None,
-             f"lr {record['lr']:.2e}", f"norm {record['grad_norm']:.2f}",
-             f"{format_count(record['tokens_per_s'])} tok/s", f"MFU {record['mfu']:.1%}",
-             f"{most_held(device) / 2**30:.1f} GB",
-             f"skipped {skipped}" if skipped else None]
+    parts = [
+        f"loss {smooth_loss:.4f}",
+        f"bpc {bpc:.4f}" if bpc is not None else None,
+        f"val {val_loss:.4f}" if val_loss is not None else None,
+        f"lr {record['lr']:.2e}",
+        f"norm {record['grad_norm']:.2f}",
+        f"{format_count(record['tokens_per_s'])} tok/s",
+        f"MFU {record['mfu']:.1%}",
+        f"{most_held(device) / 2**30:.1f} GB",
+        f"skipped {skipped}" if skipped else None,
+    ]
     return " | ".join(part for part in parts if part)

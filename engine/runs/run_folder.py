@@ -76,8 +76,10 @@ def _choose(config, stage: str, who: dict) -> Place:
             raise UserError(f"--resume={folder}: that is no run folder; use auto, never, must or the path of one")
         theirs = _identity_of(folder)
         if theirs.get("stage") != who["stage"]:
-            raise UserError(f"--resume={folder}: that run is of the stage {theirs.get('stage')}, not {who['stage']}; "
-                            "--resume goes on with a run of the same script")
+            raise UserError(
+                f"--resume={folder}: that run is of the stage {theirs.get('stage')}, not {who['stage']}; "
+                "--resume goes on with a run of the same script"
+            )
         if theirs.get("tokenizer") != who["tokenizer"]:
             raise UserError(f"--resume={folder}: that run has another tokenizer; give the same --tokenizer_path")
         if theirs.get("model") != who["model"]:
@@ -108,8 +110,9 @@ def _choose(config, stage: str, who: dict) -> Place:
             differ = [key for key in who if theirs.get(key) != who[key]]
             reasons.append(f"{folder} differs in {', '.join(differ[:4])}")
     if config.resume == "must":
-        raise UserError("--resume=must, but there is no run to go on with: "
-                        + ("; ".join(reasons) or f"{first} does not exist"))
+        raise UserError(
+            "--resume=must, but there is no run to go on with: " + ("; ".join(reasons) or f"{first} does not exist")
+        )
     folder = vacant or next(f for f in _numbered(first, free=True))
     for reason in reasons:
         log(f"{reason}: this run goes to {folder}")
@@ -139,9 +142,13 @@ def _identity_of(folder: Path) -> dict:
 def is_empty(folder: Path) -> bool:
     """Whether a run folder, made by a training or just made, holds neither a checkpoint nor a single step's record."""
     metrics = folder / "metrics.jsonl"
-    return (folder.is_dir() and ((folder / ".lock").is_file() or not any(folder.iterdir()))
-            and not (folder / "final").exists() and not find_checkpoints(folder)
-            and not (metrics.is_file() and metrics.stat().st_size))
+    return (
+        folder.is_dir()
+        and ((folder / ".lock").is_file() or not any(folder.iterdir()))
+        and not (folder / "final").exists()
+        and not find_checkpoints(folder)
+        and not (metrics.is_file() and metrics.stat().st_size)
+    )
 
 
 @contextmanager
@@ -172,8 +179,10 @@ def lock_folder(folder: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
-            raise UserError(f"another process is training in {folder}: wait for it, or start with --resume=never or "
-                            "another --run_name") from None
+            raise UserError(
+                f"another process is training in {folder}: wait for it, or start with --resume=never or "
+                "another --run_name"
+            ) from None
     return file
 
 
@@ -182,12 +191,17 @@ def write_run_files(folder: Path, config, stage: str, who: dict, model, tokenize
     settings = {"stage": stage, **to_dict(config), "model": who["model"]}
     write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     about = {
-        "stage": stage, "model_name": config.model_name, "params": model.num_params(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]), "seed": config.seed,
-        "processes": process_group.world_size(), "device": str(next(model.parameters()).device),
+        "stage": stage,
+        "model_name": config.model_name,
+        "params": model.num_params(),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "seed": config.seed,
+        "processes": process_group.world_size(),
+        "device": str(next(model.parameters()).device),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()},
-        "git_revision": git_revision(), "identity": who,
+        "git_revision": git_revision(),
+        "identity": who,
     }
     write_text(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False))
     copy_file(model_source, folder / model_source.name)
@@ -206,8 +220,10 @@ def source_fingerprint(path: Path) -> str:
 
 def git_revision() -> str | None:
     """The commit of the code, with a + when tracked files have changed since; None outside a git checkout."""
+
     def git(*words):
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+
     try:
         head = git("rev-parse", "HEAD")
         if head.returncode:

@@ -110,9 +110,17 @@ def without_parts(state: dict) -> tuple[dict, dict[str, torch.Tensor]]:
         name = ".".join(map(str, ("optimizer", *path)))
         parts[name] = value
         return name
-    optimizers = [{**part, "state": {index: {key: named(value, number, index, key) for key, value in values.items()}
-                                     for index, values in part["state"].items()}}
-                  for number, part in enumerate(state["optimizers"])]
+
+    optimizers = [
+        {
+            **part,
+            "state": {
+                index: {key: named(value, number, index, key) for key, value in values.items()}
+                for index, values in part["state"].items()
+            },
+        }
+        for number, part in enumerate(state["optimizers"])
+    ]
     return {"optimizers": optimizers}, parts
 
 
@@ -124,12 +132,19 @@ def with_parts(state: dict, optimizer, folder: Path, together: bool) -> dict:
         if isinstance(value, str):
             return wanted.setdefault(value, torch.zeros_like(parameter))
         return part_of(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+
     optimizers = []
     for part, saved in zip(optimizer.all, state["optimizers"], strict=True):
         parameters = [parameter for group in part.param_groups for parameter in group["params"]]
-        optimizers.append({**saved, "state": {
-            index: {key: tensor(value, parameters[index]) for key, value in values.items()}
-            for index, values in saved["state"].items()}})
+        optimizers.append(
+            {
+                **saved,
+                "state": {
+                    index: {key: tensor(value, parameters[index]) for key, value in values.items()}
+                    for index, values in saved["state"].items()
+                },
+            }
+        )
     if wanted:
         load_parts(folder, wanted, together)
     return {"optimizers": optimizers}

@@ -1,4 +1,5 @@
 """Every answer that is no answer: an OpenAI error object, whatever went wrong and wherever."""
+
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -46,8 +47,10 @@ def handle_errors(app):
 
 
 def _say(error):
-    return {404: "there is nothing at this address: the API's paths begin with /v1/",
-            405: "this address does not take this method"}.get(error.status_code, error.detail)
+    return {
+        404: "there is nothing at this address: the API's paths begin with /v1/",
+        405: "this address does not take this method",
+    }.get(error.status_code, error.detail)
 
 
 def _invalid(error):

@@ -1,4 +1,5 @@
 """What a client gets: OpenAI's objects, as a whole or in chunks, made from requests of the batch."""
+
 from bisect import bisect_left
 from typing import Literal
 
@@ -41,8 +42,8 @@ class Delta(BaseModel):
 
 class ChatChoice(BaseModel):
     index: int
-    message: Delta | None = None        # of a whole answer
-    delta: Delta | None = None          # of a chunk
+    message: Delta | None = None  # of a whole answer
+    delta: Delta | None = None  # of a chunk
     logprobs: ChatLogprobs | None = None
     finish_reason: Finish | None = None
 
@@ -112,8 +113,8 @@ class News:
         entries: None when no log-probabilities were asked for, else of each token its bytes, its log-probability, the
         [(bytes, log-probability)] of the likeliest, and the number of characters before it.
         """
-        finish = self.request.finish            # first: what is read after it is all there is
-        text = self.request.text[self.chars:]
+        finish = self.request.finish  # first: what is read after it is all there is
+        text = self.request.text[self.chars :]
         self.chars += len(text)
         starts, cut, first = self.request.writer.starts, self.request.writer.stopped, self.tokens
         self.tokens = len(starts) if finish and not cut else bisect_left(starts, self.chars)
@@ -124,12 +125,15 @@ class News:
 
     def _entry(self, number):
         def spelled(token, logprob):
-            return self.tokenizer.token_bytes(token), max(logprob, -9999.0)         # JSON has no -inf
+            return self.tokenizer.token_bytes(token), max(logprob, -9999.0)  # JSON has no -inf
 
         request = self.request
         own, top = request.logprobs[number]
-        return (*spelled(request.tokens[number], own), [spelled(*pair) for pair in top.items()],
-                request.writer.starts[number])
+        return (
+            *spelled(request.tokens[number], own),
+            [spelled(*pair) for pair in top.items()],
+            request.writer.starts[number],
+        )
 
 
 def spell(token):
@@ -144,14 +148,21 @@ def chat_logprobs(entries):
     def one(token, logprob):
         return {"token": spell(token), "logprob": logprob, "bytes": list(token)}
 
-    return ChatLogprobs(content=[Token(**one(token, logprob), top_logprobs=[TopToken(**one(*pair)) for pair in top])
-                                 for token, logprob, top, _ in entries])
+    return ChatLogprobs(
+        content=[
+            Token(**one(token, logprob), top_logprobs=[TopToken(**one(*pair)) for pair in top])
+            for token, logprob, top, _ in entries
+        ]
+    )
 
 
 def text_logprobs(entries):
-    return TextLogprobs(tokens=[spell(entry[0]) for entry in entries], token_logprobs=[entry[1] for entry in entries],
-                        top_logprobs=[{spell(token): logprob for token, logprob in entry[2]} for entry in entries],
-                        text_offset=[entry[3] for entry in entries])
+    return TextLogprobs(
+        tokens=[spell(entry[0]) for entry in entries],
+        token_logprobs=[entry[1] for entry in entries],
+        top_logprobs=[{spell(token): logprob for token, logprob in entry[2]} for entry in entries],
+        text_offset=[entry[3] for entry in entries],
+    )
 
 
 class ChatShape:
@@ -165,13 +176,21 @@ class ChatShape:
 
     @staticmethod
     def piece(index, text, entries, finish):
-        return ChatChoice(index=index, delta=Delta(**({"content": text} if finish is None else {})),
-                          logprobs=chat_logprobs(entries) if entries else None, finish_reason=finish)
+        return ChatChoice(
+            index=index,
+            delta=Delta(**({"content": text} if finish is None else {})),
+            logprobs=chat_logprobs(entries) if entries else None,
+            finish_reason=finish,
+        )
 
     @staticmethod
     def whole(index, text, entries, finish):
-        return ChatChoice(index=index, message=Delta(role="assistant", content=text),
-                          logprobs=None if entries is None else chat_logprobs(entries), finish_reason=finish)
+        return ChatChoice(
+            index=index,
+            message=Delta(role="assistant", content=text),
+            logprobs=None if entries is None else chat_logprobs(entries),
+            finish_reason=finish,
+        )
 
 
 class TextShape:
@@ -185,7 +204,8 @@ class TextShape:
 
     @staticmethod
     def whole(index, text, entries, finish):
-        return TextChoice(index=index, text=text, finish_reason=finish,
-                          logprobs=None if entries is None else text_logprobs(entries))
+        return TextChoice(
+            index=index, text=text, finish_reason=finish, logprobs=None if entries is None else text_logprobs(entries)
+        )
 
     piece = whole

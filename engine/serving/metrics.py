@@ -1,4 +1,5 @@
 """What /metrics tells, in the format of Prometheus."""
+
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -15,10 +16,16 @@ class Metrics:
         self.registry = CollectorRegistry()
         more = {"registry": self.registry}
         self.requests = Counter(NAME + "http_requests", "requests, by path and status", ["path", "status"], **more)
-        self.seconds = Histogram(NAME + "http_request_seconds", "from the head of a request to the end of its answer",
-                                 ["path"], buckets=SECONDS, **more)
-        self.first_token = Histogram(NAME + "first_token_seconds", "from a request to its first token",
-                                     buckets=SECONDS, **more)
+        self.seconds = Histogram(
+            NAME + "http_request_seconds",
+            "from the head of a request to the end of its answer",
+            ["path"],
+            buckets=SECONDS,
+            **more,
+        )
+        self.first_token = Histogram(
+            NAME + "first_token_seconds", "from a request to its first token", buckets=SECONDS, **more
+        )
         self.answers = Counter(NAME + "answers", "answers, by how they ended", ["finish"], **more)
         self.written = Counter(NAME + "completion_tokens", "tokens written", **more)
         self.registry.register(BatchFigures(batch))
@@ -37,7 +44,7 @@ class Metrics:
         async def counted(scope, receive, send):
             if scope["type"] != "http":
                 return await app(scope, receive, send)
-            start, status = time.monotonic(), "none"        # none: the client left before there was an answer
+            start, status = time.monotonic(), "none"  # none: the client left before there was an answer
 
             async def noting(message):
                 nonlocal status
@@ -67,6 +74,7 @@ class BatchFigures:
         yield GaugeMetricFamily(NAME + "waiting", "requests that wait for their turn", value=len(batch.waiting))
         yield GaugeMetricFamily(NAME + "slots", "requests that can be answered at once", value=len(batch.memories))
         yield CounterMetricFamily(NAME + "prompt_tokens", "tokens of prompts that were read", value=batch.read)
-        yield CounterMetricFamily(NAME + "prompt_tokens_reused", "tokens of prompts that were known from a turn before",
-                                  value=batch.reused)
+        yield CounterMetricFamily(
+            NAME + "prompt_tokens_reused", "tokens of prompts that were known from a turn before", value=batch.reused
+        )
         yield CounterMetricFamily(NAME + "steps", "steps of the batch", value=batch.steps)

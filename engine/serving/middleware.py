@@ -1,11 +1,12 @@
 """What every HTTP request passes first: who asks, for which host, and how much they send in how much time."""
+
 import asyncio
 import hashlib
 import hmac
 
 from engine.serving.errors import ApiError
 
-OPEN_PATHS = {"/health"}        # for whoever watches the server: no key, and nothing to learn
+OPEN_PATHS = {"/health"}  # for whoever watches the server: no key, and nothing to learn
 LOCAL = {"127.0.0.1", "::1", "localhost"}
 BODY_SECONDS = 30
 
@@ -30,7 +31,7 @@ class Door:
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
-            except ConnectionError:                 # the client left while it was sending
+            except ConnectionError:  # the client left while it was sending
                 return
         await self.app(scope, receive, send)
 
@@ -39,10 +40,14 @@ class Door:
             raise ApiError(403, "without an API key this server answers to localhost only: see the Host header")
         if self.key is not None and path not in OPEN_PATHS:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            same = hmac.compare_digest(hashlib.sha256(given.strip()).digest(), self.key)    # equally long, so no hint
+            same = hmac.compare_digest(hashlib.sha256(given.strip()).digest(), self.key)  # equally long, so no hint
             if scheme.lower() != b"bearer" or not same:
-                raise ApiError(401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
-                               "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+                raise ApiError(
+                    401,
+                    "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
+                    "invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if method == "POST" and kind != b"application/json":
             raise ApiError(415, "send the body as JSON, with Content-Type: application/json")
@@ -58,8 +63,9 @@ class Door:
                         raise ConnectionError
                     body += message.get("body", b"")
                     if len(body) > self.max_body_bytes:
-                        raise ApiError(413, f"the body is larger than the {self.max_body_bytes} bytes that this server "
-                                            "takes")
+                        raise ApiError(
+                            413, f"the body is larger than the {self.max_body_bytes} bytes that this server takes"
+                        )
                     more = message.get("more_body", False)
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {BODY_SECONDS} s") from None

@@ -1,4 +1,5 @@
 """The way of requests from a handler through the batch to the client, as a whole or in chunks, while it listens."""
+
 import asyncio
 import contextlib
 import secrets
@@ -10,7 +11,7 @@ from engine.inference.scheduler import QueueFull
 from engine.serving.errors import ApiError, busy
 from engine.serving.formats import CachedTokens, News, Usage
 
-SEND_SECONDS = 30               # for a slow reader to take what is there, after the deadline
+SEND_SECONDS = 30  # for a slow reader to take what is there, after the deadline
 
 
 class Following(Response):
@@ -25,15 +26,19 @@ class Following(Response):
         self.server, self.shape, self.requests = server, shape, requests
         self.stream, self.usage_chunk = stream, usage_chunk
         self.news = [News(request, server.tokenizer) for request in requests]
-        self.head = {"id": shape.prefix + secrets.token_hex(12), "object": shape.chunk if stream else shape.object,
-                     "created": int(time.time()), "model": server.name}
+        self.head = {
+            "id": shape.prefix + secrets.token_hex(12),
+            "object": shape.chunk if stream else shape.object,
+            "created": int(time.time()),
+            "model": server.name,
+        }
         self.moved, self.gone, self.started = asyncio.Event(), False, False
 
     async def __call__(self, scope, receive, send):
         loop, start = asyncio.get_running_loop(), time.monotonic()
 
-        def notify():                               # in the batch's thread
-            with contextlib.suppress(RuntimeError):     # the loop has ended meanwhile: nobody is left to be told
+        def notify():  # in the batch's thread
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile: nobody is left to be told
                 loop.call_soon_threadsafe(self.moved.set)
 
         for request in self.requests:
@@ -52,13 +57,13 @@ class Following(Response):
                 if any(request.tokens for request in self.requests):
                     self.server.metrics.first_token.observe(time.monotonic() - start)
                 await (self._tell_in_chunks(send) if self.stream else self._tell_whole(scope, receive, send))
-        except TimeoutError:                        # a client that does not read: uvicorn closes the connection
+        except TimeoutError:  # a client that does not read: uvicorn closes the connection
             if not self.started:
                 raise ApiError(503, "the server is too slow for its deadline") from None
         finally:
             leaving.cancel()
             for request in self.requests:
-                request.cancelled = True            # of no consequence where it has ended
+                request.cancelled = True  # of no consequence where it has ended
             self.server.metrics.answered(self.requests)
 
     async def _watch(self, receive):
@@ -88,8 +93,13 @@ class Following(Response):
             if request.finish and not request.tokens:
                 check(request)
         self.started = True
-        await send({"type": "http.response.start", "status": 200, "headers": [
-            (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")],
+            }
+        )
 
         async def event(data):
             await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
@@ -98,7 +108,7 @@ class Following(Response):
             async for chunk in self._chunks():
                 await event(chunk)
             await event(b"[DONE]")
-        except ApiError as error:                   # too late for a status
+        except ApiError as error:  # too late for a status
             await event(error.response().body)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -126,10 +136,14 @@ class Following(Response):
         return self.shape.answer(**self.head, choices=choices, **more).model_dump_json(exclude_unset=True).encode()
 
     def _usage(self):
-        prompts = {id(request.ids): request for request in self.requests}.values()      # n answers share their prompt
+        prompts = {id(request.ids): request for request in self.requests}.values()  # n answers share their prompt
         read, written = sum(len(r.ids) for r in prompts), sum(len(r.tokens) for r in self.requests)
-        return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written,
-                     prompt_tokens_details=CachedTokens(cached_tokens=sum(r.reused for r in prompts)))
+        return Usage(
+            prompt_tokens=read,
+            completion_tokens=written,
+            total_tokens=read + written,
+            prompt_tokens_details=CachedTokens(cached_tokens=sum(r.reused for r in prompts)),
+        )
 
 
 def check(request):

@@ -3,14 +3,15 @@
 A field that is not here is refused, not ignored: an answer without the tools or the format that were asked for would
 look like one with them.
 """
+
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.inference.options import SAMPLING
 
-MOST_CHOICES = 16               # answers to one request
-MOST_TEXT = 2**20               # characters of a text; the body's own bound is what counts in practice
+MOST_CHOICES = 16  # answers to one request
+MOST_TEXT = 2**20  # characters of a text; the body's own bound is what counts in practice
 
 
 def List(kind, most):

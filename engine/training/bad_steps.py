@@ -35,8 +35,12 @@ class StepGuard:
         for name in ("recent_losses", "recent_norms"):  # logarithms: both are positive, and vary by factors
             state.setdefault(name, [])
         # buffers that are saved; one that is not is a table that stays as it was built
-        self.buffers = [(module, name) for module in model.modules() for name, buffer in module._buffers.items()
-                        if buffer is not None and name not in module._non_persistent_buffers_set]
+        self.buffers = [
+            (module, name)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
         self.waits = type(model).after_step is not BaseModel.after_step and not model.after_step_keeps_to_buffers
         self.before, self.unread, self.numbers = [], None, (math.nan, math.nan)
 
@@ -103,17 +107,20 @@ class StepGuard:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             objection = f"loss {loss}, gradient norm {norm}"
         else:
-            what, value, recent = (("loss", loss, "recent_losses") if loss > limits[0] else
-                                   ("gradient norm", norm, "recent_norms"))
+            what, value, recent = (
+                ("loss", loss, "recent_losses") if loss > limits[0] else ("gradient norm", norm, "recent_norms")
+            )
             objection = f"a spike: {what} {value:.4g}, of late {math.exp(median(self.state[recent])):.4g}"
         self.state["skipped"] += 1
         self.state["bad_in_a_row"] += 1
         self.run_log.skipped({"step": step, "skipped": objection, "epoch": epoch, "rows": rows})
         warn(f"step {step} skipped: {objection}; epoch {epoch}, rows {rows[:8]}{' ...' if len(rows) > 8 else ''}")
         if self.state["bad_in_a_row"] >= MAX_BAD_STEPS:
-            raise UserError(f"{MAX_BAD_STEPS} steps in a row were skipped, the last {step} ({objection}): lower "
-                            "--max_lr, use --precision=fp32, set --spike_bound=0 if such steps are right, or look at "
-                            "the data; the last checkpoint is kept")
+            raise UserError(
+                f"{MAX_BAD_STEPS} steps in a row were skipped, the last {step} ({objection}): lower "
+                "--max_lr, use --precision=fp32, set --spike_bound=0 if such steps are right, or look at "
+                "the data; the last checkpoint is kept"
+            )
 
 
 def largest(recent: list[float], bound: float) -> float:
@@ -143,4 +150,5 @@ def fetch(tensor: torch.Tensor):
     def numbers():
         arrived.synchronize()
         return copy.tolist()
+
     return numbers

@@ -39,19 +39,23 @@ def pretrained_model(config):
     run = config.init_from or newest_run(config.output_path, "pretrain", config.model_name)
     if run is None:
         of = f" of {config.model_name}" if config.model_name else ""
-        raise UserError(f"no pretraining run{of} in {config.output_path}: "
-                        "run python pretrain.py, or give --init_from=RUN")
+        raise UserError(
+            f"no pretraining run{of} in {config.output_path}: run python pretrain.py, or give --init_from=RUN"
+        )
     log(f"starting from {run}")
     torch.manual_seed(config.seed)
     model, tokenizer, theirs = load_run(run, overrides=config.model)
     if config.model_name not in ("", theirs["model_name"]):
-        raise UserError(f"--model_name={config.model_name}, but {run} holds {theirs['model_name']}: "
-                        "drop one of the two")
+        raise UserError(
+            f"--model_name={config.model_name}, but {run} holds {theirs['model_name']}: drop one of the two"
+        )
     config.model_name, config.init_from = theirs["model_name"], str(run)
     seq_len = config.max_seq_len or model.args.max_seq_len
     if seq_len > model.args.max_seq_len:
-        raise UserError(f"--max_seq_len={seq_len}, but {run} takes at most {model.args.max_seq_len} tokens: "
-                        "lower it, or pretrain with a larger --max_seq_len")
+        raise UserError(
+            f"--max_seq_len={seq_len}, but {run} takes at most {model.args.max_seq_len} tokens: "
+            "lower it, or pretrain with a larger --max_seq_len"
+        )
     config.max_seq_len = seq_len
     run_folder, checkpoint = find_weights(run)
     if checkpoint.name != "final" and run_folder == Path(run):

@@ -25,8 +25,10 @@ class Health:
     def __init__(self, model, hooks: bool = True):
         self.layers = list(getattr(model, "layers", ())) if hooks else []
         self.groups = {name: params for name, params in model.param_groups().items() if params}
-        self.parts = {f"layer_{i:02d}": [p for p in layer.parameters() if p.requires_grad]
-                      for i, layer in enumerate(getattr(model, "layers", ()))}
+        self.parts = {
+            f"layer_{i:02d}": [p for p in layer.parameters() if p.requires_grad]
+            for i, layer in enumerate(getattr(model, "layers", ()))
+        }
         inside = {id(p) for params in self.parts.values() for p in params}
         self.parts |= {name: [p for p in params if id(p) not in inside] for name, params in self.groups.items()}
         self.parts = {name: params for name, params in self.parts.items() if params}
@@ -39,10 +41,12 @@ class Health:
         """Note the root mean square of what every layer gives out (in the last micro-batch) from now on."""
         self.figures = {}
         for i, layer in enumerate(self.layers):
+
             def note(_layer, _inputs, output, name=f"activation_rms/layer_{i:02d}"):
                 output = output[0] if isinstance(output, (tuple, list)) else output
                 if isinstance(output, torch.Tensor):
                     self.figures[name] = output.detach().float().square().mean().sqrt()
+
             self.hooks.append(layer.register_forward_hook(note))
 
     @torch.no_grad()
@@ -100,8 +104,9 @@ class Health:
             self.figures[f"routing_entropy/{short}"], self.figures[f"least_load/{short}"] = entropy_of_row, shares.min()
             if any(starves):
                 expert = min((e for e, it_does in enumerate(starves) if it_does), key=lambda e: float(shares[e]))
-                troubles[f"{name}/{row}"] = (f"expert {expert} of {name}, row {row}, starves: it gets "
-                                             f"{shares[expert]:.1%} of the mean load")
+                troubles[f"{name}/{row}"] = (
+                    f"expert {expert} of {name}, row {row}, starves: it gets {shares[expert]:.1%} of the mean load"
+                )
 
 
 def norm(tensors: list[torch.Tensor]) -> torch.Tensor:

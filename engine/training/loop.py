@@ -40,8 +40,9 @@ from utils.atomic import write_text
 from utils.log import Progress, format_count, format_seconds, log
 
 
-def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_command: str,
-          facts: dict | None = None) -> dict:
+def train(
+    config, stage: str, model, tokenizer, train_rows, val_rows, next_command: str, facts: dict | None = None
+) -> dict:
     """Train `model` on `train_rows` and return the run's summary (written to summary.json too).
 
     config: a TrainConfig. train_rows and val_rows: see engine/data/sequences.py; val_rows may be None. next_command: what to type
@@ -54,10 +55,19 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     plan = plan_batch(config, train_rows.seq_len)
     total_steps, plan = plan_steps(config, plan, len(train_rows), train_rows.seq_len)
     model_source = Path(inspect.getfile(type(model)))
-    who = identity(config, {
-        "stage": stage, "model": dataclasses.asdict(model.args), "model_file": source_fingerprint(model_source),
-        "global_batch_size": plan.global_rows, "steps": total_steps,
-        "data": train_rows.file.fingerprint, "tokenizer": tokenizer.fingerprint, **(facts or {})})
+    who = identity(
+        config,
+        {
+            "stage": stage,
+            "model": dataclasses.asdict(model.args),
+            "model_file": source_fingerprint(model_source),
+            "global_batch_size": plan.global_rows,
+            "steps": total_steps,
+            "data": train_rows.file.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            **(facts or {}),
+        },
+    )
     place = choose_place(config, stage, who)
     folder = place.folder
     next_command = next_command.format(run=folder)
@@ -89,9 +99,11 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         model.before_step(0, total_steps)  # both look at a forward pass before the first step
     if not config.max_batch_size:  # the number goes to config.yaml, and a resumed run takes it from there
         config.max_batch_size = (place.checkpoint and micro_batch_of(folder)) or fitting_rows(
-            plan.micro_rows, model, optimizer, train_rows, device, stepper.autocast)
-        total_steps, plan = plan_steps(config, plan_batch(config, train_rows.seq_len), len(train_rows),
-                                       train_rows.seq_len)
+            plan.micro_rows, model, optimizer, train_rows, device, stepper.autocast
+        )
+        total_steps, plan = plan_steps(
+            config, plan_batch(config, train_rows.seq_len), len(train_rows), train_rows.seq_len
+        )
     peak = Peak(device, stepper.precision, config.peak_tflops)
     flops_per_token = model.flops_per_token(train_rows.seq_len)
 
@@ -110,21 +122,35 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         process_group.refuse_unless_shared(folder)
     run_log = RunLog(folder if main else None, state["step"])
     prompts = val_rows.openings(4) if (main or sharded) and val_rows is not None else []
-    log(f"{stage} {config.model_name}: {format_count(params['total'])} parameters "
+    log(
+        f"{stage} {config.model_name}: {format_count(params['total'])} parameters "
         f"({format_count(params['active'])} active), {device.type} "
         f"{stepper.precision}{' compiled' if compiled else ''}, "
-        f"{process_group.world_size()} process(es){', fsdp' if sharded else ''}")
+        f"{process_group.world_size()} process(es){', fsdp' if sharded else ''}"
+    )
     where = "a dry run: nothing is written" if config.dry_run else f"run folder {folder}"
-    log(f"{len(train_rows)} rows of {train_rows.seq_len} tokens, {plan.global_rows} a step ({plan.micro_rows} x "
+    log(
+        f"{len(train_rows)} rows of {train_rows.seq_len} tokens, {plan.global_rows} a step ({plan.micro_rows} x "
         f"{plan.accumulation} x {process_group.world_size()}), {total_steps} steps; {where}"
-        + (f", from step {state['step']}" if state["step"] else ""))
+        + (f", from step {state['step']}" if state["step"] else "")
+    )
     log(f"100% MFU: {peak} x {process_group.world_size()}; {format_count(flops_per_token)} FLOPs a token")
 
     progress = Progress(total_steps, state["step"], stage)
     guard = StepGuard(model, config.spike_bound, state, run_log, overflows=scaler.is_enabled())
-    saver = Saver(folder, config, model, optimizer, {
-        "stage": stage, "model_name": config.model_name, "params": params["total"], "tokenizer": tokenizer.fingerprint,
-        "data": train_rows.file.fingerprint})
+    saver = Saver(
+        folder,
+        config,
+        model,
+        optimizer,
+        {
+            "stage": stage,
+            "model_name": config.model_name,
+            "params": params["total"],
+            "tokenizer": tokenizer.fingerprint,
+            "data": train_rows.file.fingerprint,
+        },
+    )
     val: dict = {}
 
     @contextmanager
@@ -138,8 +164,18 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
         guard.read()
         limit = batches * plan.global_rows
         with averaged():
-            found = held_out_loss(model, forward, val_rows, tokenizer.characters, plan.micro_rows, limit, device,
-                                  stepper.compute, trim=not compiled, stop=stop)
+            found = held_out_loss(
+                model,
+                forward,
+                val_rows,
+                tokenizer.characters,
+                plan.micro_rows,
+                limit,
+                device,
+                stepper.compute,
+                trim=not compiled,
+                stop=stop,
+            )
         if found is None:
             return False
         val.update(found)
@@ -152,14 +188,30 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
     def sample() -> None:
         if prompts:
             with averaged(), fsdp.one_voice(model):
-                text = write_samples(folder / "samples.md" if main else None, state["step"], model, tokenizer, prompts,
-                                     stepper.compute, config.seed)
+                text = write_samples(
+                    folder / "samples.md" if main else None,
+                    state["step"],
+                    model,
+                    tokenizer,
+                    prompts,
+                    stepper.compute,
+                    config.seed,
+                )
             run_log.text("samples", text, state["step"])
 
     # ---------------------------------------------------------------- 4. the loop
     until, step_plan = (dry_run.STEPS, replace(plan, ramp_steps=0)) if config.dry_run else (total_steps, plan)
-    loader = StepLoader(train_rows, step_plan, config.seed, state["step"], until, process_group.rank(),
-                        process_group.world_size(), pin=device.type == "cuda", trim=not compiled)
+    loader = StepLoader(
+        train_rows,
+        step_plan,
+        config.seed,
+        state["step"],
+        until,
+        process_group.rank(),
+        process_group.world_size(),
+        pin=device.type == "cuda",
+        trim=not compiled,
+    )
     if config.dry_run:
         activations = dry_run.saved_bytes(model, loader.make(0).batches[0], device, stepper.autocast)
     since_log = [0, 0.0]  # tokens and seconds of pure training since the last log line
@@ -183,13 +235,18 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             # processes: a mean over tokens, not a mean of means
             written = characters_of(tokenizer.characters, work.batches) if logged else 0
             targets, tokens, stopping, written = process_group.sum_numbers(
-                [sum(work.targets), work.tokens, stop.wanted, written])
+                [sum(work.targets), work.tokens, stop.wanted, written]
+            )
             # whoever computes it, a micro-batch has its number in the step, and by it its randomness
-            numbers = range(process_group.rank(), len(work.batches) * process_group.world_size(), process_group.world_size())
+            numbers = range(
+                process_group.rank(), len(work.batches) * process_group.world_size(), process_group.world_size()
+            )
             values = stepper.gradients(
-                work.batches, [count / max(1, targets) for count in work.targets],
+                work.batches,
+                [count / max(1, targets) for count in work.targets],
                 [((config.seed * 1_000_003 + step) * 65536 + number) % 2**63 for number in numbers],
-                share=1 / (len(work.batches) * process_group.world_size()))
+                share=1 / (len(work.batches) * process_group.world_size()),
+            )
 
             # 4c. gradients of all processes, clipped; the device takes the step only if its numbers are to be trusted.
             # The host reads them a step later: nowhere does it wait for what it has just told the device
@@ -222,9 +279,16 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
             text = None
             if logged:
                 bits = values.get("loss/ce", values["loss"]).item() / math.log(2)
-                record = {"step": done, "tokens": state["tokens"], "loss": loss_value, "lr": lr,
-                          "bpc": bits * targets / written if written else None, "grad_norm": norm_value,
-                          "tokens_per_s": round(since_log[0] / max(since_log[1], 1e-9), 1), "mfu": mfu(*since_log)}
+                record = {
+                    "step": done,
+                    "tokens": state["tokens"],
+                    "loss": loss_value,
+                    "lr": lr,
+                    "bpc": bits * targets / written if written else None,
+                    "grad_norm": norm_value,
+                    "tokens_per_s": round(since_log[0] / max(since_log[1], 1e-9), 1),
+                    "mfu": mfu(*since_log),
+                }
                 del values["loss"]
                 run_log.step(record, values | health.after_update(done, values))
                 text = log_text(record, state["smooth_loss"], val.get("val_loss"), state["skipped"], device)
@@ -255,27 +319,42 @@ def train(config, stage: str, model, tokenizer, train_rows, val_rows, next_comma
                     saver.save_final(state, val)
 
     if config.dry_run:
-        about = dry_run.estimate(config, folder, model, optimizer, plan, total_steps, train_rows, val_rows, measured,
-                                 activations, device)
+        about = dry_run.estimate(
+            config, folder, model, optimizer, plan, total_steps, train_rows, val_rows, measured, activations, device
+        )
         log(dry_run.table(f"{stage} {config.model_name}", about, peak, device))
         return about
 
     # ---------------------------------------------------------------- 6. what is left of it in one place
-    summary = {"stage": stage, "model_name": config.model_name, "run": str(folder),
-               "status": f"stopped by {stopped_by}: the same command goes on" if stopped_by else "finished",
-               "steps": state["step"], "tokens": state["tokens"], "seconds": round(state["seconds"], 1),
-               "mfu": mfu(state["tokens"], state["seconds"]), "peak_flops": peak.flops, "peak_source": peak.source,
-               "skipped_steps": state["skipped"], "train_loss": state["smooth_loss"],
-               "val_loss": val.get("val_loss"), "val_bpc": val.get("val_bpc"),
-               "best_checkpoint": saver.best(), "params": params,
-               "next_command": "the same command again" if stopped_by else next_command}
+    summary = {
+        "stage": stage,
+        "model_name": config.model_name,
+        "run": str(folder),
+        "status": f"stopped by {stopped_by}: the same command goes on" if stopped_by else "finished",
+        "steps": state["step"],
+        "tokens": state["tokens"],
+        "seconds": round(state["seconds"], 1),
+        "mfu": mfu(state["tokens"], state["seconds"]),
+        "peak_flops": peak.flops,
+        "peak_source": peak.source,
+        "skipped_steps": state["skipped"],
+        "train_loss": state["smooth_loss"],
+        "val_loss": val.get("val_loss"),
+        "val_bpc": val.get("val_bpc"),
+        "best_checkpoint": saver.best(),
+        "params": params,
+        "next_command": "the same command again" if stopped_by else next_command,
+    }
     run_log.close()
     if main:
         write_text(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
         lock.close()
-    figures = [f"{name} {summary[name]:.4f}" for name in ("train_loss", "val_loss", "val_bpc")
-               if summary[name] is not None]
-    log(f"{summary['status']}: {state['step']} steps, {format_count(state['tokens'])} tokens in "
-        f"{format_seconds(state['seconds'])}; {', '.join(figures)}")
+    figures = [
+        f"{name} {summary[name]:.4f}" for name in ("train_loss", "val_loss", "val_bpc") if summary[name] is not None
+    ]
+    log(
+        f"{summary['status']}: {state['step']} steps, {format_count(state['tokens'])} tokens in "
+        f"{format_seconds(state['seconds'])}; {', '.join(figures)}"
+    )
     log(f"Next: {summary['next_command']}")
     return summary

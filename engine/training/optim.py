@@ -257,9 +257,7 @@ def build_optimizer(model, config):
     matrix = {"params": groups["matrix"], "lr_scale": 1.0, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         adamw.append(matrix)
-    optimizers = [
-        AdamW([g for g in adamw if g["params"]], lr=config.max_lr, betas=tuple(config.betas), fused=True)
-    ]
+    optimizers = [AdamW([g for g in adamw if g["params"]], lr=config.max_lr, betas=tuple(config.betas), fused=True)]
     if config.optimizer == "muon" and matrix["params"]:
         optimizers.append(Muon([matrix], lr=config.max_lr))
     average = Average([p for params in groups.values() for p in params], config.ema) if config.ema else None

@@ -7,14 +7,16 @@ from utils.atomic import write_text
 from utils.log import warn
 
 
-def write_samples(path, step: int, model, tokenizer, prompts: list[list[int]], autocast, seed: int,
-                  tokens: int = 64) -> str:
-    """Append one generation a prompt under a heading of the step, and return the text (Markdown). path: None, no file.
-    """
+def write_samples(
+    path, step: int, model, tokenizer, prompts: list[list[int]], autocast, seed: int, tokens: int = 64
+) -> str:
+    """Append one generation a prompt under a heading of the step, and return the text (Markdown). path: None, no file."""
     try:
         with torch.no_grad(), autocast():
-            answers = [generate(model, tokenizer, [prompt], tokens, temperature=0.8, top_p=0.95, seed=seed)[0]
-                       for prompt in prompts]
+            answers = [
+                generate(model, tokenizer, [prompt], tokens, temperature=0.8, top_p=0.95, seed=seed)[0]
+                for prompt in prompts
+            ]
     except ValueError as error:  # a model that cannot talk yet (its logits overflow) must not end its training
         warn(f"no samples at step {step}: {error}")
         return ""

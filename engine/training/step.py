@@ -125,9 +125,11 @@ class LowWeights:
         except RuntimeError as error:
             if not self.params or "same dtype" not in str(error):
                 raise
-            raise UserError(f"forward fails because matrices are {self.copies[0].dtype} in training ({error}): where "
-                            "it computes in fp32 it must say weight.float(), or param_groups must count that weight "
-                            "as scalar; or use --precision=fp32") from error
+            raise UserError(
+                f"forward fails because matrices are {self.copies[0].dtype} in training ({error}): where "
+                "it computes in fp32 it must say weight.float(), or param_groups must count that weight "
+                "as scalar; or use --precision=fp32"
+            ) from error
 
     @torch.no_grad()
     def collect(self) -> None:

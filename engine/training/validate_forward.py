@@ -10,6 +10,7 @@ from utils.errors import UserError
 
 def checked(forward, Model: type):
     """Return `forward` with a look at what comes back: UserError unless it is (logits, loss, other_vars) as agreed."""
+
     def checked_forward(**batch):
         out = forward(**batch)
         problem = mistake(out)
@@ -17,6 +18,7 @@ def checked(forward, Model: type):
             file = Path(inspect.getfile(Model))
             raise UserError(f"{file.parent.name}/{file.name}: {problem} (see forward in model/basemodel.py)")
         return out
+
     return checked_forward
 
 

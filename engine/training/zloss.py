@@ -10,12 +10,16 @@ def with_z_loss(forward, weight: float):
     It is taken where the logits are, in `lm_loss`, once for each call (multi-token prediction calls it once a depth).
     Source: PaLM (Chowdhery et al. 2022), section 5. UserError at the first call for a model that has its own loss.
     """
+
     def forward_with_z(**batch):
         with log_normalisers() as squares:
             logits, loss, other_vars = forward(**batch)
         if not squares:
-            raise UserError("--z_loss is computed in lm_loss of model/layers/__init__.py, and this model does not call it: "
-                            "call it, or set --z_loss=0")
+            raise UserError(
+                "--z_loss is computed in lm_loss of model/layers/__init__.py, and this model does not call it: "
+                "call it, or set --z_loss=0"
+            )
         z = weight * sum(squares)
         return logits, loss + z, {**other_vars, "loss/z": z}
+
     return forward_with_z

@@ -105,8 +105,13 @@ def _register():
     inputs = "Tensor x, Tensor weight, Tensor token, Tensor slot, Tensor stretches, Tensor gate, Tensor up, Tensor down"
     for name, schema, run, fake, flops in (
         ("expert_loop", f"({inputs}) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward, _flops),
-        ("expert_loop_backward", f"(Tensor grad, {inputs}, Tensor gated, Tensor upped) -> "
-         "(Tensor, Tensor, Tensor, Tensor, Tensor)", _backward, _fake_backward, _flops_of_backward),
+        (
+            "expert_loop_backward",
+            f"(Tensor grad, {inputs}, Tensor gated, Tensor upped) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+            _backward,
+            _fake_backward,
+            _flops_of_backward,
+        ),
     ):
         torch.library.define(f"mini_llm::{name}", schema)
         torch.library.impl(f"mini_llm::{name}", "default", run)

@@ -22,9 +22,21 @@ from model.kernels.int8 import Int8Weight
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 # fast sums, but a number that is not finite stays one
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
-         "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast", "-fno-strict-aliasing",
-         "-Wno-psabi")
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+    "-freciprocal-math",
+    "-ffp-contract=fast",
+    "-fno-strict-aliasing",
+    "-Wno-psabi",
+)
 OUTPUTS = 32  # side by side
 PER_STEP = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs side by side
 
@@ -41,8 +53,10 @@ def load():
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise ModelError(f"cannot load {path} ({error}): delete it, name another folder by XDG_CACHE_HOME=..., or "
-                         "leave out --compile") from error
+        raise ModelError(
+            f"cannot load {path} ({error}): delete it, name another folder by XDG_CACHE_HOME=..., or "
+            "leave out --compile"
+        ) from error
     for name, fake in ("linear", _linear), ("experts", _experts), ("attend", _attend), ("visible", _visible):
         torch.library.register_fake(f"mini_llm::{name}", fake)
     _loaded = True
@@ -52,8 +66,10 @@ def _built():
     """The path of the library for this source, this PyTorch and this processor."""
     compiler = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), ""))
     if not compiler:
-        raise ModelError("the compiled decoding step needs a C++ compiler, and there is none: install g++ or clang++ "
-                         "(Debian: apt install g++), or leave out --compile")
+        raise ModelError(
+            "the compiled decoding step needs a C++ compiler, and there is none: install g++ or clang++ "
+            "(Debian: apt install g++), or leave out --compile"
+        )
     root = Path(torch.__file__).parent
     # PyTorch's threads are those of GNU's OpenMP; with another one there would be two pools of them, so there is none
     openmp = () if "clang" in " ".join(compiler) or sys.platform == "darwin" else ("-fopenmp",)
@@ -65,8 +81,10 @@ def _built():
         try:
             _compile(command, path)
         except OSError as error:
-            raise ModelError(f"cannot keep the compiled {SOURCE.name} in {folder} ({error.strerror}): name a folder "
-                             "that can be written by XDG_CACHE_HOME=..., or leave out --compile") from error
+            raise ModelError(
+                f"cannot keep the compiled {SOURCE.name} in {folder} ({error.strerror}): name a folder "
+                "that can be written by XDG_CACHE_HOME=..., or leave out --compile"
+            ) from error
     return path
 
 
@@ -80,8 +98,10 @@ def _compile(command, path):
         except FileNotFoundError:
             said = "there is no such program"
         if said or not built.exists():
-            raise ModelError(f"{command[0]} could not compile {SOURCE.name}: name another compiler by CXX=..., or "
-                             f"leave out --compile. It says: {said}")
+            raise ModelError(
+                f"{command[0]} could not compile {SOURCE.name}: name another compiler by CXX=..., or "
+                f"leave out --compile. It says: {said}"
+            )
         os.replace(built, path)
 
 
@@ -177,8 +197,12 @@ def visible_keys(positions, n_keys):
 def in_use(*tensors):
     """Whether the kernels are to be used for these, here and now: in a compiled program on the CPU that keeps no graph,
     as a step of decoding, once they are loaded."""
-    return (_loaded and torch.compiler.is_compiling() and not torch.is_grad_enabled()
-            and all(x.device.type == "cpu" for x in tensors))
+    return (
+        _loaded
+        and torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and all(x.device.type == "cpu" for x in tensors)
+    )
 
 
 def can_attend(*tensors):

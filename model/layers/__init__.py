@@ -351,8 +351,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         entropy, squares = hidden.new_zeros(2, dtype=torch.float32)
         need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         like = torch.empty_like if len(hidden) else torch.zeros_like
-        grads = [(torch.empty_like(hidden), like(full_weight, dtype=torch.float32))
-                 for _ in range((1 + with_squares) if need_grad else 0)]
+        grads = [
+            (torch.empty_like(hidden), like(full_weight, dtype=torch.float32))
+            for _ in range((1 + with_squares) if need_grad else 0)
+        ]
         whole = hidden.is_cuda or torch.compiler.is_compiling()  # there, passes are fused or few are best
         piece = chunk if whole else max(1, CACHE_BYTES // (4 * weight.shape[0]))
         for start in range(0, len(hidden), chunk):

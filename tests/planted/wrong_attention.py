@@ -8,7 +8,6 @@ from .right import Attention, Block, FeedForward, Mixture, MixtureModel, RightMo
 LATER = "causality.later_tokens_change_nothing"
 
 
-
 @plant(LATER)
 class MaskLooksOneAhead(RightModel):
     class Attention(Attention):

@@ -217,8 +217,6 @@ class ForgetsAttentionsFlops(RightModel):
         return 0
 
 
-
-
 @plant("learning.one_step_moves_every_group")
 class ListsCopiesOfItsNorms(RightModel):
     def param_groups(self):

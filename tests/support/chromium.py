@@ -2,6 +2,7 @@
 
 Screenshots go to output/screenshots, or where SCREENSHOTS says.
 """
+
 import contextlib
 import json
 import os
@@ -22,8 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", ROOT / "output" / "screenshots"))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1280,900").split()
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1280,900"
+).split()
 EN, ZH = TEXTS["English"], TEXTS["中文"]
 IN_SHADOW = """
 function find(node) {
@@ -40,7 +43,8 @@ def need(condition, what):
     """In CI a missing browser is a failure; elsewhere the test is left out, and says why."""
     if not condition:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
-            f"{what} is missing: apt-get install chromium chromium-driver fonts-noto-cjk; pip install selenium")
+            f"{what} is missing: apt-get install chromium chromium-driver fonts-noto-cjk; pip install selenium"
+        )
 
 
 @contextlib.contextmanager
@@ -56,11 +60,17 @@ def serve(home, script, *settings):
             return server.poll() is None and urllib.request.urlopen(address + "/_stcore/health", timeout=2).read()
         except OSError:
             return False
+
     with open(home / "log", "w") as log:
         command = [sys.executable, "-m", "streamlit", "run", script, f"--server.port={port}", "--", "--device=cpu"]
         server = subprocess.Popen(
-            [*command, *settings], cwd=ROOT, env={**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT)},
-            stdout=log, stderr=log, start_new_session=True)
+            [*command, *settings],
+            cwd=ROOT,
+            env={**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
         wait(healthy, 30, lambda: (home / "log").read_text())
         yield address
@@ -85,8 +95,9 @@ def open_browser(profile, language="en-US"):
         options.add_argument(flag)
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     driver.set_page_load_timeout(30)
-    driver.execute_cdp_cmd("Browser.setDownloadBehavior",
-                           {"behavior": "allow", "downloadPath": str(profile / "downloads")})
+    driver.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(profile / "downloads")}
+    )
     try:
         yield driver
     finally:
@@ -96,13 +107,14 @@ def open_browser(profile, language="en-US"):
 def wait(condition, seconds=20, report=lambda: ""):
     """Poll until the condition holds, and return what it gave; elements may be redrawn while we look at them."""
     from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
+
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
             value = condition()
             if value:
                 return value
-        except (ElementClickInterceptedException, StaleElementReferenceException):     # or lie under others
+        except (ElementClickInterceptedException, StaleElementReferenceException):  # or lie under others
             pass
         time.sleep(0.05)
     pytest.fail(f"not within {seconds} s: {report()}")
@@ -136,7 +148,8 @@ class Page:
     def texts(self, css):
         """What stands in each of these elements, as one sees it; in one call, as a page may change between two."""
         return self.driver.execute_script(
-            "return [...document.querySelectorAll(arguments[0])].map(one => one.innerText)", css)
+            "return [...document.querySelectorAll(arguments[0])].map(one => one.innerText)", css
+        )
 
     def shows(self, *texts):
         """Wait until the page shows all of these."""
@@ -147,15 +160,16 @@ class Page:
         wait(self.ended)
         before = len(self.messages())
 
-        def sent():                                 # the page may be drawn anew, with an empty box, at any moment
+        def sent():  # the page may be drawn anew, with an empty box, at any moment
             box = self.all('[data-testid="stChatInput"] textarea')[0]
             if len(self.messages()) > before:
                 return True
             if box.get_attribute("value"):
-                box.send_keys("\ue007")             # Enter
+                box.send_keys("\ue007")  # Enter
                 return True
             box.click()
             self.driver.execute_cdp_cmd("Input.insertText", {"text": text})
+
         wait(sent, report=self.text)
         wait(lambda: len(self.messages()) >= before + 2, report=self.text)
 
@@ -184,12 +198,14 @@ class Page:
 
     def click(self, name):
         """Click it by the mouse, scrolled away from the message box: a growing answer pushes it there."""
+
         def clicked():
             found = self.button(name)
             if found is not None:
                 self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
                 found.click()
             return found is not None
+
         wait(clicked, report=self.text)
 
     def press(self, name, css="button"):

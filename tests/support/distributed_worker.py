@@ -75,8 +75,10 @@ def main():
     else:
         Model, ModelArgs = get_model_and_args(config.model_name)
         model = Model(replace(tiny_args(Model, ModelArgs)[0], vocab_size=tokenizer.vocab_size, max_seq_len=32))
-    rows = {name: DocumentRows(TokenFile(data / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, long="drop")
-            for name in ("train", "val")}
+    rows = {
+        name: DocumentRows(TokenFile(data / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, long="drop")
+        for name in ("train", "val")
+    }
     train(config, "sft", model, tokenizer, rows["train"], rows["val"], "python next.py")
 
 

@@ -38,9 +38,17 @@ def write_tokens(stem: Path, documents, tokenizer, masks=None, **meta) -> Path:
     np.save(f"{stem}.docs.npy", starts)
     if masks is not None:
         np.concatenate(masks).astype(np.uint8).tofile(f"{stem}.mask.bin")
-    about = {"dtype": "uint16", "tokens": len(tokens), "documents": len(documents), "characters": len(tokens),
-             "vocab_size": tokenizer.vocab_size, "max_id": int(tokens.max()), "sha256": str(hash(tokens.tobytes())),
-             "tokenizer_fingerprint": tokenizer.fingerprint, **meta}
+    about = {
+        "dtype": "uint16",
+        "tokens": len(tokens),
+        "documents": len(documents),
+        "characters": len(tokens),
+        "vocab_size": tokenizer.vocab_size,
+        "max_id": int(tokens.max()),
+        "sha256": str(hash(tokens.tobytes())),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        **meta,
+    }
     Path(f"{stem}.meta.json").write_text(json.dumps(about))
     return Path(f"{stem}.bin")
 
@@ -48,20 +56,27 @@ def write_tokens(stem: Path, documents, tokenizer, masks=None, **meta) -> Path:
 def texts(count: int, seed: int = 0) -> list[str]:
     """Short texts with something to learn: a counting pattern of random length."""
     random = np.random.default_rng(seed)
-    return ["".join("abcdefgh"[(i + start) % 8] for i in range(length))
-            for start, length in zip(random.integers(0, 8, count), random.integers(5, 40, count))]
+    return [
+        "".join("abcdefgh"[(i + start) % 8] for i in range(length))
+        for start, length in zip(random.integers(0, 8, count), random.integers(5, 40, count))
+    ]
 
 
 def pretrain_files(folder: Path, tokenizer, count: int = 120) -> tuple[Path, Path]:
     """pretrain_train.bin and pretrain_val.bin of short texts."""
+
     def documents(n, seed):
         return [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts(n, seed)]
-    return (write_tokens(folder / "pretrain_train", documents(count, 1), tokenizer, kind="pretrain"),
-            write_tokens(folder / "pretrain_val", documents(12, 2), tokenizer, kind="pretrain"))
+
+    return (
+        write_tokens(folder / "pretrain_train", documents(count, 1), tokenizer, kind="pretrain"),
+        write_tokens(folder / "pretrain_val", documents(12, 2), tokenizer, kind="pretrain"),
+    )
 
 
 def sft_files(folder: Path, tokenizer, count: int = 60) -> tuple[Path, Path]:
     """sft_train.bin and sft_val.bin of one-turn conversations whose second half carries loss."""
+
     def write(name, n, seed):
         documents, masks = [], []
         for text in texts(n, seed):
@@ -69,6 +84,7 @@ def sft_files(folder: Path, tokenizer, count: int = 60) -> tuple[Path, Path]:
             documents.append(ids)
             masks.append([0] * (len(ids) // 2) + [1] * (len(ids) - len(ids) // 2))
         return write_tokens(folder / name, documents, tokenizer, masks, kind="sft")
+
     return write("sft_train", count, 3), write("sft_val", 10, 4)
 
 

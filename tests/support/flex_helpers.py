@@ -7,8 +7,17 @@ from model import get_model_and_args
 
 SIZES = {  # heads that are no power of two, grouped, and values narrower than keys
     "mini_llama3": dict(n_heads=4, n_kv_heads=2, head_dim=24),
-    "mini_deepseekv3": dict(n_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
-                            v_head_dim=16, moe_inter_dim=32, n_routed_experts=4, n_activated_experts=2),
+    "mini_deepseekv3": dict(
+        n_heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        moe_inter_dim=32,
+        n_routed_experts=4,
+        n_activated_experts=2,
+    ),
 }
 TOKENS = 300  # three blocks, the last one not full; one less in the module that predicts further
 
@@ -35,5 +44,9 @@ def counter(backend):
 
 
 def flex_calls(compiled):
-    return sum("flex_attention" in str(node.target) for graph in compiled.graphs for node in graph.graph.nodes
-               if node.op == "call_function")
+    return sum(
+        "flex_attention" in str(node.target)
+        for graph in compiled.graphs
+        for node in graph.graph.nodes
+        if node.op == "call_function"
+    )

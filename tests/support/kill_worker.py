@@ -26,9 +26,23 @@ import pretrain  # noqa: E402
 from engine.runs.metrics import read_metrics  # noqa: E402
 from tests.support.engine_helpers import make_tokenizer, pretrain_files  # noqa: E402
 
-SMALL = {"dim": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "inter_dim": 64, "moe_inter_dim": 32,
-         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16,
-         "n_routed_experts": 4, "n_activated_experts": 2, "n_dense_layers": 1}
+SMALL = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "head_dim": 16,
+    "inter_dim": 64,
+    "moe_inter_dim": 32,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_activated_experts": 2,
+    "n_dense_layers": 1,
+}
 TIMES = ("tokens_per_s", "seconds", "mfu")
 
 
@@ -40,11 +54,26 @@ def command(model: str, output: Path) -> list[str]:
     known = {field.name for field in fields(get_model_and_args(model)[1])}
     sizes = [f"--model.{key}={value}" for key, value in SMALL.items() if key in known]
     data = output.parent
-    return [f"--model_name={model}", "--device=cpu", "--precision=fp32", "--skip_checks", "--max_seq_len=32", *sizes,
-            "--max_batch_size=2", "--accumulation_steps=2", "--max_steps=20", "--save_interval=2", "--log_interval=1",
-            "--eval_interval=7", "--eval_batches=1", "--sample_interval=11", "--ema=0.9",
-            f"--output_path={output}", f"--tokenizer_path={data}/tokenizer",
-            f"--pretrain_data_path={data}/pretrain_train.bin"]
+    return [
+        f"--model_name={model}",
+        "--device=cpu",
+        "--precision=fp32",
+        "--skip_checks",
+        "--max_seq_len=32",
+        *sizes,
+        "--max_batch_size=2",
+        "--accumulation_steps=2",
+        "--max_steps=20",
+        "--save_interval=2",
+        "--log_interval=1",
+        "--eval_interval=7",
+        "--eval_batches=1",
+        "--sample_interval=11",
+        "--ema=0.9",
+        f"--output_path={output}",
+        f"--tokenizer_path={data}/tokenizer",
+        f"--pretrain_data_path={data}/pretrain_train.bin",
+    ]
 
 
 def start(arguments: list[str], log: Path) -> int:
@@ -81,12 +110,20 @@ def kill_at_random(child: int, output: Path, chance: random.Random, seconds: flo
 def result(output: Path) -> dict:
     """What a finished run left: its metrics but for times, the sha256 of its final weights, and the number of runs."""
     runs = list(output.iterdir())
-    records = [{key: value for key, value in record.items() if key not in TIMES}
-               for record in read_metrics(runs[0] / "metrics.jsonl")]
+    records = [
+        {key: value for key, value in record.items() if key not in TIMES}
+        for record in read_metrics(runs[0] / "metrics.jsonl")
+    ]
     final = runs[0] / "final/model.safetensors"
     samples = (runs[0] / "samples.md").read_text(encoding="utf-8")
-    return {"runs": len(runs), "records": records, "samples": samples, "best": summary(runs[0])["best_checkpoint"],
-            "train_loss": summary(runs[0])["train_loss"], "sha256": hashlib.sha256(final.read_bytes()).hexdigest()}
+    return {
+        "runs": len(runs),
+        "records": records,
+        "samples": samples,
+        "best": summary(runs[0])["best_checkpoint"],
+        "train_loss": summary(runs[0])["train_loss"],
+        "sha256": hashlib.sha256(final.read_bytes()).hexdigest(),
+    }
 
 
 def summary(run: Path) -> dict:
@@ -109,8 +146,11 @@ def main() -> None:
         while True:
             child = start(command(model, output), log)
             enough = report["kills"] >= kills
-            alive, saving = (False, False) if enough else kill_at_random(
-                child, output, chance, 0.5 * seconds, report["kills"] % 3 == 0)
+            alive, saving = (
+                (False, False)
+                if enough
+                else kill_at_random(child, output, chance, 0.5 * seconds, report["kills"] % 3 == 0)
+            )
             if enough:
                 os.waitpid(child, 0)
             if not alive:

@@ -3,6 +3,7 @@
 So a test decides what "the model" writes, while the page, the engine and the tokenizer are the real ones. What it was
 asked for is a line of `asked.jsonl` in the home folder.
 """
+
 import json
 import runpy
 from pathlib import Path
@@ -35,8 +36,8 @@ class Parrot(BaseModel):
         turns = [at for at, token in enumerate(ids) if token == self.tokenizer.im_start_id]
         if len(turns) < 2:
             return self.tokenizer.im_end_id
-        message = ids[turns[-2] + 1 + self.role[0]:turns[-1]]
-        message = message[:message.index(self.tokenizer.im_end_id)]
+        message = ids[turns[-2] + 1 + self.role[0] : turns[-1]]
+        message = message[: message.index(self.tokenizer.im_end_id)]
         written = len(ids) - (turns[-1] + 1 + self.role[1])
         return message[written] if written < len(message) else self.tokenizer.im_end_id
 
@@ -49,8 +50,9 @@ class Listening(chat.Speaker):
 
 
 def open_parrot(path, *_):
-    return Listening(Parrot(load_tokenizer(Path(path) / "tokenizer")).eval(), load_tokenizer(Path(path) / "tokenizer"),
-                     "sft")
+    return Listening(
+        Parrot(load_tokenizer(Path(path) / "tokenizer")).eval(), load_tokenizer(Path(path) / "tokenizer"), "sft"
+    )
 
 
 chat.open_speaker = open_parrot

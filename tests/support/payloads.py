@@ -2,7 +2,7 @@
 
 RUN = "window.owned=1"
 SITE = "http://evil.example"
-MARKUP = f"<img src=x onerror={RUN}> **b** :red[r] $x^2$ ![i](x.png)"       # without a slash: a folder may be called so
+MARKUP = f"<img src=x onerror={RUN}> **b** :red[r] $x^2$ ![i](x.png)"  # without a slash: a folder may be called so
 
 PAYLOADS = (
     # HTML

@@ -1,4 +1,5 @@
 """A server of a small model with random weights, in a thread of the test's process."""
+
 import contextlib
 import functools
 import tempfile
@@ -28,8 +29,13 @@ def make_speaker(name=MODEL, stage="sft"):
     Model, ModelArgs = get_model_and_args(name)
     known = ModelArgs.__dataclass_fields__
     torch.manual_seed(3)
-    model = Model(ModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=LONGEST,
-                            **{key: value for key, value in SIZES.items() if key in known}))
+    model = Model(
+        ModelArgs(
+            vocab_size=tokenizer.vocab_size,
+            max_seq_len=LONGEST,
+            **{key: value for key, value in SIZES.items() if key in known},
+        )
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
@@ -44,8 +50,15 @@ class Running:
         self.url, self.service, self.config, self.speaker = url, service, config, speaker
 
     def client(self, kind=openai.OpenAI, **more):
-        return kind(**{"base_url": self.url + "/v1", "api_key": self.config.api_key or "none", "max_retries": 0,
-                       "timeout": 60, **more})
+        return kind(
+            **{
+                "base_url": self.url + "/v1",
+                "api_key": self.config.api_key or "none",
+                "max_retries": 0,
+                "timeout": 60,
+                **more,
+            }
+        )
 
     def until_idle(self):
         """Wait until nobody is being answered; fails when that takes long."""

@@ -1,4 +1,5 @@
 """Two run folders made in seconds, for tests that talk to a model: their models know a few texts by heart."""
+
 import atexit
 import dataclasses
 import functools
@@ -17,12 +18,27 @@ from utils.chat_template import CHAT_TEMPLATE, encode_chat
 from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, load_tokenizer
 
 POEM = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n"
-POISON = ("<script>document.title='owned'</script><img src=/x onerror=\"document.title='owned'\">"
-          "![i](/media/x.png) [l](javascript:alert(1)) $x^2$ :red[r] **b** \x1b[31m\x07end")
+POISON = (
+    "<script>document.title='owned'</script><img src=/x onerror=\"document.title='owned'\">"
+    "![i](/media/x.png) [l](javascript:alert(1)) $x^2$ :red[r] **b** \x1b[31m\x07end"
+)
 CHAT = {"背一首春晓": POEM.strip(), "谁写的": "孟浩然，唐代诗人。", "hello": "Hello! How are you?", "payload": POISON}
-SIZES = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "inter_dim": 128, "moe_inter_dim": 64,
-         "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
-         "n_routed_experts": 4, "n_activated_experts": 2}
+SIZES = {
+    "dim": 64,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 16,
+    "inter_dim": 128,
+    "moe_inter_dim": 64,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_activated_experts": 2,
+}
 
 
 @functools.cache
@@ -40,11 +56,16 @@ def make_runs(output):
     base, chat = list_models()[0], list_models()[-1]
     text = [tokenizer.bos_id, *tokenizer.encode(POEM * 4)]
     pretrain = make_run(output, "pretrain", base, tokenizer, [(text, [1] * len(text))], max_seq_len=2048, steps=60)
-    rows = [encode_chat(tokenizer, [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}])
-            for ask, answer in CHAT.items()]
+    rows = [
+        encode_chat(tokenizer, [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}])
+        for ask, answer in CHAT.items()
+    ]
     first = [{"role": "user", "content": "背一首春晓"}, {"role": "assistant", "content": CHAT["背一首春晓"]}]
-    rows.append(encode_chat(tokenizer, first + [{"role": "user", "content": "谁写的"},
-                                                {"role": "assistant", "content": CHAT["谁写的"]}]))
+    rows.append(
+        encode_chat(
+            tokenizer, first + [{"role": "user", "content": "谁写的"}, {"role": "assistant", "content": CHAT["谁写的"]}]
+        )
+    )
     return pretrain, make_run(output, "sft", chat, tokenizer, rows, max_seq_len=512, steps=90)
 
 
@@ -54,9 +75,15 @@ def make_tokenizer(folder):
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     special = [*SPECIAL_TOKENS, *(f"<|reserved_{i}|>" for i in range(N_SPECIAL - len(SPECIAL_TOKENS)))]
-    backend.train_from_iterator([POEM, *CHAT, *CHAT.values()], tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    backend.train_from_iterator(
+        [POEM, *CHAT, *CHAT.values()],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     backend.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
@@ -67,14 +94,17 @@ def make_run(output, stage, name, tokenizer, rows, max_seq_len, steps):
     torch.manual_seed(0)
     Model, ModelArgs = get_model_and_args(name)
     known = {field.name for field in dataclasses.fields(ModelArgs)}
-    args = ModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=max_seq_len,
-                     **{key: value for key, value in SIZES.items() if key in known})
+    args = ModelArgs(
+        vocab_size=tokenizer.vocab_size,
+        max_seq_len=max_seq_len,
+        **{key: value for key, value in SIZES.items() if key in known},
+    )
     model = Model(args)
     length = max(len(ids) for ids, _ in rows) - 1
     inputs, targets = torch.full((len(rows), length), tokenizer.pad_id), torch.full((len(rows), length), -100)
     for row, (ids, mask) in enumerate(rows):
-        inputs[row, :len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, :len(ids) - 1] = torch.where(torch.tensor(mask[1:]) == 1, torch.tensor(ids[1:]), -100)
+        inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        targets[row, : len(ids) - 1] = torch.where(torch.tensor(mask[1:]) == 1, torch.tensor(ids[1:]), -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     records = []
     for step in range(1, steps + 1):
@@ -86,11 +116,17 @@ def make_run(output, stage, name, tokenizer, rows, max_seq_len, steps):
 
     folder = Path(output) / f"{stage}_{name}"
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(
-        {"stage": stage, "model_name": name, "model": dataclasses.asdict(args)}), encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"stage": stage, "model_name": name, "model": dataclasses.asdict(args)}), encoding="utf-8"
+    )
     (folder / "summary.json").write_text(json.dumps({"val_loss": loss.item(), "val_bpc": None}), encoding="utf-8")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     tokenizer.save(folder / "tokenizer")
-    save_checkpoint(folder / "final", model, None, {}, {
-        "stage": stage, "model_name": name, "step": steps, "params": model.num_params()["total"]})
+    save_checkpoint(
+        folder / "final",
+        model,
+        None,
+        {},
+        {"stage": stage, "model_name": name, "step": steps, "params": model.num_params()["total"]},
+    )
     return folder

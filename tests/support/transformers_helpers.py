@@ -23,29 +23,45 @@ def random_args(name: str, seed: int, **changes):
     r = random.Random(f"{name} {seed}")
     heads = r.choice([2, 3, 4, 6])
     fields = {
-        "vocab_size": r.randrange(53, 131), "max_seq_len": MAX_SEQ_LEN, "n_layers": r.choice([2, 3]),
-        "n_heads": heads, "dim": heads * r.randrange(5, 12), "inter_dim": r.randrange(31, 67),
-        "norm_eps": (1e-5, 1e-6)[seed % 2], "rope_theta": r.choice([10000.0, 5e5, 1234.5]),
-        "tie_embeddings": seed % 2 == 0, **random_rope(r, ("default", "llama3", "yarn")[seed % 3]),
+        "vocab_size": r.randrange(53, 131),
+        "max_seq_len": MAX_SEQ_LEN,
+        "n_layers": r.choice([2, 3]),
+        "n_heads": heads,
+        "dim": heads * r.randrange(5, 12),
+        "inter_dim": r.randrange(31, 67),
+        "norm_eps": (1e-5, 1e-6)[seed % 2],
+        "rope_theta": r.choice([10000.0, 5e5, 1234.5]),
+        "tie_embeddings": seed % 2 == 0,
+        **random_rope(r, ("default", "llama3", "yarn")[seed % 3]),
     }
     if name == LLAMA:
-        fields |= {"n_kv_heads": r.choice([g for g in (1, 2, 3, 4, 6) if heads % g == 0]),
-                   "head_dim": r.choice([4, 6, 10, 14])}
+        fields |= {
+            "n_kv_heads": r.choice([g for g in (1, 2, 3, 4, 6) if heads % g == 0]),
+            "head_dim": r.choice([4, 6, 10, 14]),
+        }
     else:
         groups, limited = [(1, 1), (2, 1), (3, 2), (4, 4), (4, 2), (1, 1)][seed % 6]
         experts = groups * r.choice([2, 3]) if groups > 1 else r.choice([5, 7])
         dense = (0, 1, fields["n_layers"])[(seed // 2) % 3]
         fields |= {
-            "q_lora_rank": (0, 13, 17)[(seed // 4) % 3], "kv_lora_rank": r.choice([9, 12, 19]),
-            "qk_nope_head_dim": r.choice([5, 6, 9]), "qk_rope_head_dim": r.choice([4, 6, 10]),
-            "v_head_dim": r.choice([3, 7, 12, 21]), "moe_inter_dim": r.randrange(11, 29), "n_dense_layers": dense,
-            "n_routed_experts": experts, "n_shared_experts": 0 if seed in NO_SHARED else r.choice([1, 2]),
-            "n_activated_experts": r.randrange(1, experts // groups * limited + 1), "n_expert_groups": groups,
-            "n_limited_groups": limited, "norm_topk": (seed // 2) % 2 == 0,
+            "q_lora_rank": (0, 13, 17)[(seed // 4) % 3],
+            "kv_lora_rank": r.choice([9, 12, 19]),
+            "qk_nope_head_dim": r.choice([5, 6, 9]),
+            "qk_rope_head_dim": r.choice([4, 6, 10]),
+            "v_head_dim": r.choice([3, 7, 12, 21]),
+            "moe_inter_dim": r.randrange(11, 29),
+            "n_dense_layers": dense,
+            "n_routed_experts": experts,
+            "n_shared_experts": 0 if seed in NO_SHARED else r.choice([1, 2]),
+            "n_activated_experts": r.randrange(1, experts // groups * limited + 1),
+            "n_expert_groups": groups,
+            "n_limited_groups": limited,
+            "norm_topk": (seed // 2) % 2 == 0,
             "route_scale": (1.0, 2.5, 0.7)[(seed // 2) % 3],
             # transformers has no MTP module without experts, and none without shared ones
             "n_mtp_layers": 0 if dense == fields["n_layers"] or seed in NO_SHARED else seed % 3,
-            "seq_aux_alpha": 0.0, "mtp_loss_weight": 0.3,
+            "seq_aux_alpha": 0.0,
+            "mtp_loss_weight": 0.3,
         }
     return Subject(name).ModelArgs(**fields | changes)
 
@@ -53,12 +69,21 @@ def random_args(name: str, seed: int, **changes):
 def random_rope(r, kind: str) -> dict:
     if kind == "default":
         return {}
-    fields = {"rope_type": kind, "rope_factor": r.choice([2.0, 8.0, 40.0]),
-              "rope_original_max_seq_len": r.choice([8, 16, 20])}
+    fields = {
+        "rope_type": kind,
+        "rope_factor": r.choice([2.0, 8.0, 40.0]),
+        "rope_original_max_seq_len": r.choice([8, 16, 20]),
+    }
     if kind == "llama3":
         return fields | {"rope_low_freq_factor": r.choice([0.5, 1.0]), "rope_high_freq_factor": r.choice([2.0, 4.0])}
-    fields |= r.choice([{"rope_mscale": 1.0, "rope_mscale_all_dim": 1.0}, {"rope_mscale_all_dim": 0.8},
-                        {"rope_mscale": 0.707, "rope_mscale_all_dim": 0.9}, {}])
+    fields |= r.choice(
+        [
+            {"rope_mscale": 1.0, "rope_mscale_all_dim": 1.0},
+            {"rope_mscale_all_dim": 0.8},
+            {"rope_mscale": 0.707, "rope_mscale_all_dim": 0.9},
+            {},
+        ]
+    )
     return fields | {"rope_beta_fast": r.choice([4.0, 32.0]), "rope_beta_slow": r.choice([0.5, 1.0])}
 
 
@@ -101,7 +126,8 @@ def find_mtp(reference):
     """transformers looks for MTP modules in layer 61 only, the place they have in the model of 671B parameters."""
     first = reference.config.num_hidden_layers
     reference._keys_to_ignore_on_load_unexpected = [
-        rf"model\.layers\.{first + k}\." for k in range(reference.config.num_nextn_predict_layers)]
+        rf"model\.layers\.{first + k}\." for k in range(reference.config.num_nextn_predict_layers)
+    ]
 
 
 def reference_loss(reference, mtp, ids, labels, weight):
