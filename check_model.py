@@ -14,7 +14,7 @@ from pathlib import Path
 from checks import CHECKS
 from checks.harness.runner import BUILDS, first_sentence, open_subject, run_checks
 from model import get_model_and_args, list_models
-from utils.atomic import replacing
+from utils.atomic import atomic_write
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
 
@@ -50,7 +50,7 @@ def main(argv=None) -> None:
     if config.json:
         keys = ("check", "status", "detail")
         rows = [{key: asdict(result)[key] for key in keys} for result in results]
-        with replacing(Path(config.json)) as beside:
+        with atomic_write(Path(config.json)) as beside:
             beside.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     count = {status: sum(r.status == status for r in results) for status in MARKS}
     print(

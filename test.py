@@ -15,7 +15,7 @@ from engine.inference.options import SAMPLING, TalkOptions
 from utils.config import convert, opt, parse
 from utils.errors import UserError, run_script
 from utils.logo import print_logo
-from utils.terminal import harmless, line_history, paint, prompt, speak_utf8
+from utils.terminal import line_history, paint, prompt, speak_utf8, strip_control_chars
 
 HELP = """\
   /reset               forget the conversation
@@ -125,7 +125,7 @@ class Session:
         elif name == "save":
             self.save(rest.strip())
         else:
-            raise UserError(f"no command /{harmless(name)}: /help lists them")
+            raise UserError(f"no command /{strip_control_chars(name)}: /help lists them")
 
     def set(self, name="", value="", *more):
         if name not in SETTABLE or not value or more:
@@ -155,10 +155,10 @@ class Session:
         """Print the answer to one message as it is written; Ctrl-C keeps what there is of it."""
         reply = self.speaker.answer([*self.messages, {"role": "user", "content": text}], **self.settings())
         if self.speaker.is_base:
-            print(paint(harmless(text), "dim"), end="", flush=True)
+            print(paint(strip_control_chars(text), "dim"), end="", flush=True)
         try:
             for piece in reply:
-                print(harmless(piece), end="", flush=True)
+                print(strip_control_chars(piece), end="", flush=True)
         except KeyboardInterrupt:
             if not sys.stdout.isatty():
                 raise

@@ -21,8 +21,8 @@ from preprocess_data.corpora.registry import CORPORA_PATH, Source, find_sources
 from preprocess_data.pipeline.encode import document
 from preprocess_data.pipeline.resume import State, reasons
 from preprocess_data.pipeline.tokenizer_report import known_tokenizers, of_folder, round_trip, write_report
-from preprocess_data.readers.files import Broken
-from utils.atomic import replacing
+from preprocess_data.readers.files import InvalidRecord
+from utils.atomic import atomic_write
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
 from utils.log import log
@@ -129,12 +129,12 @@ def save(backend: Backend, folder: Path) -> Tokenizer:
     files = {**side_files(), "tokenizer.json": backend.to_str(pretty=True)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        with replacing(folder / name) as beside:
+        with atomic_write(folder / name) as beside:
             beside.write_text(text, encoding="utf-8")
     return load_tokenizer(folder)
 
 
-def stream(sources: list[Source]) -> Iterator[tuple[str, str | Broken]]:
+def stream(sources: list[Source]) -> Iterator[tuple[str, str | InvalidRecord]]:
     """(name of the source, its next document or why it is bad), one from each source in turn.
 
     In turn, so that --max_characters cuts every source and not only the last.
@@ -157,7 +157,7 @@ def training_texts(
     state = state or State("")
     for name, text in stream(sources):
         state.taken[name] = state.taken.get(name, 0) + 1
-        if isinstance(text, Broken):
+        if isinstance(text, InvalidRecord):
             state.bad[text.reason] = state.bad.get(text.reason, 0) + 1
             if state.too_bad(max_bad_ratio, at_end=False):
                 break

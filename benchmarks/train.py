@@ -37,10 +37,10 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from engine.planning import memory  # noqa: E402
-from engine.planning.mfu import Peak, synchronize  # noqa: E402
+from engine.planning.mfu import HardwarePeak, synchronize  # noqa: E402
 from engine.runs.run_folder import git_revision  # noqa: E402
 from engine.training.config import TrainConfig  # noqa: E402
-from engine.training.step import Stepper  # noqa: E402
+from engine.training.step import TrainStep  # noqa: E402
 from model import get_model_and_args, layers  # noqa: E402
 from utils.atomic import write_text  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
@@ -124,7 +124,7 @@ def our_step(model, precision: str, compiled: bool, batch: dict, device):
     config = TrainConfig(
         optimizer="adamw", precision=precision, compile="true" if compiled else "false", max_lr=3e-4, embed_lr_scale=1.0
     )
-    stepper = Stepper(model.to(device).train(), config, device)
+    stepper = TrainStep(model.to(device).train(), config, device)
     stepper.optimizer.set_lr(config.max_lr)
 
     def step() -> float:
@@ -274,7 +274,7 @@ def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens
     }
     peak = figures["matmul_gflops"]
     if device.type == "cuda":
-        best = Peak(device, precision, config.peak_tflops)
+        best = HardwarePeak(device, precision, config.peak_tflops)
         peak, figures["peak"] = best.flops / 1e9, str(best)
     figures["tokens_per_s"] = {side: tokens / statistics.median(s) for side, s in seconds.items()}
     figures["flops_share"] = {side: rate * flops / 1e9 / peak for side, rate in figures["tokens_per_s"].items()}
@@ -328,11 +328,11 @@ def peak_memory(config, name: str, side: str) -> float:
         step = their_step(their_model(model, experts), "bf16", False, batch, device)
     gc.collect()
     warm_up(device)
-    memory.forget_most(device)
+    memory.reset_peak_memory(device)
     before = memory.held(device)
     for _ in range(2):
         step()
-    return (memory.most_held(device) - before) / 2**20
+    return (memory.peak_memory(device) - before) / 2**20
 
 
 def warm_up(device):

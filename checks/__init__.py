@@ -1,6 +1,6 @@
 """Is an architecture right? One file a group of checks, one function a check; check_model.py and the tests run them.
 
-A check takes a `Subject` and returns nothing, raises `CheckFailed` with what was seen, or `NotApplicable`. It knows the
+A check takes a `ModelUnderTest` and returns nothing, raises `CheckFailed` with what was seen, or `NotApplicable`. It knows the
 model by its contract alone (model/basemodel.py). Its docstring says what it proves, then "Measured:" and "Causes:", the
 usual ones in order, separated by semicolons; the table prints them below a failure.
 """
@@ -20,7 +20,7 @@ from checks import (
     rows,
     state,
 )
-from checks.harness.model_under_test import CheckFailed, NotApplicable, Subject
+from checks.harness.model_under_test import CheckFailed, ModelUnderTest, NotApplicable
 
 GROUPS = (
     contract, loss, causality, rows, gradients, init, learning, state, packing, persistence, precision, moe, counts,
@@ -38,4 +38,4 @@ CHECKS = {
 SLOW = ("learning.", "precision.compiled", "init.", "gradients.agree")  # a second or more, not milliseconds
 FAST = [name for name in CHECKS if not name.startswith((*SLOW, "state.", "precision.", "moe.b"))]  # what training needs
 
-__all__ = ["CHECKS", "FAST", "SLOW", "CheckFailed", "NotApplicable", "Subject"]
+__all__ = ["CHECKS", "FAST", "SLOW", "CheckFailed", "NotApplicable", "ModelUnderTest"]

@@ -4,13 +4,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from checks.harness.model_under_test import NotApplicable, Subject, call, next_tokens, require
+from checks.harness.model_under_test import ModelUnderTest, NotApplicable, call, next_tokens, require
 from model import BaseModel
 
 GROUPS = {"matrix", "embed", "scalar"}
 
 
-def parameter_groups_cover_all(subject: Subject):
+def parameter_groups_cover_all(subject: ModelUnderTest):
     """`param_groups` holds every trainable parameter exactly once, in the groups the optimizers know.
 
     Measured: the groups against `named_parameters`, by identity; "matrix" holds two dimensions or more.
@@ -34,7 +34,7 @@ def parameter_groups_cover_all(subject: Subject):
     require(not flat, f"the matrix group holds {', '.join(flat[:6])} of fewer than two dimensions")
 
 
-def parameters_are_counted(subject: Subject):
+def parameters_are_counted(subject: ModelUnderTest):
     """`num_params` agrees with the parameters.
 
     Measured: the total; the tables of nn.Embedding; active is at most the total, and in a mixture of experts agrees
@@ -66,7 +66,7 @@ def parameters_are_counted(subject: Subject):
         )
 
 
-def flops_are_estimated(subject: Subject):
+def flops_are_estimated(subject: ModelUnderTest):
     """`flops_per_token` agrees within 10% with what a training step multiplies.
 
     Measured: the FLOPs of all matrix products and convolutions of forward and backward, counted by torch, on rows of

@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
-from checks.harness.model_under_test import NotApplicable, Subject, call, next_tokens, require
+from checks.harness.model_under_test import ModelUnderTest, NotApplicable, call, next_tokens, require
 from checks.harness.training import train_steps
 
 BOUNDS = {"activations": (1.6, 100), "gradients": (2.2, 5000)}  # factors from layer to layer, and from first to last
 STEPS = 6  # after zero-initialised projections have left zero, what stands behind them has a gradient too
 
 
-def every_parameter_learns(subject: Subject):
+def every_parameter_learns(subject: ModelUnderTest):
     """Every trainable parameter receives a finite gradient that is not zero; so does every expert, head and row of it.
 
     Measured: six optimizer steps from the author's initial weights on batches that hold every token of the vocabulary,
@@ -72,7 +72,7 @@ def _every_token(subject, step):
     return ids, next_tokens(ids)
 
 
-def agree_with_finite_differences(subject: Subject):
+def agree_with_finite_differences(subject: ModelUnderTest):
     """The gradient of the task loss is its derivative: what backward says is what a small step does.
 
     Measured: for each parameter, the loss after small steps to both sides, along its gradient and along a random
@@ -137,7 +137,7 @@ def _slope(loss, base, param, direction, said):
     return None
 
 
-def norms_a_layer(subject: Subject):
+def norms_a_layer(subject: ModelUnderTest):
     """Activations and gradients keep their scale from the first layer to the last, at the initial weights.
 
     Measured: the root mean square of each layer's output, and of the gradient at it, in a model of twelve layers. From

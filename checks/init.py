@@ -5,13 +5,13 @@ import math
 
 import torch
 
-from checks.harness.model_under_test import Subject, call, logits_of, next_tokens, require
+from checks.harness.model_under_test import ModelUnderTest, call, logits_of, next_tokens, require
 from checks.harness.tiny_args import LAYERS
 
 AFFORDABLE = 60e6  # parameters of a model of the author's width that is still built in a second
 
 
-def loss_is_uniform(subject: Subject):
+def loss_is_uniform(subject: ModelUnderTest):
     """Before training the task loss is near ln V: no token is preferred, none is known.
 
     Measured: at the author's own width with few layers (the error of a wrong scale grows with the width), and at the
@@ -30,7 +30,7 @@ def loss_is_uniform(subject: Subject):
 
 
 @torch.no_grad()
-def logits_are_centred(subject: Subject):
+def logits_are_centred(subject: ModelUnderTest):
     """The initial logits stand around zero and prefer no token.
 
     Measured: at the same two sizes, the mean of all logits (below 1) and the spread over the vocabulary of each token's

@@ -4,13 +4,13 @@ import math
 
 import torch
 
-from checks.harness.model_under_test import Subject, call, require
+from checks.harness.model_under_test import ModelUnderTest, call, require
 from checks.harness.training import train_steps
 
 RATES = (1e-2, 3e-3)  # one of them suits: an architecture is not blamed for its learning rate
 
 
-def overfits_one_batch(subject: Subject):
+def overfits_one_batch(subject: ModelUnderTest):
     """It can learn two short rows by heart.
 
     Measured: AdamW on the same two rows of random tokens; the task loss must fall below 0.3 ln V within 150 steps, at
@@ -28,7 +28,7 @@ def overfits_one_batch(subject: Subject):
     )
 
 
-def recalls_the_past(subject: Subject):
+def recalls_the_past(subject: ModelUnderTest):
     """It learns a copy task that needs the past: say again the token that stood up to three positions before.
 
     Measured: rows of one of eight tokens and three fillers; at each filler the target is that token. Who cannot look
@@ -71,7 +71,7 @@ def _best_loss(subject, test, batch_at, bound):
     return best
 
 
-def one_step_moves_every_group(subject: Subject):
+def one_step_moves_every_group(subject: ModelUnderTest):
     """One optimizer step moves parameters of every group, and nothing becomes NaN.
 
     Measured: one AdamW step over `param_groups()`, weights before and after.

@@ -3,7 +3,15 @@
 import torch
 from torch import nn
 
-from checks.harness.model_under_test import NotApplicable, Subject, call, logits_of, next_tokens, require, require_close
+from checks.harness.model_under_test import (
+    ModelUnderTest,
+    NotApplicable,
+    call,
+    logits_of,
+    next_tokens,
+    require,
+    require_close,
+)
 from checks.harness.tiny_args import ACTIVE_EXPERTS
 
 KEY = "moe/load"
@@ -18,7 +26,7 @@ def _load(model, ids):
     return load
 
 
-def loads_are_counted(subject: Subject):
+def loads_are_counted(subject: ModelUnderTest):
     """The loads of a layer sum to tokens times active experts, each row adds its own, and none is negative.
 
     Measured: the loads of a batch and of each of its rows; the sum against `n_activated_experts`, or, where the
@@ -43,7 +51,7 @@ def loads_are_counted(subject: Subject):
     require_close(rows, load, "loads of the rows added up against the loads of the batch", 1e-4)
 
 
-def loads_are_true(subject: Subject):
+def loads_are_true(subject: ModelUnderTest):
     """An expert with load has a gradient, an expert without load has none.
 
     Measured: rows of one, two and three tokens, so that some experts stay idle, with random routing biases; the
@@ -108,7 +116,7 @@ def _expert_weights(model, load):
     return found[:n_layers]
 
 
-def routers_have_a_task_gradient(subject: Subject):
+def routers_have_a_task_gradient(subject: ModelUnderTest):
     """The task loss, not only a balance loss, teaches the router.
 
     Measured: the gradient of the task loss at each weight matrix with one row, or column, an expert: its root mean
@@ -141,7 +149,7 @@ def _training_only(model, name):
 
 
 @torch.no_grad()
-def bias_update_evens_the_load(subject: Subject):
+def bias_update_evens_the_load(subject: ModelUnderTest):
     """Steps of `after_step` bring the experts' loads nearer to each other.
 
     Measured: the same batch with fixed weights, `after_step` with its loads again and again; the mean spread (standard
@@ -175,7 +183,7 @@ def _fast_bias(subject):
 
 
 @torch.no_grad()
-def bias_only_chooses(subject: Subject):
+def bias_only_chooses(subject: ModelUnderTest):
     """The routing bias decides who is chosen and does not weigh the experts' outputs.
 
     Measured: the same number added to all entries of each buffer that `after_step` moves: the choice, and so the
@@ -198,7 +206,7 @@ def bias_only_chooses(subject: Subject):
     require_close(logits_of(model, ids), want, f"logits with 0.25 more on all of {', '.join(n for n, _ in moved[:3])}")
 
 
-def balance_loss_evens_the_load(subject: Subject):
+def balance_loss_evens_the_load(subject: ModelUnderTest):
     """Following the balance loss does not make the loads more uneven.
 
     Measured: forty steps of AdamW on the routers with the terms named balance, aux or load alone; the spread of the
@@ -232,7 +240,7 @@ def balance_loss_evens_the_load(subject: Subject):
     )
 
 
-def experts_differ(subject: Subject):
+def experts_differ(subject: ModelUnderTest):
     """The experts of a layer do not start as copies of each other: equal experts learn the same for ever.
 
     Measured: the initial weights of the experts, in pairs.

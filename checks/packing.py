@@ -3,7 +3,7 @@
 import torch
 
 from checks.harness.model_under_test import (
-    Subject,
+    ModelUnderTest,
     call,
     embedded_tokens,
     gradient_at_tokens,
@@ -30,7 +30,7 @@ def _bounds(total):
 
 
 @torch.no_grad()
-def packed_equals_separate(subject: Subject):
+def packed_equals_separate(subject: ModelUnderTest):
     """Each document's logits in a packed row are those it has alone, whatever its neighbours are.
 
     Measured: three rows with documents at different places, one of a single token, each document against itself alone;
@@ -65,7 +65,7 @@ def packed_equals_separate(subject: Subject):
         require_close(before[:1, :5], logits_of(model, ids[:1, :5]), "a document before padding, against alone")
 
 
-def gradient_stays_in_the_document(subject: Subject):
+def gradient_stays_in_the_document(subject: ModelUnderTest):
     """No logit has a gradient to a token of another document.
 
     Measured: one backward pass a position, in a row of four documents.
@@ -85,7 +85,7 @@ def gradient_stays_in_the_document(subject: Subject):
         )
 
 
-def packed_loss_equals_separate(subject: Subject):
+def packed_loss_equals_separate(subject: ModelUnderTest):
     """The task loss of packed documents is that of the documents alone, weighted by their targets.
 
     Measured: four documents in a row, without targets at the borders, against each alone.
@@ -107,7 +107,7 @@ def packed_loss_equals_separate(subject: Subject):
     require_close(packed.double(), total / count, "packed loss against the mean of the documents alone", 1e-4)
 
 
-def losses_stay_in_the_document(subject: Subject):
+def losses_stay_in_the_document(subject: ModelUnderTest):
     """The loss on one document teaches nothing about another: no term of it crosses a border.
 
     Measured: the gradient of each `loss/*` at the tokens of the first document, with targets in the second only,

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from checks.harness.model_under_test import Subject, call, logits_of, next_tokens, require, require_close
+from checks.harness.model_under_test import ModelUnderTest, call, logits_of, next_tokens, require, require_close
 from checks.harness.training import train_steps
 
 
@@ -21,7 +21,7 @@ def _trained(subject):
 
 
 @torch.no_grad()
-def saved_weights_restore_the_model(subject: Subject):
+def saved_weights_restore_the_model(subject: ModelUnderTest):
     """A fresh model with the saved weights of a trained one gives the same logits.
 
     Measured: two optimizer steps and fifty calls of the hooks; the state_dict through safetensors; into a model that
@@ -40,7 +40,7 @@ def saved_weights_restore_the_model(subject: Subject):
     require_close(logits_of(fresh, ids), want, "logits after saving and loading", 1e-6)
 
 
-def tied_weights_stay_tied(subject: Subject):
+def tied_weights_stay_tied(subject: ModelUnderTest):
     """Parameters that are one tensor before saving are one after loading and moving; no two only share their memory.
 
     Measured: the names under which each parameter appears, in the model and in a fresh one that loaded its weights and
@@ -87,7 +87,7 @@ def _names_of_each(model):
 
 
 @torch.no_grad()
-def buffers_keep_their_precision(subject: Subject):
+def buffers_keep_their_precision(subject: ModelUnderTest):
     """What `after_step` moves is a persistent fp32 buffer: in the state_dict, and fine enough for small steps.
 
     Measured: the buffers that change over fifty calls of `after_step`.

@@ -4,8 +4,8 @@ import torch
 
 from checks.harness.model_under_test import (
     LONG,
+    ModelUnderTest,
     NotApplicable,
-    Subject,
     call,
     logits_of,
     next_tokens,
@@ -15,7 +15,7 @@ from checks.harness.model_under_test import (
 
 
 @torch.no_grad()
-def bf16_stays_near_fp32(subject: Subject):
+def bf16_stays_near_fp32(subject: ModelUnderTest):
     """Under bf16 autocast the logits and the loss stay near those of fp32, at the beginning and the end of a long row.
 
     Measured: over 300 tokens, the relative error of each token's logits. Its lower quartile (a token may take another
@@ -49,7 +49,7 @@ def bf16_stays_near_fp32(subject: Subject):
     )
 
 
-def bf16_gradients_are_finite(subject: Subject):
+def bf16_gradients_are_finite(subject: ModelUnderTest):
     """Backward under bf16 autocast, matrices in bf16, gives finite gradients that point where those of fp32 point.
 
     Measured: at the initial weights and at weights of unit gain, all gradients finite; at the initial ones, where few
@@ -78,7 +78,7 @@ def bf16_gradients_are_finite(subject: Subject):
 
 
 @torch.no_grad()
-def large_weights_stay_finite(subject: Subject):
+def large_weights_stay_finite(subject: ModelUnderTest):
     """Large weights, as they come with training, give large logits and a large loss, not infinity.
 
     Measured: matrices of 8 times unit gain, tables of the vocabulary of 64 times, rows of eight tokens: the logits and
@@ -95,7 +95,7 @@ def large_weights_stay_finite(subject: Subject):
     require(loss.isfinite(), f"with large weights the loss is {loss.item()}")
 
 
-def compiled_equals_eager(subject: Subject):
+def compiled_equals_eager(subject: ModelUnderTest):
     """torch.compile gives the same loss and gradients, and does not compile anew in every step.
 
     Measured: six training steps on different data with the backend "aot_eager" (what the compiler traces and

@@ -2,7 +2,7 @@
 
 import torch
 
-from checks.harness.model_under_test import LONG, NotApplicable, Subject, call, logits_of, require, require_close
+from checks.harness.model_under_test import LONG, ModelUnderTest, NotApplicable, call, logits_of, require, require_close
 
 
 def _decode(model, ids, state, sizes):
@@ -24,7 +24,7 @@ def _chunks(total, sizes):
 
 
 @torch.no_grad()
-def chunks_equal_full_forward(subject: Subject):
+def chunks_equal_full_forward(subject: ModelUnderTest):
     """Token by token, in uneven chunks, and a prompt followed by steps: up to exactly max_seq_len, the same logits.
 
     Measured: the logits of every chunk against those of one forward pass over the whole row, in eval and train mode.
@@ -44,7 +44,7 @@ def chunks_equal_full_forward(subject: Subject):
 
 
 @torch.no_grad()
-def long_sequences(subject: Subject):
+def long_sequences(subject: ModelUnderTest):
     """The same over 300 tokens: beyond windows, chunks and short tables.
 
     Measured: a prompt of 150 tokens, ten steps, a chunk of 71, and steps to the end of 240 tokens.
@@ -60,11 +60,11 @@ def long_sequences(subject: Subject):
 
 
 @torch.no_grad()
-def rows_at_their_own_positions(subject: Subject):
+def rows_at_their_own_positions(subject: ModelUnderTest):
     """Rows that stand at different positions decode as if alone, after `put` and `rows` moved them about.
 
     Measured: prompts of different lengths put into a used batch, decoded together by steps and by a chunk of two.
-    Causes: `pos[0]`, `pos.max()` or `upto` taken for all rows; the mask not per row; leftovers of another text read as
+    Causes: `pos[0]`, `pos.max()` or `max_pos` taken for all rows; the mask not per row; leftovers of another text read as
     keys; something in the state whose dim 0 is not the batch.
     """
     subject.needs("state")
@@ -76,7 +76,7 @@ def rows_at_their_own_positions(subject: Subject):
     for row, length in enumerate(lengths):
         alone = model.init_state(1)
         _decode(model, ids[row : row + 1, :length], alone, [length])
-        batch.put([row], alone)
+        batch.overwrite([row], alone)
     at, rows = torch.tensor(lengths), torch.arange(len(ids))[:, None]
     for size in [1, 2, *[1] * (total - max(lengths) - 3)]:
         wanted = at[:, None] + torch.arange(size)
@@ -84,16 +84,16 @@ def rows_at_their_own_positions(subject: Subject):
         batch.advance(size)
         require_close(got, full[rows, wanted], f"rows at positions {at.tolist()}")
         at = at + size
-        if batch.upto + 2 > batch.max_len:
+        if batch.max_pos + 2 > batch.max_len:
             break
-    picked = batch.rows([2, 0])
-    if picked.upto < batch.max_len:
+    picked = batch.select([2, 0])
+    if picked.max_pos < batch.max_len:
         got = logits_of(model, ids[[2, 0]].gather(1, at[[2, 0], None]), state=picked)[:, 0]
         require_close(got, full[[2, 0], at[[2, 0]]], "two rows picked out of the batch")
 
 
 @torch.no_grad()
-def clone_is_independent(subject: Subject):
+def clone_is_independent(subject: ModelUnderTest):
     """A trial continuation on a clone, and another state in between, leave the first state as it was.
 
     Measured: half a row, then other tokens on a clone and on a second state in turn, then the other half.
@@ -120,7 +120,7 @@ def clone_is_independent(subject: Subject):
 
 
 @torch.no_grad()
-def rows_can_be_reordered(subject: Subject):
+def rows_can_be_reordered(subject: ModelUnderTest):
     """Beam copies and freed slots: picked rows go on as the rows they are, and an empty row starts from nothing.
 
     Measured: `rows` with a row twice and in another order; a fresh state put into a row that was in use.
@@ -141,9 +141,9 @@ def rows_can_be_reordered(subject: Subject):
                 tensor.ndim and tensor.shape[0] == len(ids),
                 f"state.layers[{layer}][{name!r}] has shape {tuple(tensor.shape)}: dim 0 must be the batch, {len(ids)}",
             )
-    got = _decode(model, ids[order, half:], state.rows(order), [1] * (ids.shape[1] - half))
+    got = _decode(model, ids[order, half:], state.select(order), [1] * (ids.shape[1] - half))
     require_close(got, full[order, half:], f"rows {order} of a state")
-    state.put([1], model.init_state(1))
+    state.overwrite([1], model.init_state(1))
     n = ids.shape[1] - half - 1
     mixed = torch.stack((ids[0, half : half + n], ids[1, :n], ids[2, half : half + n]))
     got = _decode(model, mixed, state, [1] * n)
@@ -152,10 +152,10 @@ def rows_can_be_reordered(subject: Subject):
 
 
 @torch.no_grad()
-def forward_leaves_pos_alone(subject: Subject):
+def forward_leaves_pos_alone(subject: ModelUnderTest):
     """`forward` reads `pos` and does not move it; `last_only` gives the last token's logits.
 
-    Measured: `pos`, `upto` and `max_len` before and after; the logits with `last_only`.
+    Measured: `pos`, `max_pos` and `max_len` before and after; the logits with `last_only`.
     Causes: `state.pos += T` or `state.advance` inside forward, which the caller does; `last_only` that takes the first
     token, or leaves out the norm or the scale of the output.
     """
@@ -163,7 +163,7 @@ def forward_leaves_pos_alone(subject: Subject):
     model, ids = subject.build(), subject.tokens()
     state = model.init_state(len(ids))
     full = logits_of(model, ids[:, :5], state=state)
-    require((state.pos == 0).all() and state.upto == 0, "forward moved state.pos: the caller advances it")
+    require((state.pos == 0).all() and state.max_pos == 0, "forward moved state.pos: the caller advances it")
     require(len(state.layers) == len(model.init_state(1).layers), "forward appends to state.layers: fill the dicts")
     state = model.init_state(len(ids))
     state.last_only = True
@@ -176,7 +176,7 @@ def forward_leaves_pos_alone(subject: Subject):
 
 
 @torch.no_grad()
-def memory_is_bounded(subject: Subject):
+def memory_is_bounded(subject: ModelUnderTest):
     """The state holds no more after many small steps than after one large one, and grows with max_len at most.
 
     Measured: bytes of all tensors in the state after max_seq_len tokens, fed in one chunk and one by one; in a state of

@@ -15,7 +15,7 @@ from engine.inference.generate import generate
 from engine.inference.options import AnswerOptions
 from engine.runs.checkpoint import load_run
 from preprocess_data.corpora.demo_chat import poem_request
-from utils.atomic import replacing
+from utils.atomic import atomic_write
 from utils.chat_template import encode_chat
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
@@ -103,7 +103,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         "poems": [{"title": title, "form": form, "text": text} for (title, form), text in zip(asked, texts)],
         "answers": [{"request": request, "answer": answer} for request, answer in zip(REQUESTS, answers)],
     }
-    with replacing(run / "demo.json") as beside:
+    with atomic_write(run / "demo.json") as beside:
         beside.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return result
 

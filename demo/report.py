@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import UserError, run_script
-from utils.terminal import harmless
+from utils.terminal import strip_control_chars
 
 
 def share(part: int, whole: int) -> str:
@@ -47,7 +47,11 @@ def conversation(result: dict) -> str:
     """Return the fixed requests and the model's answers."""
     lines = [""]
     for turn in result["answers"]:
-        lines += [f"> {turn['request']}", *(f"  {line}" for line in harmless(turn["answer"]).splitlines()), ""]
+        lines += [
+            f"> {turn['request']}",
+            *(f"  {line}" for line in strip_control_chars(turn["answer"]).splitlines()),
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ class BaseModelArgs:
 class State:
     """What a model remembers between two calls of `forward` while it generates.
 
-    `pos` (B,) int64: the tokens already seen in each row. `max_len`: the room in tokens. `upto`: a plain int that no
+    `pos` (B,) int64: the tokens already seen in each row. `max_len`: the room in tokens. `max_pos`: a plain int that no
     row's position exceeds, so that a layer can slice its cache without asking the device. `layers`: one dict a layer,
     filled by the layer as it likes. `last_only`: set by a caller who needs the logits of the last token only.
     `hidden`: left by a model that can `draft`, the outputs (B, T, D) that its head has just read.
@@ -45,20 +45,20 @@ class State:
     Two rules make everything else generic: dim 0 of every tensor in the dicts is the batch, and rows are independent.
     """
 
-    def __init__(self, pos, max_len, layers, upto=0, last_only=False):
+    def __init__(self, pos, max_len, layers, max_pos=0, last_only=False):
         self.pos = pos
         self.max_len = max_len
         self.layers = layers
-        self.upto = upto
+        self.max_pos = max_pos
         self.last_only = last_only
         self.hidden = None
-        self.appended = set()  # the names that `cache_append` wrote: a slot a token, so they can go back
+        self.token_indexed = set()  # the names that `cache_append` wrote: a slot a token, so they can go back
 
     def positions(self, n_tokens):
         """Return the positions (B, T) of the `n_tokens` tokens that come next in each row."""
-        if self.upto + n_tokens > self.max_len:
+        if self.max_pos + n_tokens > self.max_len:
             raise ModelError(
-                f"{self.upto} tokens in the state and {n_tokens} new ones exceed its max_len of {self.max_len}: "
+                f"{self.max_pos} tokens in the state and {n_tokens} new ones exceed its max_len of {self.max_len}: "
                 "make the state longer, or the text shorter"
             )
         return self.pos[:, None] + torch.arange(n_tokens, device=self.pos.device)  # (B, T)
@@ -66,27 +66,27 @@ class State:
     def advance(self, n_tokens):
         """Count `n_tokens` more tokens in every row. The caller of `forward` does this, never the model."""
         self.pos = self.pos + n_tokens
-        self.upto += n_tokens
+        self.max_pos += n_tokens
 
     def can_rewind(self):
         """Whether all that it holds stands in slots of the tokens, none of it in a memory that only goes forward."""
-        return all(name in self.appended for layer in self.layers for name in layer)
+        return all(name in self.token_indexed for layer in self.layers for name in layer)
 
     def rewind(self, n_tokens):
         """Forget the last `n_tokens` tokens of every row; only where `can_rewind`."""
         self.advance(-n_tokens)
 
-    def rows(self, index):
+    def select(self, index):
         """Return a new state that holds copies of the rows `index` (a list of ints or an int64 tensor)."""
         index = torch.as_tensor(index, dtype=torch.long, device=self.pos.device)
         layers = [{name: tensor[index] for name, tensor in layer.items()} for layer in self.layers]
-        return State(self.pos[index], self.max_len, layers, self.upto, self.last_only)
+        return State(self.pos[index], self.max_len, layers, self.max_pos, self.last_only)
 
-    def put(self, index, other):
+    def overwrite(self, index, other):
         """Overwrite the rows `index` of this state by the rows of `other`, in order."""
         index = torch.as_tensor(index, dtype=torch.long, device=self.pos.device)
         self.pos = self.pos.index_copy(0, index, other.pos)
-        self.upto = max(self.upto, other.upto)
+        self.max_pos = max(self.max_pos, other.max_pos)
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             for name in mine.keys() - theirs.keys():  # a state that has seen nothing yet holds nothing
                 mine[name][index] = 0
@@ -98,8 +98,8 @@ class State:
     def clone(self):
         """Return an independent copy, to come back to after a trial continuation."""
         layers = [{name: tensor.clone() for name, tensor in layer.items()} for layer in self.layers]
-        other = State(self.pos.clone(), self.max_len, layers, self.upto, self.last_only)
-        other.appended |= self.appended
+        other = State(self.pos.clone(), self.max_len, layers, self.max_pos, self.last_only)
+        other.token_indexed |= self.token_indexed
         return other
 
 

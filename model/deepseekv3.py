@@ -128,7 +128,7 @@ class LatentAttention(nn.Module):
 
         if state is not None:
             seen = cache_append(state, self.layer, "latent", torch.cat((latent, k_rope), dim=-1))  # (B, S, R + rope)
-            if state.upto > 0:
+            if state.max_pos > 0:
                 return self.o_proj(self._absorbed(q_nope, q_rope, seen, mask).flatten(-2))
         return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, mask).flatten(-2))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import check_model
-from checks import CHECKS, FAST, Subject
+from checks import CHECKS, FAST, ModelUnderTest
 from checks.harness.runner import first_sentence, usual_causes
 from checks.harness.tiny_args import tiny_args
 from model import ModelError, list_models
@@ -171,13 +171,13 @@ def test_arguments_that_hang_together_are_made_as_small_as_they_go():
 
 
 def test_the_author_decides():
-    assert Subject.of(RightModel, SaysItselfModelArgs).args == SaysItselfModelArgs.tiny()
+    assert ModelUnderTest.of(RightModel, SaysItselfModelArgs).args == SaysItselfModelArgs.tiny()
 
 
 def test_checks_leave_the_random_generator_alone():
     from checks.harness.runner import run_check
 
-    subject = Subject.of(RightModel, RightModelArgs)
+    subject = ModelUnderTest.of(RightModel, RightModelArgs)
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from checks import CHECKS, SLOW, Subject
+from checks import CHECKS, SLOW, ModelUnderTest
 from checks.harness.runner import run_check
 from model import list_models, template
 
@@ -13,7 +13,11 @@ TEMPLATE = "the template"
 
 @functools.cache
 def subject(name):
-    return Subject.of(template.TemplateModel, template.TemplateModelArgs) if name == TEMPLATE else Subject(name)
+    return (
+        ModelUnderTest.of(template.TemplateModel, template.TemplateModelArgs)
+        if name == TEMPLATE
+        else ModelUnderTest(name)
+    )
 
 
 def marked(check):

@@ -6,19 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checks import Subject
+from checks import ModelUnderTest
 from model.deepseekv3 import DeepSeekV3Model, DeepSeekV3ModelArgs, MoE
 
 NAME = DeepSeekV3Model.model_name
 
 
 def small_args(**changes):
-    args = Subject(NAME).args
+    args = ModelUnderTest(NAME).args
     return DeepSeekV3ModelArgs(**{**vars(args), **changes})
 
 
 def sharp_model(args, seed=0):
-    subject = Subject(NAME)
+    subject = ModelUnderTest(NAME)
     subject.args = args
     return subject.build(seed)
 

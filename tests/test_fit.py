@@ -10,7 +10,7 @@ import yaml
 
 from engine.distributed import process_group
 from engine.planning import memory
-from engine.planning.batch_size import fitting_rows, largest
+from engine.planning.batch_size import find_max_batch_size, largest
 from engine.runs.metrics import read_metrics
 from engine.training.config import TrainConfig
 from engine.training.optim import build_optimizer
@@ -121,7 +121,7 @@ def test_rows_are_measured_against_a_memory_limit(world, monkeypatch):
     optimizer, cpu = build_optimizer(model, TrainConfig()), torch.device("cpu")
     for limit, found in ((420, 1), (900, 2)):  # MB, of which half may be used; 4 rows take 576
         monkeypatch.setattr(memory, "available", lambda device, limit=limit: limit * MB)
-        assert fitting_rows(16, model, optimizer, world.rows, cpu, nullcontext) == found
+        assert find_max_batch_size(16, model, optimizer, world.rows, cpu, nullcontext) == found
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -31,7 +31,7 @@ from engine.runs.checkpoint import (
 )
 from engine.training.config import TrainConfig
 from engine.training.optim import build_optimizer
-from engine.training.step import Stepper
+from engine.training.step import TrainStep
 from model import get_model_and_args, list_models
 from tests.support.engine_helpers import TinyModel, TinyModelArgs
 from tests.test_distributed import figures, folder, train, two_ranks  # noqa: F401
@@ -221,7 +221,7 @@ def test_what_is_saved_comes_back(example):
         assert weights_bytes(other) == weights_bytes(model)
         for ours, part in zip(optimizer.all, theirs.all):
             for state, same in zip(ours.state.values(), part.state.values(), strict=True):
-                assert all(torch.equal(fsdp.whole(state[key]), fsdp.whole(same[key])) for key in state)
+                assert all(torch.equal(fsdp.full_tensor(state[key]), fsdp.full_tensor(same[key])) for key in state)
 
 
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon", "ema": 0.9}])
@@ -231,7 +231,7 @@ def test_a_step_not_taken_leaves_every_bit_of_the_parts_as_it_was(group, recipe)
     def run(*steps):
         torch.manual_seed(0)
         fsdp.shard(model := tiny(), torch.device("cpu"), "fp32", compiled=False)
-        stepper = Stepper(model, TrainConfig(**recipe, compile="false"), torch.device("cpu"))
+        stepper = TrainStep(model, TrainConfig(**recipe, compile="false"), torch.device("cpu"))
         stepper.optimizer.set_lr(0.01)
         for number, weight in steps:
             ids = torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(number))
@@ -241,7 +241,7 @@ def test_a_step_not_taken_leaves_every_bit_of_the_parts_as_it_was(group, recipe)
             state[key] for part in stepper.optimizer.all for state in part.state.values() for key in sorted(state)
         ]
         assert sum(map(fsdp.is_part, states)) >= len(list(model.parameters())) - 1  # all but the unused one
-        return [fsdp.whole(t.detach()).numpy().tobytes() for t in [*model.parameters(), *states]]
+        return [fsdp.full_tensor(t.detach()).numpy().tobytes() for t in [*model.parameters(), *states]]
 
     taken = run((1, 1.0), (2, 1.0))
     assert run((9, math.nan), (1, 1.0), (2, 1.0), (9, math.inf)) == taken != run((1, 1.0))
@@ -372,7 +372,7 @@ def test_layers_are_compiled_however_many_there_are_and_none_anew(group, monkeyp
         graphs.append(compiled["unique_graphs"])
     assert 0 < graphs[0] == graphs[1]
     for (key, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(fsdp.whole(ours.grad), theirs.grad, msg=key)
+        torch.testing.assert_close(fsdp.full_tensor(ours.grad), theirs.grad, msg=key)
     torch._dynamo.reset()
 
 

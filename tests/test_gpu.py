@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from checks import Subject
+from checks import ModelUnderTest
 from checks.harness.tiny_args import tiny_args
 from engine.runs.metrics import read_metrics
 from engine.training.config import TrainConfig
 from engine.training.loop import train
-from engine.training.step import Stepper
+from engine.training.step import TrainStep
 from model import get_model_and_args, layers, list_models
 from model.layers import moe
 from tests.support.engine_helpers import ROOT
@@ -27,7 +27,7 @@ def batch_of(subject, seed=0):
 
 
 def stepper_of(model, precision, device, compile="false"):
-    return Stepper(
+    return TrainStep(
         model.to(device).train(), TrainConfig(precision=precision, compile=compile, max_lr=0.01), torch.device(device)
     )
 
@@ -37,7 +37,7 @@ def stepper_of(model, precision, device, compile="false"):
 @pytest.mark.parametrize("name", list_models())
 @pytest.mark.parametrize("precision, least", [("fp32", 0.9999), ("bf16", 0.98)])
 def test_gradients_are_those_of_the_cpu(name, precision, least):
-    subject = Subject(name)
+    subject = ModelUnderTest(name)
     flat = []
     for device, kind in (("cpu", "fp32"), ("cuda", precision)):
         model = subject.build()
@@ -69,7 +69,7 @@ def test_grouped_experts_equal_the_loop():
 @pytest.mark.parametrize("name", list_models())
 def test_compiled_steps_learn_and_never_wait_for_the_device(name):
     """Thirty steps on one batch, as the trainer takes them; from the third on a wait inside a step is an error."""
-    subject = Subject(name)
+    subject = ModelUnderTest(name)
     wide = {f.name: 48 for f in fields(subject.args) if f.name.endswith("inter_dim")}  # a width for the grouped experts
     subject.args = replace(subject.args, **wide)
     thirty_steps(subject.build(), batch_of(subject))

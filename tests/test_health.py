@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from checks import Subject
-from engine.training.diagnostics import SETTLED, Health
+from checks import ModelUnderTest
+from engine.training.diagnostics import SETTLED, Diagnostics
 from model import list_models
 from tests.support.engine_helpers import TinyModel, TinyModelArgs
 
@@ -29,11 +29,11 @@ def one_step(model, health, ids, lr=0.1, step=1, other_vars=None):
 
 @pytest.mark.parametrize("name", list_models())
 def test_norms_and_updates_of_any_model(name):
-    model, ids = Subject(name).build().train(), Subject(name).tokens(rows=2)
+    model, ids = ModelUnderTest(name).build().train(), ModelUnderTest(name).tokens(rows=2)
     outputs = {}
     for i, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda _m, _i, out, i=i: outputs.update({i: out[0] if type(out) is tuple else out}))
-    figures, gradients, before = one_step(model, Health(model), ids)
+    figures, gradients, before = one_step(model, Diagnostics(model), ids)
     for i in range(len(model.layers)):
         inside = [g.double() for n, g in gradients.items() if n.startswith(f"layers.{i}.")]
         want = math.sqrt(sum((g**2).sum().item() for g in inside))
@@ -60,7 +60,7 @@ def test_loads_become_entropy_and_the_least_share():
     load = torch.tensor([[10.0, 10, 10, 10], [40, 0, 0, 0], [30, 5, 4, 1]])
     model = tiny()
     other_vars = {"moe/load": load, "moe/other": load, "x": load[0]}
-    figures, _, _ = one_step(model, Health(model), ids(), other_vars=other_vars)
+    figures, _, _ = one_step(model, Diagnostics(model), ids(), other_vars=other_vars)
     assert figures["routing_entropy/load_00"].item() == pytest.approx(1)
     assert figures["routing_entropy/load_01"].item() == pytest.approx(0)
     want = -sum(p * math.log(p) for p in (30 / 40, 5 / 40, 4 / 40, 1 / 40)) / math.log(4)
@@ -82,7 +82,7 @@ def ids():
 
 def test_troubles_are_said_once_until_they_are_over(capsys):
     model = tiny(unused=True)
-    health = Health(model)
+    health = Diagnostics(model)
     starving, fed = torch.tensor([[1.0, 99, 100]]), torch.tensor([[60.0, 70, 70]])
     lines = []
     for step, load in enumerate([fed, starving, starving, starving, starving, fed, *[starving] * 3], start=1):
@@ -96,7 +96,7 @@ def test_troubles_are_said_once_until_they_are_over(capsys):
 def test_experts_that_get_nothing_in_turn_do_not_starve(capsys):
     """As in the first steps of a small mixture, by chance."""
     model = tiny()
-    health = Health(model)
+    health = Diagnostics(model)
     for step in range(1, 10):
         load = torch.full((1, 4), 10.0)
         load[0, step % 4] = 0
@@ -106,7 +106,7 @@ def test_experts_that_get_nothing_in_turn_do_not_starve(capsys):
 
 def test_a_norm_that_explodes_is_named(capsys):
     model = tiny()
-    health = Health(model)
+    health = Diagnostics(model)
     for step in range(SETTLED):
         one_step(model, health, ids(), lr=0.0, step=step)
     assert capsys.readouterr().err == ""
@@ -123,5 +123,5 @@ def test_a_norm_that_explodes_is_named(capsys):
 
 def test_no_hooks_on_a_compiled_model():
     model = tiny()
-    figures, _, _ = one_step(model, Health(model, hooks=False), ids())
+    figures, _, _ = one_step(model, Diagnostics(model, hooks=False), ids())
     assert not any(name.startswith("activation") for name in figures) and "gradient_norm/layer_00" in figures

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from preprocess_data import preprocess_data
 from preprocess_data.preprocess_data import main
 from preprocess_data.readers.chat import to_messages
-from preprocess_data.readers.files import Broken
+from preprocess_data.readers.files import InvalidRecord
 from tests.support.data_helpers import HOSTILE, make_tokenizer
 from utils.text import clean_text
 
@@ -125,7 +125,7 @@ def test_documents(tmp_path_factory, tokenizer, lines):
 def test_chat_rows(tmp_path_factory, tokenizer, lines):
     _, good = prepare_quickly("sft", tmp_path_factory, tokenizer, lines)
     readable = {number for number, line in enumerate(lines, 2) if strictly(line) is not None}
-    assert good == {n for n in readable if not isinstance(to_messages(strictly(lines[n - 2])), Broken)}
+    assert good == {n for n in readable if not isinstance(to_messages(strictly(lines[n - 2])), InvalidRecord)}
 
 
 def test_known_trouble(tmp_path, tokenizer):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checks import Subject
+from checks import ModelUnderTest
 from engine.inference.chat import open_speaker
 from engine.inference.compile import compile_decoding
 from engine.inference.generate import generate
@@ -109,7 +109,7 @@ def test_a_model_without_a_state_is_not_compiled_and_that_is_said(capsys):
 
 @pytest.mark.parametrize("precision", ("bf16", "int8"))
 def test_a_model_that_mixes_types_is_one_line(precision, monkeypatch):
-    model = bf16(Subject.of(Fp32GateTakesItsMatrixAsItIs, RightModelArgs).build().eval())
+    model = bf16(ModelUnderTest.of(Fp32GateTakesItsMatrixAsItIs, RightModelArgs).build().eval())
     monkeypatch.setattr(checkpoint, "load_run", lambda *_, **__: (model, TOKENIZER, {"stage": "sft"}))
     with pytest.raises(UserError, match="--precision=fp32"):
         open_speaker("run", "cpu", precision)

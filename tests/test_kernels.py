@@ -166,7 +166,7 @@ def test_a_compiled_mask_is_the_mask():
     decode.load()
     compiled = torch.compile(attention_mask, backend="eager", fullgraph=True)
     for positions in torch.tensor([[3], [0], [9]]), torch.tensor([[9]]), torch.tensor([[2]], dtype=torch.int32):
-        state = SimpleNamespace(upto=9)
+        state = SimpleNamespace(max_pos=9)
         assert torch.equal(compiled(positions, state), attention_mask(positions, state))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from checks import Subject
+from checks import ModelUnderTest
 from engine.training import optim
 from engine.training.config import TrainConfig
 from engine.training.optim import Average, CombinedOptimizer, Muon, build_optimizer, orthogonalize
@@ -55,7 +55,7 @@ def test_muon_step_equals_the_formula():
 @pytest.mark.parametrize("name", list_models())
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
-    model = Subject(name).build().train()
+    model = ModelUnderTest(name).build().train()
     config = SimpleNamespace(
         optimizer=optimizer,
         max_lr=1e-2,
@@ -73,7 +73,7 @@ def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
     for param in model.parameters():
         assert (groups[id(param)]["weight_decay"] > 0) == (id(param) in matrices)
     before = [p.detach().clone() for p in model.parameters()]
-    ids = Subject(name).tokens(rows=8)
+    ids = ModelUnderTest(name).tokens(rows=8)
     model(ids, targets=ids.roll(-1, 1))[1].backward()
     combined.step(GOOD)
     assert all((p != b).any() for p, b in zip(model.parameters(), before))
@@ -82,7 +82,7 @@ def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
 @pytest.mark.parametrize("name", list_models())
 def test_adamw_equals_the_formula(name):
     """Three steps of a model's parameters against Loshchilov and Hutter's algorithm 2 in float64."""
-    model = Subject(name).build().train()
+    model = ModelUnderTest(name).build().train()
     config = SimpleNamespace(
         optimizer="adamw",
         max_lr=1e-2,
@@ -99,7 +99,7 @@ def test_adamw_equals_the_formula(name):
     first = {key: torch.zeros_like(value) for key, value in want.items()}
     second = {key: torch.zeros_like(value) for key, value in want.items()}
     for step, lr in enumerate((0.01, 0.02, 0.005), start=1):
-        ids = Subject(name).tokens(rows=2, seed=step)
+        ids = ModelUnderTest(name).tokens(rows=2, seed=step)
         model(ids, targets=ids.roll(-1, 1))[1].backward()
         for kind, params in groups.items():
             for p in params:
@@ -156,7 +156,7 @@ def test_a_step_not_taken_leaves_every_bit_as_it_was(name, recipe):
     """After two steps, and before the first as well: those that follow go where they would have gone without it."""
 
     def run(*steps):
-        model = Subject(name).build().train()
+        model = ModelUnderTest(name).build().train()
         with torch.no_grad():
             next(model.parameters()).view(-1)[:4] = torch.tensor([0.0, -0.0, 1e-40, -1e-40])  # signs, and tiny numbers
         return moved(build_optimizer(model, TrainConfig(**recipe)), model, steps)
@@ -179,7 +179,7 @@ def test_a_step_is_taken_or_not_by_bits_of_any_type(dtype, shape):
 
 
 def test_unknown_group_member_is_refused():
-    model = Subject(list_models()[0]).build()
+    model = ModelUnderTest(list_models()[0]).build()
     model.extra = nn.Parameter(torch.zeros(3))
     groups = model.param_groups()
     groups["scalar"] = [p for p in groups["scalar"] if p is not model.extra]

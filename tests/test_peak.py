@@ -8,7 +8,7 @@ import torch
 
 from engine.data.loader import StepLoader
 from engine.planning import mfu
-from engine.planning.mfu import Peak, published
+from engine.planning.mfu import HardwarePeak, published
 from engine.runs.metrics import read_metrics
 from engine.training.config import BatchPlan
 
@@ -38,10 +38,12 @@ def test_published_peaks_are_found_by_the_whole_name(name, tflops):
 
 def test_where_the_peak_comes_from(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    assert str(Peak(torch.device("cuda"), "fp32")) == "156 TFLOPS (NVIDIA A100-SXM4-80GB, tf32, dense, published)"
-    assert str(Peak(torch.device("cuda"), "bf16", 300)) == "300 TFLOPS (--peak_tflops)"
+    assert (
+        str(HardwarePeak(torch.device("cuda"), "fp32")) == "156 TFLOPS (NVIDIA A100-SXM4-80GB, tf32, dense, published)"
+    )
+    assert str(HardwarePeak(torch.device("cuda"), "bf16", 300)) == "300 TFLOPS (--peak_tflops)"
     monkeypatch.setattr(mfu, "matmul_rate", lambda device, precision: 2e11)
-    cpu = Peak(torch.device("cpu"), "bf16")
+    cpu = HardwarePeak(torch.device("cpu"), "bf16")
     assert str(cpu) == "0.2 TFLOPS (bf16 matmul, measured here at the start)"
     assert cpu.share(1e6, 5e4, devices=2) == pytest.approx(1e6 * 5e4 / 4e11)
 

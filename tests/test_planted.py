@@ -2,7 +2,7 @@
 
 import pytest
 
-from checks import CHECKS, SLOW, Subject
+from checks import CHECKS, SLOW, ModelUnderTest
 from checks.harness.runner import BUILDS, open_subject_of, run_check
 from tests.planted import (
     unusual,
@@ -36,7 +36,7 @@ def test_a_planted_bug_is_caught_by_name(name):
 
 @pytest.fixture(scope="module")
 def subjects():
-    return {name: Subject.of(*pair) for name, pair in UNUSUAL.items()}
+    return {name: ModelUnderTest.of(*pair) for name, pair in UNUSUAL.items()}
 
 
 def slow(check):

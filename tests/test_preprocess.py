@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from preprocess_data import preprocess_data
 from preprocess_data.preprocess_data import main
-from preprocess_data.readers.files import Broken
+from preprocess_data.readers.files import InvalidRecord
 from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
 from utils.chat_template import encode_chat
 from utils.errors import UserError
@@ -396,7 +396,7 @@ def test_the_encoder_is_chosen_without_searching_all_of_a_corpus_that_has_no_tex
     def texts(self):
         for i in range(1000):
             seen.append(i)
-            yield Broken("no text")
+            yield InvalidRecord("no text")
 
     monkeypatch.setattr(preprocess_data, "choose_encoder", choose)
     monkeypatch.setattr(preprocess_data, "find_sources", find)

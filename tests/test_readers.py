@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from preprocess_data.readers import files
 from preprocess_data.readers.decompress import PACKINGS
-from preprocess_data.readers.files import LONGEST, TOO_LONG, Broken, JsonLines, read_file, whole_lines
+from preprocess_data.readers.files import LONGEST, TOO_LONG, InvalidRecord, JsonLines, read_file, whole_lines
 
 TEXTS = ["第一篇。", 'second, "quoted"', "两行，\n一篇", "é🙂"]
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
@@ -98,7 +98,7 @@ def test_what_can_be_read_of_a_file_that_was_cut_off_is_kept_and_the_rest_is_one
     *kept, last = texts(path)
     assert last.reason.endswith("the rest of the file is unread") and kept[:5000] == many[: len(kept)][:5000]
     path.write_bytes(b"not packed at all")
-    assert [type(text) for text in texts(path)] == [Broken]
+    assert [type(text) for text in texts(path)] == [InvalidRecord]
 
 
 def test_members_and_padding(tmp_path):
@@ -199,5 +199,5 @@ def test_a_record_nested_without_end_is_one_reject(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(f'[{{"text": "a"}}, {{"x": {"[" * 100_000}1{"]" * 100_000}}}, "b", [], {{"text": ["c", {{}}]}}]')
     (_, first), (_, deep), *others = rows(path)
-    assert (first, deep) == ({"text": "a"}, Broken("nested too deep"))
+    assert (first, deep) == ({"text": "a"}, InvalidRecord("nested too deep"))
     assert others == [(3, "b"), (4, []), (5, {"text": ["c", {}]})]

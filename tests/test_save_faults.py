@@ -14,7 +14,7 @@ import torch
 
 from engine.runs import checkpoint_manager
 from engine.runs.checkpoint import damage, find_checkpoints, load_training_state, newest_checkpoint, step_of
-from engine.runs.checkpoint_manager import Saver
+from engine.runs.checkpoint_manager import CheckpointManager
 from engine.training.optim import build_optimizer
 from tests.support.engine_helpers import TinyModel, TinyModelArgs
 from utils.errors import UserError
@@ -94,7 +94,7 @@ def two_checkpoints(run, model, optimizer):
     run.mkdir()
     config = SimpleNamespace(**{**vars(CONFIG), "keep_last": 2})
     for step in (1, 2):
-        Saver(run, config, model, optimizer, {"stage": "pretrain"}).save({"step": step, "tokens": step}, {})
+        CheckpointManager(run, config, model, optimizer, {"stage": "pretrain"}).save({"step": step, "tokens": step}, {})
     return run, model, optimizer
 
 
@@ -104,7 +104,9 @@ def example(tmp_path_factory):
 
 
 def save(run, model, optimizer, step):
-    Saver(run, CONFIG, model, optimizer, {"stage": "pretrain"}).save({"step": step, "tokens": step}, {}, must=True)
+    CheckpointManager(run, CONFIG, model, optimizer, {"stage": "pretrain"}).save(
+        {"step": step, "tokens": step}, {}, must=True
+    )
 
 
 def count_calls(example, tmp_path):
@@ -193,7 +195,7 @@ def test_pruning_counts_whole_checkpoints_only_and_never_the_one_just_written(ex
 def test_the_last_ones_every_nth_and_the_best_are_kept(tmp_path):
     model, optimizer = trained()
     config = SimpleNamespace(**{**vars(CONFIG), "keep_last": 2, "keep_every": 4, "keep_best": True})
-    saver = Saver(tmp_path, config, model, optimizer, {})
+    saver = CheckpointManager(tmp_path, config, model, optimizer, {})
     losses = {1: 3.0, 2: 2.0, 3: 2.5, 5: float("nan"), 6: 2.2, 7: 2.1}
     for step in range(1, 11):
         val = {"step": step, "val_loss": losses[step], "val_targets": 7} if step in losses else {"step": 1}
@@ -219,7 +221,7 @@ def test_a_disk_that_is_really_full(tmp_path, monkeypatch, capsys):
         pytest.skip("no right to mount a tmpfs")
     try:
         model, optimizer = trained()
-        saver = Saver(disk, CONFIG, model, optimizer, {})
+        saver = CheckpointManager(disk, CONFIG, model, optimizer, {})
         saver.save({"step": 1, "tokens": 1}, {})
         for filled in range(0, 200, 4):  # from room for all of it down to none
             (disk / "other").write_bytes(b"")

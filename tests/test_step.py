@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from checks import Subject
+from checks import ModelUnderTest
 from engine.data.sequences import PADDING
 from engine.training.config import TrainConfig
-from engine.training.step import LowWeights, Stepper
+from engine.training.step import LowWeights, TrainStep
 from model import list_models
 from tests.planted.right import RightModelArgs
 from tests.planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
@@ -21,12 +21,12 @@ CPU = torch.device("cpu")
 
 
 def stepper_of(model, precision):
-    return Stepper(model, TrainConfig(precision=precision, compile="false", optimizer="adamw"), CPU)
+    return TrainStep(model, TrainConfig(precision=precision, compile="false", optimizer="adamw"), CPU)
 
 
 def gradients(name, precision, parts=1):
     """{parameter: gradient} of a step of four rows in `parts` micro-batches, and its values."""
-    subject = Subject(name)
+    subject = ModelUnderTest(name)
     model = subject.build().train()
     stepper = stepper_of(model, precision)
     ids = subject.tokens(rows=4)
@@ -50,10 +50,10 @@ def test_bf16_gradients_are_fp32_and_point_where_those_of_fp32_do(name, parts):
 @pytest.mark.parametrize("name", list_models())
 def test_weights_and_gradients_come_back(name):
     """After a step's passes the parameters are the same tensors with the same fp32 numbers, also when one fails."""
-    model = Subject(name).build().train()
+    model = ModelUnderTest(name).build().train()
     before = {n: (p, p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
     stepper = stepper_of(model, "bf16")
-    ids = Subject(name).tokens(rows=2)
+    ids = ModelUnderTest(name).tokens(rows=2)
     stepper.gradients([{"input_ids": ids, "targets": ids}], [1.0], [0], 1.0)
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     with pytest.raises(RuntimeError, match="stop"), stepper.compute():
@@ -67,7 +67,7 @@ def test_weights_and_gradients_come_back(name):
 
 def test_a_matrix_of_bf16_that_meets_fp32_is_one_line():
     """Where autocast is off a weight is what it is, and autocast alone would leave it fp32."""
-    subject = Subject.of(Fp32GateTakesItsMatrixAsItIs, RightModelArgs)
+    subject = ModelUnderTest.of(Fp32GateTakesItsMatrixAsItIs, RightModelArgs)
     model, ids = subject.build().train(), subject.tokens(rows=2)
     with pytest.raises(UserError, match=r"weight\.float"):
         stepper_of(model, "bf16").gradients([{"input_ids": ids, "targets": ids}], [1.0], [0], 1.0)
@@ -94,9 +94,9 @@ def test_twenty_steps_compile_nothing_after_the_first(name, precision, monkeypat
     monkeypatch.setattr(torch, "compile", lambda model, **how: compile(model, backend="aot_eager", **how))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    subject = Subject(name)
+    subject = ModelUnderTest(name)
     model = subject.build().train()
-    stepper = Stepper(model, TrainConfig(precision=precision, compile="true"), CPU)
+    stepper = TrainStep(model, TrainConfig(precision=precision, compile="true"), CPU)
     graphs = []
     for step in range(20):
         ids = subject.tokens(rows=4, seed=step)

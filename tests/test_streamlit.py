@@ -14,7 +14,7 @@ from engine.inference.inspect import reports_load
 from tests.support.chromium import EN, ZH, Page, open_browser, requests, serve, wait
 from tests.support.payloads import MARKUP, PAYLOADS, RUN, SITE
 from tests.support.small_runs import CHAT, small_runs
-from utils.terminal import harmless
+from utils.terminal import strip_control_chars
 
 pytestmark = pytest.mark.slow
 MARKED = "script img iframe object embed video audio link style base a strong em h1 li code table .katex math".split()
@@ -366,7 +366,7 @@ def test_no_text_is_more_than_text(parrot, browser):
     title = browser.title
     for number, payload in enumerate(PAYLOADS):
         view.say(payload)
-        asked = harmless(payload).strip()
+        asked = strip_control_chars(payload).strip()
         said = asked.partition("</think>")[2] or asked  # what was thought is folded away
 
         def written(asked=asked, said=said):

@@ -20,7 +20,7 @@ from engine.inference.chat import choose_run, fit, open_speaker
 from tests.support.small_runs import CHAT, POEM, small_runs
 from utils.errors import UserError
 from utils.logo import print_logo
-from utils.terminal import harmless, paint
+from utils.terminal import paint, strip_control_chars
 from utils.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,10 +44,10 @@ def base_run():
 
 
 def test_harmless_text():
-    assert harmless("春\t晓\nplain €") == "春\t晓\nplain €"
-    assert harmless("\x1b]0;title\x07a\x1b[2Jb\rc\x08d\x9b31me\x7f\x00") == "]0;titlea[2Jbcd31me"
-    assert harmless("ab\u202ecd\u2066e\u200f") == "abcde"
-    assert all(harmless(chr(code)) in ("", "\n", "\t") for code in [*range(32), *range(127, 160)])
+    assert strip_control_chars("春\t晓\nplain €") == "春\t晓\nplain €"
+    assert strip_control_chars("\x1b]0;title\x07a\x1b[2Jb\rc\x08d\x9b31me\x7f\x00") == "]0;titlea[2Jbcd31me"
+    assert strip_control_chars("ab\u202ecd\u2066e\u200f") == "abcde"
+    assert all(strip_control_chars(chr(code)) in ("", "\n", "\t") for code in [*range(32), *range(127, 160)])
 
 
 def test_colours_and_logo_only_on_a_terminal(capsys, monkeypatch):
@@ -106,7 +106,7 @@ def test_one_shot_and_pipe():
         piped = run(place, stdin=pipe.stdout)
     assert piped.returncode == 0 and piped.stderr == ""
     poison = run(place, "--temperature=0", "--prompt", "payload").stdout
-    assert poison == harmless(CHAT["payload"]) + "\n" and "\x1b" not in poison
+    assert poison == strip_control_chars(CHAT["payload"]) + "\n" and "\x1b" not in poison
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from checks import CHECKS, Subject
+from checks import CHECKS, ModelUnderTest
 from checks.harness.runner import open_subject_of, run_check, run_checks
 from model.new import new_file
 from tests.support.engine_helpers import ROOT
@@ -50,7 +50,7 @@ def load(folder, name, text):
 
 
 def test_the_mistake_is_found_as_the_page_shows(steps):
-    result = run_check(Subject.of(*steps["mistake"]), "causality.later_tokens_change_nothing")
+    result = run_check(ModelUnderTest.of(*steps["mistake"]), "causality.later_tokens_change_nothing")
     assert result.status == "fail"
     assert result.detail.startswith("eval mode: token 1 changes the logits at the earlier positions 0 by up to 1.61")
     assert result.causes[0].startswith("no causal mask")

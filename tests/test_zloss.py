@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checks import Subject
+from checks import ModelUnderTest
 from engine.training.zloss import with_z_loss
 from model import list_models
 from model.layers import lm_loss, log_normalisers
@@ -34,7 +34,7 @@ def test_squares_and_entropy_equal_the_formula(chunk_bytes):
 @pytest.mark.parametrize("name", list_models())
 def test_any_model_gets_the_term_and_its_gradient(name):
     """loss == sum of loss/*, and the gradient is the loss's derivative, measured by a small step along it."""
-    subject = Subject(name)
+    subject = ModelUnderTest(name)
     model, ids = subject.build(sharp=False).train(), subject.tokens(rows=3)
     targets = ids.roll(-1, 1)
     plain = model(ids, targets=targets)[1]
@@ -63,7 +63,7 @@ def test_a_model_with_a_loss_of_its_own_is_told():
 
 @pytest.mark.slow
 def test_compiled_it_is_the_same_and_compiles_once():
-    subject = Subject(list_models()[-1])
+    subject = ModelUnderTest(list_models()[-1])
     model, ids = subject.build().train(), subject.tokens(rows=3)
     targets = ids.roll(-1, 1)
     compiled = with_z_loss(torch.compile(model, dynamic=False), 0.1)

@@ -69,7 +69,7 @@ class NewFile:
 
 def write_file(path: Path, fill) -> dict:
     """Write a file through fill(file), and return its {"name", "size", "sha256"}; OSError when it cannot be written."""
-    with naming(path):
+    with attach_path(path):
         file = NewFile(path)
         try:
             fill(file)
@@ -97,7 +97,7 @@ def copy_file(source: Path, path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path):
+def atomic_directory(folder: Path):
     """Yield a folder beside `folder` to write into; it takes its place when the block ends, or vanishes with an error.
 
     A process that dies leaves hidden folders at most, which the next call for the same `folder` clears away.
@@ -155,7 +155,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def attach_path(path: Path) -> Iterator[None]:
     """Within the block an OSError without a path, as a write raises it on a full disk, gets this one; so does one with
     two, as of a copy, whose first is what it read."""
     try:
@@ -167,10 +167,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a hidden sibling to write, which takes the place of `path` when the block ends, or goes with an error."""
     beside = path.with_name(f".{path.name}.partial")
-    with naming(path):
+    with attach_path(path):
         try:
             yield beside
             os.replace(beside, path)

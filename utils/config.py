@@ -14,6 +14,7 @@ architecture's own arguments, checked against the dataclass that `model_args(mod
 import dataclasses
 import difflib
 import math
+import operator
 import sys
 import types
 import typing
@@ -23,20 +24,48 @@ import yaml
 
 from utils.errors import UserError
 from utils.paths import project_path
+from utils.version import VERSION
 
 SWITCH = ("auto", "true", "false")  # choices of a setting that may also decide by itself: --compile, --no_compile
 
 
-def opt(default, help: str, choices: tuple = (), neutral: bool = False, path: bool = False):
-    """A config field.
+BOUNDS = {
+    "ge": ("at least", operator.ge),
+    "gt": ("above", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("below", operator.lt),
+}
 
-    neutral: it changes how the work is done, not what comes out (resuming ignores it). path: a file or a folder, so
-    that `parse` resolves it by `utils.paths.project_path`.
+
+def opt(
+    default: typing.Any,
+    help: str,
+    choices: tuple = (),
+    neutral: bool = False,
+    path: bool = False,
+    **bounds: float,
+) -> typing.Any:
+    """Return a dataclass field of a config.
+
+    neutral: the setting does not affect the result, so that resuming ignores it. path: a file or a folder, which
+    `parse` resolves by `utils.paths.project_path`. bounds: any of ge, gt, le, lt; `check_bounds` tests them, for a
+    tuple in each of its elements.
     """
-    metadata = {"help": help, "choices": choices, "neutral": neutral, "path": path}
+    metadata = {"help": help, "choices": choices, "neutral": neutral, "path": path, "bounds": bounds}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_bounds(config: typing.Any) -> None:
+    """Raise UserError for a field outside the bounds of its `opt`; call it in `__post_init__`."""
+    for field in dataclasses.fields(config):
+        bounds = field.metadata.get("bounds") or {}
+        value = getattr(config, field.name)
+        values = value if isinstance(value, (tuple, list)) else [value]
+        if not all(BOUNDS[kind][1](each, limit) for kind, limit in bounds.items() for each in values):
+            wanted = " and ".join(f"{BOUNDS[kind][0]} {limit:g}" for kind, limit in bounds.items())
+            raise UserError(f"--{field.name}={value}: must be {wanted}")
 
 
 def parse(config_class, argv: list[str] | None = None, model_args=None):
@@ -48,6 +77,9 @@ def parse(config_class, argv: list[str] | None = None, model_args=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     hints = typing.get_type_hints(config_class)
+    if "--version" in argv:
+        print(VERSION)
+        raise SystemExit(0)
     wants_help = any(word in ("--help", "-h") for word in argv)
     flags = _read_flags([word for word in argv if word not in ("--help", "-h")], fields, hints)
 

@@ -11,7 +11,7 @@ RESET = "\033[0m"
 BIDI_CONTROLS = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-def harmless(text):
+def strip_control_chars(text):
     """The text without control characters, except newline and tab: it can be printed, and does nothing else."""
     return "".join(
         char

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
-from utils.atomic import replacing
+from utils.atomic import atomic_write
 from utils.chat_template import CHAT_TEMPLATE
 from utils.errors import UserError
 
@@ -87,7 +87,7 @@ class Tokenizer:
         for name in FILES:
             source = self.path / name
             if source.exists() and source.resolve() != (folder / name).resolve():
-                with replacing(folder / name) as beside:  # a reader never sees half of it
+                with atomic_write(folder / name) as beside:  # a reader never sees half of it
                     shutil.copyfile(source, beside)
 
 

@@ -9,7 +9,7 @@ import zlib
 
 import streamlit as st
 
-from utils.terminal import harmless
+from utils.terminal import strip_control_chars
 from web.export import export
 from web.inspect_view import LIKELIEST, look_inside
 
@@ -64,12 +64,14 @@ def show_ask(say, exchanges, number):
     key = f"edit:{number}:{zlib.crc32(exchanges[number]['ask'].encode())}"  # another message is another box, closed
     with st.chat_message("user", avatar=AVATARS["user"]):
         line, tool = st.columns([12, 1])
-        line.text(harmless(exchanges[number]["ask"]))
+        line.text(strip_control_chars(exchanges[number]["ask"]))
         with (
             tool.popover("", icon=":material/edit:", type="tertiary", help=say["edit"], key=f"open:{key}"),
             st.form(key + ":form", border=False),
         ):
-            st.text_area(say["edit"], harmless(exchanges[number]["ask"]), key=key, label_visibility="collapsed")
+            st.text_area(
+                say["edit"], strip_control_chars(exchanges[number]["ask"]), key=key, label_visibility="collapsed"
+            )
             st.form_submit_button(say["send"], on_click=change, args=(exchanges, number, key), type="primary")
 
 
@@ -85,7 +87,7 @@ def show_answer(say, speaker, answer, key):
         return
     if answer.get("thought"):
         with st.expander(say["thought"], icon=":material/psychology:"):
-            st.text(harmless(answer["thought"]))
+            st.text(strip_control_chars(answer["thought"]))
     look_inside(say, speaker, answer, key)
     if "figures" in answer:
         st.caption(describe(say, answer["figures"]))
@@ -150,7 +152,7 @@ def keep(say, reply, answer, screen, cursor=""):
     tokens = tokens + reply.spelled(len(tokens))
     if thought:
         screen[0].caption(say["thinking"] if cursor and not said else say["thought"])
-    screen[1].text(harmless(said) + cursor)
+    screen[1].text(strip_control_chars(said) + cursor)
     answer.update(content=said, thought=thought, figures=figures, tokens=tokens, ids=ids)
 
 
@@ -170,4 +172,4 @@ def describe(say, figures):
 
 def show_error(title, error):
     st.error(title, icon=":material/error:")
-    st.text(harmless(str(error)))
+    st.text(strip_control_chars(str(error)))

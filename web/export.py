@@ -4,7 +4,7 @@ import json
 
 import streamlit as st
 
-from utils.terminal import harmless
+from utils.terminal import strip_control_chars
 
 
 def export(say, names, exchanges, system):
@@ -42,7 +42,7 @@ def as_markdown(names, exchanges, system):
     """The conversation under headings; the texts are indented, so that nothing in them is taken for Markdown."""
 
     def block(text):
-        return "".join(f"    {line}\n" for line in harmless(text).splitlines()) + "\n"
+        return "".join(f"    {line}\n" for line in strip_control_chars(text).splitlines()) + "\n"
 
     parts = ["# Mini-LLM\n\n", f"## system\n\n{block(system)}" if system else ""]
     for exchange in exchanges:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas
 import streamlit as st
 
-from utils.terminal import harmless
+from utils.terminal import strip_control_chars
 
 LIKELIEST = 8  # tokens shown beside the one that was chosen
 HERE = Path(__file__).parent
@@ -37,14 +37,18 @@ def look_inside(say, speaker, answer, key):
         if view == "probabilities":
             st.caption(say["probabilities_help"])
             shown = [
-                {**token, "text": harmless(token["text"]), "top": [[harmless(t), p] for t, p in token["top"]]}
+                {
+                    **token,
+                    "text": strip_control_chars(token["text"]),
+                    "top": [[strip_control_chars(t), p] for t, p in token["top"]],
+                }
                 for token in answer["tokens"]
             ]
             show_tokens(key=f"tokens:{key}", data={"tokens": shown})
         elif view == "experts":
             show_experts(say, speaker, answer, key)
         else:
-            st.text(harmless(answer["content"]))
+            st.text(strip_control_chars(answer["content"]))
 
 
 def show_experts(say, speaker, answer, key):
@@ -69,5 +73,5 @@ def show_experts(say, speaker, answer, key):
     if len(load) == len(answer["tokens"]):
         chosen = [[" ".join(map(str, row.nonzero().flatten().tolist())) for row in token] for token in load]
         table = pandas.DataFrame(chosen, columns=layers)
-        table.insert(0, say["token"], [harmless(token["text"]) for token in answer["tokens"]])
+        table.insert(0, say["token"], [strip_control_chars(token["text"]) for token in answer["tokens"]])
         st.dataframe(table, hide_index=True, height=300, row_height=28)

@@ -5,7 +5,7 @@ import streamlit as st
 from engine.inference.options import SAMPLING
 from utils.errors import UserError
 from utils.log import format_count
-from utils.terminal import harmless
+from utils.terminal import strip_control_chars
 from web.texts import TEXTS
 
 COUNTABLE = 2**53 - 1  # the largest whole number that every browser keeps exactly
@@ -68,7 +68,7 @@ def label(run):
         parts.append(f"{run.val_loss:.3f}")
     if run.path.name != f"{run.stage}_{run.model_name}":
         parts.append(run.path.name)
-    return harmless(" · ".join(map(str, parts)))
+    return strip_control_chars(" · ".join(map(str, parts)))
 
 
 def controls(say, options, speakers):

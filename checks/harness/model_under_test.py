@@ -104,11 +104,11 @@ def gradient_at_tokens(scalar, outputs):
     return sum(sizes) if sizes else torch.zeros(outputs[0].shape[:2])
 
 
-class Subject:
+class ModelUnderTest:
     """One architecture under check: `Model`, its tiny `args`, and ways to make models and inputs from fixed seeds.
 
     name: of a registered model. switches: argument values that the tiny args take over from a real run.
-    `Subject.of(Model, ModelArgs)` takes the classes themselves.
+    `ModelUnderTest.of(Model, ModelArgs)` takes the classes themselves.
     """
 
     def __init__(self, name, switches=None):

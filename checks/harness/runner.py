@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from checks import CHECKS, FAST, CheckFailed, NotApplicable, Subject
+from checks import CHECKS, FAST, CheckFailed, ModelUnderTest, NotApplicable
 from model import BaseModel, get_model_and_args
 from utils.errors import UserError
 
@@ -70,7 +70,7 @@ def _undisturbed():
 
 
 def open_subject(name, switches=None):
-    """Return (Subject or None, Result of `contract.builds`): None when the file does not import or no tiny model runs.
+    """Return (ModelUnderTest or None, Result of `contract.builds`): None when the file does not import or no tiny model runs.
 
     switches: argument values taken over from a real run. Raises the `ModelError` of a name that nobody has.
     """
@@ -88,7 +88,7 @@ def open_subject_of(Model, ModelArgs, switches=None):
     started = time.perf_counter()
     with _undisturbed():
         try:
-            subject, status, detail = Subject.of(Model, ModelArgs, switches), "pass", ""
+            subject, status, detail = ModelUnderTest.of(Model, ModelArgs, switches), "pass", ""
         except Exception as error:
             subject, status, detail = None, "fail", crash_text(error, Model)
     return subject, Result(BUILDS, status, detail, [], time.perf_counter() - started)

@@ -50,24 +50,24 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return hasattr(model, "set_requires_gradient_sync")
 
 
-def is_part(tensor: torch.Tensor) -> bool:
+def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether this process holds only a part of the tensor."""
     return hasattr(tensor, "placements")  # a DTensor, without its import
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor, gathered from all processes, all of which must ask for it."""
-    return tensor.full_tensor() if is_part(tensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor; it shares the memory."""
-    return tensor.to_local() if is_part(tensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A whole tensor that every process has, cut as `like` is; nothing is sent."""
-    if not is_part(like):
+    if not is_dtensor(like):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -76,14 +76,14 @@ def part_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return everywhere.redistribute(placements=like.placements)
 
 
-def let_go(model: torch.nn.Module) -> None:
+def reshard(model: torch.nn.Module) -> None:
     """After forward passes without a backward one: forget the gathered parameters, which are going to change."""
     if is_sharded(model):
         model.reshard()
 
 
 @contextmanager
-def one_voice(model: torch.nn.Module):
+def broadcast_logits(model: torch.nn.Module):
     """Within the block every process sees the logits of the first, so that they all choose the same tokens."""
 
     def first(_model, _inputs, output):

@@ -18,10 +18,10 @@ class StateRows:
 
     def clear(self, row):
         """Forget a row. All of it becomes zeros: a key that is not finite would spoil its row even behind a mask."""
-        self.state.put([row], self.blank)
+        self.state.overwrite([row], self.blank)
 
     def swap(self, a, b):
-        self.state.put([a, b], self.state.rows([b, a]))
+        self.state.overwrite([a, b], self.state.select([b, a]))
 
     def append(self, first, lengths, ids):
         """Read `ids` (B, T) behind the rows from `first` on, which hold `lengths` tokens: the last logits (B, V).
@@ -31,7 +31,7 @@ class StateRows:
         """
         state, rows = self.state, slice(first, first + len(ids))
         if len(ids) == len(state.pos):  # all of them: the state itself
-            state.upto, state.last_only = max(lengths), True
+            state.max_pos, state.last_only = max(lengths), True
             logits = read(self.model, ids, state)
             state.advance(ids.shape[1])
             return logits[:, -1]

@@ -50,7 +50,7 @@ def compile_decoding(model, rows=1):
     step = torch.compile(forward, options=options)
 
     def reader(ids, state):
-        return (step if state.upto > 0 and ids.shape[1] == 1 else forward)(ids, state)
+        return (step if state.max_pos > 0 and ids.shape[1] == 1 else forward)(ids, state)
 
     with inductor.patch(frozen):  # as an option it reaches the compiler alone, not who hands it the weights
         for count in sorted({1, min(rows, SMALL), rows}):  # small_matmul asks whether they are few
@@ -75,9 +75,9 @@ def _write(model, step, rows):
         if rows > 1:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
     for layer in state.layers:
-        for name in layer.keys() & state.appended:
+        for name in layer.keys() & state.token_indexed:
             torch._dynamo.maybe_mark_dynamic(layer[name], 1)
-    with torch.compiler.config.patch(dynamic_sources="L['state'].upto,L['state'].max_len"):
+    with torch.compiler.config.patch(dynamic_sources="L['state'].max_pos,L['state'].max_len"):
         step(ids, state)
 
 

@@ -92,7 +92,7 @@ class Drafts:
 
     def __call__(self, request, hidden, new):
         # Each position goes in with the token that follows it: the settled ones only, so nothing is ever taken back.
-        seen = self.state.upto
+        seen = self.state.max_pos
         text = request.ids + request.tokens
         ids = torch.tensor([text[seen + 1 :]], device=hidden.device)
         logits = self.model.draft(hidden[:, -ids.shape[1] :], ids, self.state)[0]

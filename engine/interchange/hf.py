@@ -30,7 +30,7 @@ def export_hf(run: Path, folder: Path) -> None:
 
     UserError: no such run, a folder that exists. ModelError: an architecture without a published layout.
     """
-    with whole_folder(folder) as place:
+    with atomic_directory(folder) as place:
         model, tokenizer, settings = load_run(run)
         config, tensors = model.to_hf()
         stage = settings.get("stage", "pretrain")
@@ -59,7 +59,7 @@ def import_hf(source: Path, run: Path, max_seq_len: int = 0) -> None:
     stage = (config.get("mini_llm") or {}).get("stage", "pretrain")  # of others nobody knows: it goes on from a text
     if max_seq_len:
         config["max_position_embeddings"] = min(max_seq_len, config.get("max_position_embeddings", max_seq_len))
-    with whole_folder(run) as place:
+    with atomic_directory(run) as place:
         weights, had = Weights(source), config.get("vocab_size", 0)
         needed = adopt_tokenizer(source, place / "tokenizer", config)
         if needed > had:
@@ -112,7 +112,7 @@ def write_run(place: Path, model, name: str, stage: str, source: Path) -> None:
 
 
 @contextmanager
-def whole_folder(target: Path):
+def atomic_directory(target: Path):
     """A folder to fill beside `target`, which gets its name at the end, or leaves nothing when something fails."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists: give a new folder, or remove it")

@@ -14,7 +14,7 @@ from utils.log import format_bytes, log
 SHARES, SHARE_OF_HOST = {"cuda": 0.9}, 0.5
 
 
-def fitting_rows(at_most: int, model, optimizer, rows, device, autocast) -> int:
+def find_max_batch_size(at_most: int, model, optimizer, rows, device, autocast) -> int:
     """Return the rows of a micro-batch, a power of two or `at_most`; the same on all processes.
 
     The trials use rows of the training data in the eager model (compiled it needs less), keep the gradients as a
@@ -33,11 +33,11 @@ def fitting_rows(at_most: int, model, optimizer, rows, device, autocast) -> int:
 
     def bytes_for(count: int) -> int:
         batch = collate([rows.row(i % len(rows)) for i in range(count)], rows.with_doc_ids, rows.file.pad_id)
-        memory.forget_most(device)
+        memory.reset_peak_memory(device)
         with autocast():
             _, loss, _ = model(**to_device(batch, device))
         loss.backward()
-        return memory.most_held(device) - base
+        return memory.peak_memory(device) - base
 
     try:
         found, used = largest(at_most, room, bytes_for)

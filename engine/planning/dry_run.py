@@ -4,7 +4,7 @@ import torch
 
 from engine.data.loader import to_device
 from engine.distributed import process_group
-from engine.distributed.fsdp import let_go, local
+from engine.distributed.fsdp import local, reshard
 from engine.planning import memory
 from engine.runs.checkpoint_manager import checkpoint_bytes, disk_free, process_bytes, room_for_checkpoints
 from utils.log import format_bytes, format_count, format_seconds
@@ -27,7 +27,7 @@ def saved_bytes(model, batch, device, autocast) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast():
         outputs = model(**to_device(batch, device))
     del outputs  # it held the graph, so that no two storages shared an address
-    let_go(model)
+    reshard(model)
     return sum(size for address, size in kept.items() if address not in own)
 
 

@@ -22,11 +22,11 @@ def held(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     statm = PROC / "self/statm"
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else most_held(device)
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else peak_memory(device)
 
 
-def most_held(device: torch.device) -> int:
-    """The most bytes held since the last `forget_most`; 0 where it cannot be known."""
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held since the last `reset_peak_memory`; 0 where it cannot be known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = PROC / "self/status"
@@ -40,8 +40,8 @@ def most_held(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def forget_most(device: torch.device) -> None:
-    """Let `most_held` count from now on; where the system does not allow it, it goes on counting from the start."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from now on; where the system does not allow it, it goes on counting from the start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -22,7 +22,7 @@ PUBLISHED = (
 )  # fmt: skip
 
 
-class Peak:
+class HardwarePeak:
     """`flops`: the most FLOPs a second that one device of this run can do; `source`: where the figure is from.
 
     given: in TFLOPS, by the user; 0: published for the device at this precision, else measured here and now.

@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from engine.distributed.fsdp import is_part, is_sharded, part_of, whole
+from engine.distributed.fsdp import full_tensor, is_dtensor, is_sharded, shard_like
 from engine.distributed.process_group import is_main
 from model import get_model_and_args
-from utils.atomic import whole_folder, write_file
+from utils.atomic import atomic_directory, write_file
 from utils.config import load_yaml, typed_model_values
 from utils.errors import UserError
 from utils.json_object import load_json
@@ -36,7 +36,7 @@ def canonical_names(model: torch.nn.Module) -> dict[str, str]:
     """{name in the state dict: the name its storage is saved under}: tied weights share one entry."""
     first, names = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        plain = tensor.numel() and not is_part(tensor)
+        plain = tensor.numel() and not is_dtensor(tensor)
         key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if plain else id(tensor)
         names[name] = first.setdefault(key, name)
     return names
@@ -51,7 +51,7 @@ def weights_bytes(model: torch.nn.Module) -> bytes:
     for name, tensor in model.state_dict().items():
         if name in kept:
             dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-            tensor = whole(tensor.detach())
+            tensor = full_tensor(tensor.detach())
             if is_main() or not is_sharded(model):
                 tensors[name] = tensor.to("cpu", dtype).contiguous()
     return safetensors.torch.save(tensors, metadata={"format": "pt"})
@@ -66,7 +66,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from None
     source = matching(path, model, {name: tensor.shape for name, tensor in tensors.items()})
     for name, target in model.state_dict().items():
-        target.copy_(part_of(tensors[source[name]], target))
+        target.copy_(shard_like(tensors[source[name]], target))
 
 
 def restore_weights(model: torch.nn.Module, folder: Path) -> None:
@@ -122,7 +122,7 @@ def save_checkpoint(folder: Path, model, optimizer, state: dict, about: dict, we
         own, kept = model.state_dict(), set(canonical_names(model).values())
         parts |= {f"model.{name}": tensor for name, tensor in own.items() if name in kept}
         return save_parts(folder, parts, lambda place, files: write_rest(place, files, plain))
-    with whole_folder(folder) as place:
+    with atomic_directory(folder) as place:
         files = [write_file(place / WEIGHTS, lambda file: file.write(weights or weights_bytes(model)))]
         write_rest(place, files, None if optimizer is None else optimizer.state_dict())
 

@@ -26,7 +26,7 @@ from utils.log import format_bytes, warn
 PAUSE_SECONDS = 2.0  # before a failed save is tried again: what filled the disk may be a passing thing
 
 
-class Saver:
+class CheckpointManager:
     """Saves the checkpoints of a run. Every process calls its methods; the main one writes.
 
     Of a model that is shared out each process writes its part of a step checkpoint, but final/ is one whole file.

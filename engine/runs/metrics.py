@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from engine.planning.memory import most_held
-from utils.atomic import replacing, write_text
+from engine.planning.memory import peak_memory
+from utils.atomic import atomic_write, write_text
 from utils.log import format_count, warn
 
 LARGEST_BIN = 9e19  # of TensorBoard's histograms: it fails at numbers that fit none
@@ -170,7 +170,7 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         axes.legend()
     axes.grid(alpha=0.3)
     axes.set_title(metrics.parent.name)
-    with replacing(picture) as beside:  # who looks at it during the run never sees half of it
+    with atomic_write(picture) as beside:  # who looks at it during the run never sees half of it
         figure.savefig(beside, format="png")
 
 
@@ -185,7 +185,7 @@ def log_text(record: dict, smooth_loss: float, val_loss: float | None, skipped: 
         f"norm {record['grad_norm']:.2f}",
         f"{format_count(record['tokens_per_s'])} tok/s",
         f"MFU {record['mfu']:.1%}",
-        f"{most_held(device) / 2**30:.1f} GB",
+        f"{peak_memory(device) / 2**30:.1f} GB",
         f"skipped {skipped}" if skipped else None,
     ]
     return " | ".join(part for part in parts if part)

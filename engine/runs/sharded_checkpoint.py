@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from engine.distributed.fsdp import is_part, part_of
-from utils.atomic import hidden, whole_folder, write_file
+from engine.distributed.fsdp import is_dtensor, shard_like
+from utils.atomic import atomic_directory, hidden, write_file
 from utils.errors import UserError
 
 
@@ -39,7 +39,7 @@ class Writer(HuggingFaceStorageWriter):
 
     def set_up_storage_writer(self, is_coordinator, *args, **kwargs):
         if is_coordinator:
-            self.open.enter_context(whole_folder(self.folder))
+            self.open.enter_context(atomic_directory(self.folder))
 
     def prepare_local_plan(self, plan):
         return plan  # the parent would make the folder here, on every process
@@ -105,7 +105,7 @@ def without_parts(state: dict) -> tuple[dict, dict[str, torch.Tensor]]:
     parts = {}
 
     def named(value, *path):
-        if not is_part(value):
+        if not is_dtensor(value):
             return value
         name = ".".join(map(str, ("optimizer", *path)))
         parts[name] = value
@@ -131,7 +131,7 @@ def with_parts(state: dict, optimizer, folder: Path, together: bool) -> dict:
     def tensor(value, parameter):
         if isinstance(value, str):
             return wanted.setdefault(value, torch.zeros_like(parameter))
-        return part_of(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+        return shard_like(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
 
     optimizers = []
     for part, saved in zip(optimizer.all, state["optimizers"], strict=True):

@@ -21,7 +21,7 @@ LEAST_SPREAD = 0.05  # of logarithms: a loss that hardly moves may still move by
 LARGEST_LOGARITHM = 88  # of an fp32 number
 
 
-class StepGuard:
+class BadStepFilter:
     """For each step: `remember()` before its forward passes, `judge()` before its update, `settle()` after it.
 
     The numbers of a step are read when the backward pass of the next one has been told to the device, or earlier by

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from engine.distributed.fsdp import whole
+from engine.distributed.fsdp import full_tensor
 from utils.log import warn
 
 EXPLODES = 10  # a norm is too large at so many times its running mean
@@ -16,7 +16,7 @@ STARVED_LOOKS = 3  # at so many looks in a row: in a single step it may be chanc
 SETTLED = 5  # looks before a running mean means anything
 
 
-class Health:
+class Diagnostics:
     """Looks at single steps: `watch()` before its forward passes, `before_update()`, `after_update()`.
 
     hooks: whether forward hooks may be set for the step; not on a compiled model, which does not call them.
@@ -111,4 +111,4 @@ class Health:
 
 def norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Euclidean norm over all numbers of all tensors, fp32 0-d."""
-    return whole(torch.nn.utils.get_total_norm(tensors)).float()
+    return full_tensor(torch.nn.utils.get_total_norm(tensors)).float()

@@ -14,10 +14,10 @@ import torch
 from engine.data.loader import StepLoader
 from engine.distributed import fsdp, process_group
 from engine.planning import dry_run, memory
-from engine.planning.batch_size import fitting_rows
-from engine.planning.mfu import Peak, synchronize
+from engine.planning.batch_size import find_max_batch_size
+from engine.planning.mfu import HardwarePeak, synchronize
 from engine.runs.checkpoint import load_training_state
-from engine.runs.checkpoint_manager import Saver, ensure_room
+from engine.runs.checkpoint_manager import CheckpointManager, ensure_room
 from engine.runs.metrics import RunLog, log_text
 from engine.runs.run_folder import (
     choose_place,
@@ -28,13 +28,13 @@ from engine.runs.run_folder import (
     source_fingerprint,
     write_run_files,
 )
-from engine.training.bad_steps import StepGuard
+from engine.training.bad_steps import BadStepFilter
 from engine.training.config import plan_batch, plan_steps, resolve_precision
-from engine.training.diagnostics import Health
+from engine.training.diagnostics import Diagnostics
 from engine.training.evaluate import characters_of, held_out_loss
 from engine.training.samples import write_samples
 from engine.training.schedule import learning_rate
-from engine.training.step import Stepper, wants_compile
+from engine.training.step import TrainStep, wants_compile
 from engine.training.stop_signal import StopSignal
 from utils.atomic import write_text
 from utils.log import Progress, format_count, format_seconds, log
@@ -86,7 +86,7 @@ def train(
     sharded = fsdp.is_sharded(model)
     if config.parallel == "fsdp" and not sharded:  # as when one of two machines is left
         log("--parallel=fsdp: there is one process, which keeps the whole model")
-    stepper = Stepper(model, config, device)
+    stepper = TrainStep(model, config, device)
     optimizer, parameters, scaler = stepper.optimizer, stepper.parameters, stepper.scaler
     compiled, forward = stepper.compiled, stepper.forward
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "bad_in_a_row": 0, "smooth_loss": 0.0}
@@ -94,17 +94,17 @@ def train(
         process_group.refuse_unless_shared(place.checkpoint)
         state = load_training_state(place.checkpoint, model, optimizer)
         scaler.load_state_dict(state.pop("scaler", {})) if scaler.is_enabled() else None
-    health = Health(model, hooks=not compiled)
+    health = Diagnostics(model, hooks=not compiled)
     if not config.max_batch_size or config.dry_run:
         model.before_step(0, total_steps)  # both look at a forward pass before the first step
     if not config.max_batch_size:  # the number goes to config.yaml, and a resumed run takes it from there
-        config.max_batch_size = (place.checkpoint and micro_batch_of(folder)) or fitting_rows(
+        config.max_batch_size = (place.checkpoint and micro_batch_of(folder)) or find_max_batch_size(
             plan.micro_rows, model, optimizer, train_rows, device, stepper.autocast
         )
         total_steps, plan = plan_steps(
             config, plan_batch(config, train_rows.seq_len), len(train_rows), train_rows.seq_len
         )
-    peak = Peak(device, stepper.precision, config.peak_tflops)
+    peak = HardwarePeak(device, stepper.precision, config.peak_tflops)
     flops_per_token = model.flops_per_token(train_rows.seq_len)
 
     def mfu(tokens: float, seconds: float) -> float:
@@ -137,8 +137,8 @@ def train(
     log(f"100% MFU: {peak} x {process_group.world_size()}; {format_count(flops_per_token)} FLOPs a token")
 
     progress = Progress(total_steps, state["step"], stage)
-    guard = StepGuard(model, config.spike_bound, state, run_log, overflows=scaler.is_enabled())
-    saver = Saver(
+    guard = BadStepFilter(model, config.spike_bound, state, run_log, overflows=scaler.is_enabled())
+    saver = CheckpointManager(
         folder,
         config,
         model,
@@ -157,7 +157,7 @@ def train(
     def averaged():
         with optimizer.averaged():
             yield
-            fsdp.let_go(model)
+            fsdp.reshard(model)
 
     def evaluate(batches: int, stop: StopSignal | None = None) -> bool:
         """Whether it came to its end: not when a signal came first that `stop` knows of."""
@@ -187,7 +187,7 @@ def train(
 
     def sample() -> None:
         if prompts:
-            with averaged(), fsdp.one_voice(model):
+            with averaged(), fsdp.broadcast_logits(model):
                 text = write_samples(
                     folder / "samples.md" if main else None,
                     state["step"],
@@ -265,8 +265,8 @@ def train(
             if config.dry_run:
                 guard.read()
                 synchronize(device)
-                measured = int(tokens), time.perf_counter() - started, memory.most_held(device)
-                memory.forget_most(device)
+                measured = int(tokens), time.perf_counter() - started, memory.peak_memory(device)
+                memory.reset_peak_memory(device)
                 continue
 
             # 4d. tell

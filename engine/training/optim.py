@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from engine.distributed.fsdp import is_part, local, part_of, whole
+from engine.distributed.fsdp import full_tensor, is_dtensor, local, shard_like
 
 # Coefficients of odd quintics x -> a x + b x^3 + c x^5, one a step, that together bring every singular value near 1:
 # each is best for the interval that the steps before it leave (Amsel et al. 2025, "The Polar Express", section 4).
@@ -107,7 +107,7 @@ class Muon(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     rows, cols = param.shape[-2:]
-                    alone = id(param) if is_part(param) else None  # gathered with others, they would fill the memory
+                    alone = id(param) if is_dtensor(param) else None  # gathered with others, they would fill the memory
                     by_shape.setdefault((min(rows, cols), max(rows, cols), alone), []).append(param)
             for (*shape, _), params in by_shape.items():
                 self._step_batch(params, shape, group, good)
@@ -121,7 +121,7 @@ class Muon(torch.optim.Optimizer):
             weight = torch.where(good, 1 - group["momentum"], 0.0)
             local(state["momentum"]).lerp_(or_zero(good, local(param.grad)), weight)
             nesterov = param.grad.lerp(state["momentum"], group["momentum"])
-            nesterov = whole(nesterov) if param.ndim == 2 else local(nesterov)
+            nesterov = full_tensor(nesterov) if param.ndim == 2 else local(nesterov)
             wide = nesterov if param.shape[-2] <= param.shape[-1] else nesterov.mT
             directions.append(wide.reshape(-1, *shape))
         matrices = torch.cat(directions)
@@ -132,7 +132,7 @@ class Muon(torch.optim.Optimizer):
                 update = update.mT
             mine = local(param)
             if param.ndim == 2:
-                update = local(part_of(update.reshape(param.shape), param))
+                update = local(shard_like(update.reshape(param.shape), param))
             # a step not taken: times 1, less 0
             mine.mul_(torch.where(good, 1 - group["lr"] * group["weight_decay"], 1.0))
             mine.add_(or_zero(good, update.reshape(mine.shape)), alpha=-group["lr"] * scale)

@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from engine.data.loader import to_device
-from engine.distributed.fsdp import is_sharded, whole
+from engine.distributed.fsdp import full_tensor, is_sharded
 from engine.training.config import resolve_precision
 from engine.training.optim import build_optimizer
 from engine.training.validate_forward import checked
@@ -17,7 +17,7 @@ def wants_compile(config, device: torch.device) -> bool:
     return config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
 
 
-class Stepper:
+class TrainStep:
     """Takes the steps of `model` on `device` as `config` (a TrainConfig) says; what the steps are of, it does not know.
 
     Attributes for the loop around it: optimizer, parameters (all that it moves), scaler (of fp16, else idle),
@@ -69,7 +69,7 @@ class Stepper:
 
     def clip(self) -> torch.Tensor:
         """Scale the gradients down to the largest norm allowed; return the norm that they had, 0-d fp32."""
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         return norm.float()

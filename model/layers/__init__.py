@@ -207,13 +207,13 @@ def token_positions(input_ids, state=None):
 def attention_mask(positions, state=None, doc_ids=None):
     """Return which keys each query may see: None for plain causal attention, else bool (B, 1, T, S), True = visible.
 
-    Built once a forward and shared by all layers. With a state the keys are its first `upto + T` slots, and a row sees
+    Built once a forward and shared by all layers. With a state the keys are its first `max_pos + T` slots, and a row sees
     those up to its own position; slots beyond it may hold leftovers. With doc_ids (B, T) only the same document.
     """
     if state is not None and doc_ids is not None:
         raise ValueError("doc_ids and state together are not supported: decode each document in a row of its own")
-    if state is not None and state.upto > 0:
-        n_keys = state.upto + positions.shape[1]
+    if state is not None and state.max_pos > 0:
+        n_keys = state.max_pos + positions.shape[1]
         if positions.dtype == torch.int64 and in_use(positions):
             return visible_keys(positions, n_keys)
         return (torch.arange(n_keys, device=positions.device) <= positions[..., None])[:, None]
@@ -319,17 +319,17 @@ def attention(q, k, v, mask=None, scale=None):
 
 
 def cache_append(state, layer, name, new):
-    """Write `new` (B, T, ...) behind what each row of `state` holds and return all slots in use (B, upto + T, ...).
+    """Write `new` (B, T, ...) behind what each row of `state` holds and return all slots in use (B, max_pos + T, ...).
 
     Slots that a row has not reached hold zeros or leftovers: mask them (`attention_mask` does).
     """
     cache = state.layers[layer]
     if name not in cache:
         cache[name] = new.new_zeros(new.shape[0], state.max_len, *new.shape[2:])
-        state.appended.add(name)
+        state.token_indexed.add(name)
     rows = torch.arange(new.shape[0], device=new.device)[:, None]
     cache[name][rows, state.positions(new.shape[1])] = new.to(cache[name].dtype)
-    return cache[name][:, : state.upto + new.shape[1]]
+    return cache[name][:, : state.max_pos + new.shape[1]]
 
 
 # ------------------------------------------------------------------- loss

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from preprocess_data.corpora import idioms, poems
 from preprocess_data.readers.chat import to_messages
-from preprocess_data.readers.files import Broken, data_files, find_files, read_file
+from preprocess_data.readers.files import InvalidRecord, data_files, find_files, read_file
 from utils.errors import UserError
 from utils.paths import project_path
 
@@ -19,11 +19,11 @@ class Field:
 
     name: str
 
-    def __call__(self, record) -> str | Broken:
+    def __call__(self, record) -> str | InvalidRecord:
         if isinstance(record, str):
             return record
         text = record.get(self.name) if isinstance(record, dict) else None
-        return text if isinstance(text, str) else Broken(f"no text in the field {self.name!r}")
+        return text if isinstance(text, str) else InvalidRecord(f"no text in the field {self.name!r}")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Row:
 
     document: Callable
 
-    def __call__(self, record) -> str | Broken:
+    def __call__(self, record) -> str | InvalidRecord:
         try:
             return self.document(record)
         except (KeyError, TypeError, AttributeError):
-            return Broken("missing fields")
+            return InvalidRecord("missing fields")
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,16 @@ class Source:
     files: list[Path]
     take: Callable | None
 
-    def texts(self) -> Iterator[str | Broken]:
+    def texts(self) -> Iterator[str | InvalidRecord]:
         """What a tokenizer would see: documents, or the contents of chat rows."""
         for path in self.files:
             for part in read_file(path):
                 for _, record in part.records():
-                    if isinstance(record, Broken):
+                    if isinstance(record, InvalidRecord):
                         yield record
                     elif self.take is not None:
                         yield self.take(record)
-                    elif isinstance(found := to_messages(record), Broken):
+                    elif isinstance(found := to_messages(record), InvalidRecord):
                         yield found
                     else:
                         yield from (message["content"] for message in found[0])

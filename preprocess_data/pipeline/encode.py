@@ -19,13 +19,13 @@ from preprocess_data.pipeline.fast_encoder import REFERENCE, encode_documents, l
 from preprocess_data.pipeline.filters import Filters
 from preprocess_data.pipeline.write_tokens import token_dtype
 from preprocess_data.readers.chat import to_messages
-from preprocess_data.readers.files import LONGEST, TOO_LONG, Broken, Part, quote
+from preprocess_data.readers.files import LONGEST, TOO_LONG, InvalidRecord, Part, quote
 from utils.chat_template import encode_chats
 from utils.errors import UserError
 from utils.text import clean_text, has_surrogates, is_held_out
 
 SPLITS = ("train", "val")
-EMPTY = Broken("empty")
+EMPTY = InvalidRecord("empty")
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Encoded:
 
 @dataclass
 class Block:
-    """What became of one part: its documents by split, the dropped by reason, the bad as (line, Broken)."""
+    """What became of one part: its documents by split, the dropped by reason, the bad as (line, InvalidRecord)."""
 
     splits: dict[str, Encoded] = field(default_factory=dict)
     dropped: Counter = field(default_factory=Counter)
-    bad: list[tuple[int, Broken]] = field(default_factory=list)
+    bad: list[tuple[int, InvalidRecord]] = field(default_factory=list)
     taken: int = 0  # records that --where let pass
 
 
@@ -100,10 +100,10 @@ class Encoder:
             if block.taken == limit:
                 break
             block.taken += 1
-            found = record if isinstance(record, Broken) else self.read(record, item.take)
-            if isinstance(found, Broken):
+            found = record if isinstance(record, InvalidRecord) else self.read(record, item.take)
+            if isinstance(found, InvalidRecord):
                 quoted = found.record or found is record
-                block.bad.append((line, found if quoted else Broken(found.reason, quote(_written(record)))))
+                block.bad.append((line, found if quoted else InvalidRecord(found.reason, quote(_written(record)))))
                 continue
             text, document, held_out = found
             if reason := self.recipe.filters.reason(text):
@@ -121,24 +121,24 @@ class Encoder:
         return block
 
 
-def document(text: str | Broken) -> str | Broken:
+def document(text: str | InvalidRecord) -> str | InvalidRecord:
     """The cleaned text of a record, or why it is bad."""
-    if type(text) is Broken:
+    if type(text) is InvalidRecord:
         return text
     if len(text) > LONGEST:
         return TOO_LONG
     cleaned = clean_text(text)
     if cleaned is not text and has_surrogates(text):  # so come bytes that are not UTF-8 out of some readers
-        return Broken("not UTF-8")
+        return InvalidRecord("not UTF-8")
     return cleaned or EMPTY
 
 
 class TextEncoder(Encoder):
     """Documents as `<s> text </s>`."""
 
-    def read(self, record, take: Callable) -> tuple[str, str, None] | Broken:
+    def read(self, record, take: Callable) -> tuple[str, str, None] | InvalidRecord:
         text = document(take(record))
-        return text if type(text) is Broken else (text, text, None)
+        return text if type(text) is InvalidRecord else (text, text, None)
 
     def encode(self, texts: list[str], places: np.ndarray) -> Encoded:
         ids, lengths = encode_documents(self.tokenizer, texts)
@@ -148,9 +148,9 @@ class TextEncoder(Encoder):
 class ChatEncoder(Encoder):
     """Conversations, with the mask of what the assistant wrote. One that is not marked as held out goes by its hash."""
 
-    def read(self, record, take: None) -> tuple[str, list[dict], bool | None] | Broken:
+    def read(self, record, take: None) -> tuple[str, list[dict], bool | None] | InvalidRecord:
         found = to_messages(record)
-        if isinstance(found, Broken):
+        if isinstance(found, InvalidRecord):
             return found
         messages, held_out = found
         text = "\n".join(message["content"] for message in messages)

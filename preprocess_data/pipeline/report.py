@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.atomic import replacing
+from utils.atomic import atomic_write
 from utils.log import format_count
 from utils.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ def write_report(folder: Path, kind: str, tokenizer: Tokenizer, seed: int = 1) -
     splits = [Split(folder, f"{kind}_{split}") for split in ("train", "val")]
     counts = sum(split.token_counts(tokenizer.vocab_size) for split in splits)
     picture = f"{kind}_report.png"
-    with replacing(folder / picture) as beside:
+    with atomic_write(folder / picture) as beside:
         draw(splits, counts, beside)
     text = "\n\n".join(
         [
@@ -83,7 +83,7 @@ def write_report(folder: Path, kind: str, tokenizer: Tokenizer, seed: int = 1) -
         ]
     )
     path = folder / f"{kind}_report.md"
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text + "\n", encoding="utf-8")
     return path
 

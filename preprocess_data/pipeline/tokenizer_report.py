@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from utils.atomic import replacing
+from utils.atomic import atomic_write
 from utils.errors import UserError
 from utils.tokenizer import BYTE_OF, Tokenizer
 
@@ -98,6 +98,6 @@ def write_report(tokenizers: list[Measured], texts: list[str], path: Path, about
         + "\n\nFallbacks: the share of tokens that are one byte of a character of several bytes. "
         "Round trip: the share of documents that come back as they were.\n"
     )
-    with replacing(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text, encoding="utf-8")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.atomic import naming, replacing
+from utils.atomic import atomic_write, attach_path
 from utils.errors import UserError
 from utils.tokenizer import Tokenizer
 
@@ -45,13 +45,13 @@ class GrowingFile:
 
     def write(self, data: bytes) -> None:
         data = memoryview(data).cast("B")
-        with naming(self.path):
+        with attach_path(self.path):
             while data:
                 data = data[self._file.write(data) :]
 
     def sync(self) -> int:
         """Everything is on the disk; returns the size."""
-        with naming(self.path):
+        with attach_path(self.path):
             os.fsync(self._file.fileno())
         return self._file.tell()
 
@@ -153,7 +153,7 @@ class TokenWriter:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside the file, sync, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside, open(beside, "wb") as file:
+    with atomic_write(path) as beside, open(beside, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 
-from preprocess_data.readers.files import Broken
+from preprocess_data.readers.files import InvalidRecord
 from utils.text import clean_text
 
 ROLE_NAMES = {
@@ -55,25 +55,25 @@ def _text(content) -> str:
     return clean_text("".join(part["text"] for part in content) if isinstance(content, list) else content)
 
 
-def to_messages(record) -> tuple[list[dict], bool | None] | Broken:
-    """A record as (messages, held out or None), or Broken when it holds no conversation that can be learned from."""
-    if isinstance(record, Broken):
+def to_messages(record) -> tuple[list[dict], bool | None] | InvalidRecord:
+    """A record as (messages, held out or None), or InvalidRecord when it holds no conversation that can be learned from."""
+    if isinstance(record, InvalidRecord):
         return record
     if not isinstance(record, dict):
-        return Broken("not a chat row")
+        return InvalidRecord("not a chat row")
     layout = next((make for keys, make in LAYOUTS if all(key in record for key in keys)), None)
     if layout is None:
-        return Broken("unknown layout")
+        return InvalidRecord("unknown layout")
     try:
         turns = [(role.lower(), _text(content)) for role, content in layout(record)]
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError):
-        return Broken("missing or mistyped fields")
+        return InvalidRecord("missing or mistyped fields")
     if any(role not in ROLE_NAMES for role, _ in turns):
-        return Broken("unknown role")
+        return InvalidRecord("unknown role")
     messages = [{"role": ROLE_NAMES[role], "content": content} for role, content in turns]
     if not any(message["role"] == "assistant" for message in messages):
-        return Broken("no answer in the row")
+        return InvalidRecord("no answer in the row")
     if any(not message["content"] for message in messages if message["role"] != "system"):
-        return Broken("empty turn")
+        return InvalidRecord("empty turn")
     held_out = record.get("held_out")
     return messages, held_out if isinstance(held_out, bool) else None

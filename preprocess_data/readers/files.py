@@ -2,7 +2,7 @@
 
 A reader takes an open binary file and cuts it into parts, each with the number of its first line. Cutting is cheap
 and stays in one process; the parts are read by the workers. A part's `records()` yields (line, record): a dict, or a
-str where the format knows no fields, or a `Broken` for what cannot be read, so that it is counted and not lost.
+str where the format knows no fields, or a `InvalidRecord` for what cannot be read, so that it is counted and not lost.
 Nothing holds a file whole, and no record is longer than LONGEST bytes.
 """
 
@@ -32,7 +32,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Broken:
+class InvalidRecord:
     """A record that cannot be used, why, and how it begins."""
 
     reason: str
@@ -40,11 +40,11 @@ class Broken:
 
 
 _BROKEN_CSV = {
-    False: Broken("broken CSV"),
-    True: Broken("broken CSV, a quote is never closed: the rest of the file is unread"),
+    False: InvalidRecord("broken CSV"),
+    True: InvalidRecord("broken CSV, a quote is never closed: the rest of the file is unread"),
 }
 DEEPEST = 100  # lists and objects in each other, in a record of a JSON list
-TOO_LONG = Broken(f"longer than {LONGEST >> 20} MB")
+TOO_LONG = InvalidRecord(f"longer than {LONGEST >> 20} MB")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class JsonLines:
             except orjson.JSONDecodeError:
                 if not line.strip():
                     continue
-                record = Broken(_what_is_wrong(line), quote(line))
+                record = InvalidRecord(_what_is_wrong(line), quote(line))
             yield number, record
 
 
@@ -112,7 +112,7 @@ class Table:
             try:
                 row[name] = column[index].as_py()
             except UnicodeDecodeError:
-                return Broken("not UTF-8")
+                return InvalidRecord("not UTF-8")
             except (ValueError, OverflowError):  # a date that Python cannot hold: no text, so nothing is lost
                 row[name] = None
         return row
@@ -166,7 +166,7 @@ def read_json(file: BinaryIO) -> Iterator[Part]:
                 number += 1
                 yield number, record
         except (ijson.JSONError, UnicodeDecodeError, ArithmeticError):
-            last = None if cut_off(file) else Broken("broken JSON, the rest of the file is unread")
+            last = None if cut_off(file) else InvalidRecord("broken JSON, the rest of the file is unread")
 
     yield from _in_parts(records())
     if last:
@@ -176,7 +176,7 @@ def read_json(file: BinaryIO) -> Iterator[Part]:
 def _items(events: Iterator[tuple[str, object]], builder_of: Callable) -> Iterator[object]:
     """What stands in a list. `ijson.items` gives it too, with memory that grows by the square of a record's depth."""
     if next(events)[0] != "start_array":
-        yield Broken("no list")
+        yield InvalidRecord("no list")
         return
     depth, deepest, builder = 0, 0, builder_of()
     for event, value in events:
@@ -187,7 +187,7 @@ def _items(events: Iterator[tuple[str, object]], builder_of: Callable) -> Iterat
         if deepest <= DEEPEST:
             builder.event(event, value)
         if depth == 0:
-            yield builder.value if deepest <= DEEPEST else Broken("nested too deep")
+            yield builder.value if deepest <= DEEPEST else InvalidRecord("nested too deep")
             deepest, builder = 0, builder_of()
 
 
@@ -221,7 +221,10 @@ def read_csv(file: BinaryIO, delimiter: str = ",") -> Iterator[Part]:
                 names = row
             elif row:
                 fits = len(row) == len(names)
-                yield line, dict(zip(names, row)) if fits else Broken("another number of columns", quote(str(row)))
+                yield (
+                    line,
+                    dict(zip(names, row)) if fits else InvalidRecord("another number of columns", quote(str(row))),
+                )
 
     yield from _in_parts(records())
 
@@ -252,13 +255,13 @@ def read_parquet(file: BinaryIO) -> Iterator[Part]:
         except (pyarrow.ArrowException, OSError) as error:
             if not isinstance(error, pyarrow.ArrowException) and error.filename is not None:
                 raise
-            yield Records([(first, Broken("broken parquet, the rest of the file is unread"))])
+            yield Records([(first, InvalidRecord("broken parquet, the rest of the file is unread"))])
 
 
-def whole_lines(file: BinaryIO, ends: tuple[bytes, ...] = (b"\n",)) -> Iterator[tuple[int, bytes | Broken]]:
+def whole_lines(file: BinaryIO, ends: tuple[bytes, ...] = (b"\n",)) -> Iterator[tuple[int, bytes | InvalidRecord]]:
     """(number of the first line, bytes) of about BLOCK, cut only behind one of `ends`.
 
-    What is longer than LONGEST without an end is never held: a `Broken` stands for it. The end of a file that was cut
+    What is longer than LONGEST without an end is never held: a `InvalidRecord` stands for it. The end of a file that was cut
     off is left out: it is half an item.
     """
     line, start, rest, lost = 1, 1, b"", False  # rest begins in `line`; what is lost, or too long so far, in `start`
@@ -298,14 +301,14 @@ def _in_parts(rows: Iterator[tuple[int, object]]) -> Iterator[Records]:
         yield Records(part)
 
 
-def decode(data: bytes) -> str | Broken:
+def decode(data: bytes) -> str | InvalidRecord:
     """Bytes of plain text as a str."""
     if b"\0" in data:
-        return Broken("NUL bytes", quote(data))
+        return InvalidRecord("NUL bytes", quote(data))
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        return Broken("not UTF-8", quote(data))
+        return InvalidRecord("not UTF-8", quote(data))
 
 
 def _what_is_wrong(line: bytes) -> str:
@@ -347,7 +350,7 @@ class Position:
 
 
 def read_file(path: Path, position: Position | None = None) -> Iterator[Part]:
-    """The parts of one file. One that was cut off gives what can be read, then a `Broken`."""
+    """The parts of one file. One that was cut off gives what can be read, then a `InvalidRecord`."""
     read, before = find_reader(path), position.done if position else 0
     packing = PACKINGS.get(path.suffix.lower())
     with open(path, "rb", buffering=0 if packing is None else -1) as raw:
@@ -357,7 +360,7 @@ def read_file(path: Path, position: Position | None = None) -> Iterator[Part]:
                 position.done = before + raw.tell()
             yield part
         if broken := cut_off(file):
-            yield Records([(0, Broken(broken))])
+            yield Records([(0, InvalidRecord(broken))])
 
 
 NO_DATA = ("readme*", "license*", "*_report.md", "*_rejects.jsonl")  # about a corpus, or written by a run before

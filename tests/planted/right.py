@@ -81,7 +81,7 @@ class Attention(nn.Module):
         if name not in cache:
             cache[name] = new.new_zeros(new.shape[0], state.max_len, *new.shape[2:])
         cache[name][torch.arange(len(new))[:, None], positions] = new
-        return cache[name][:, : state.upto + new.shape[1]]
+        return cache[name][:, : state.max_pos + new.shape[1]]
 
     def visible(self, positions, n_keys, state, doc_ids):
         seen = torch.arange(n_keys, device=positions.device) <= positions[..., None]  # (1|B, T, S)

@@ -48,7 +48,7 @@ class ChunkSeesItsWhole(RightModel):
 
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
-            if state is not None and state.upto > 0:
+            if state is not None and state.max_pos > 0:
                 positions = positions[:, -1:].expand_as(positions)
             return super().visible(positions, n_keys, state, doc_ids)
 
@@ -85,7 +85,7 @@ class WindowSlidesOneTooFar(RightModel):
 
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
-            width = 100 if state is None or state.upto == 0 else 99
+            width = 100 if state is None or state.max_pos == 0 else 99
             recent = torch.arange(n_keys) > positions[..., None] - width
             return super().visible(positions, n_keys, state, doc_ids) & recent
 
@@ -111,7 +111,7 @@ class ReadsLeftovers(RightModel):
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
             seen = super().visible(positions, n_keys, state, doc_ids)
-            if state is None or state.upto == 0:
+            if state is None or state.max_pos == 0:
                 return seen
             filled = state.layers[self.layer]["k"][:, :n_keys].abs().sum(dim=(2, 3)) > 0
             filled[:, -positions.shape[1] :] = seen[:, -1, -positions.shape[1] :]
@@ -140,7 +140,7 @@ class AllStatesShareOneCache(RightModel):
     class Attention(Attention):
         def append(self, state, name, new, positions):
             caches = self.__dict__.setdefault("caches", {})
-            if state.upto == 0 and name not in caches:
+            if state.max_pos == 0 and name not in caches:
                 caches[name] = new.new_zeros(16, state.max_len, *new.shape[2:])
             state.layers[self.layer][name] = caches[name][: len(new)]
             return super().append(state, name, new, positions)

@@ -8,7 +8,7 @@ import re
 import torch
 from safetensors.torch import save_file
 
-from checks import Subject
+from checks import ModelUnderTest
 from model.deepseekv3 import DeepSeekV3Model, MoE
 from model.llama3 import Llama3Model
 
@@ -63,7 +63,7 @@ def random_args(name: str, seed: int, **changes):
             "seq_aux_alpha": 0.0,
             "mtp_loss_weight": 0.3,
         }
-    return Subject(name).ModelArgs(**fields | changes)
+    return ModelUnderTest(name).ModelArgs(**fields | changes)
 
 
 def random_rope(r, kind: str) -> dict:
@@ -90,7 +90,7 @@ def random_rope(r, kind: str) -> dict:
 def build(args, seed: int = 0):
     """Our model with weights that make every part matter, the routing bias among them."""
     name = LLAMA if not hasattr(args, "kv_lora_rank") else DEEPSEEK
-    subject = Subject(name)
+    subject = ModelUnderTest(name)
     subject.args = args
     model = subject.build(seed)
     for module in model.modules():
