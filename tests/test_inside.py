@@ -1,4 +1,4 @@
-"""What the page shows of an answer from inside, against a plain forward pass; and what is taken away from it."""
+"""Token probabilities, expert loads and reasoning of an answer, against a plain forward pass; and the export."""
 
 import json
 import math
@@ -6,48 +6,50 @@ import math
 import pytest
 import torch
 
-from engine.inference.chat import open_speaker
-from engine.inference.inspect import expert_loads, is_load, reports_load, thinking
+from engine.inference.chat import open_chat_model
+from engine.inference.inspect import expert_loads, is_load, reports_expert_load, split_reasoning
 from engine.inference.request import Request
 from engine.inference.sampling import Sampling
 from tests.support.small_runs import CHAT, small_runs
+from utils.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module", params=["pretrain", "sft"])
-def speaker(request):
-    return open_speaker(next(small_runs().glob(f"{request.param}_*")), "cpu")
+def chat_model(request):
+    with open_chat_model(next(small_runs().glob(f"{request.param}_*")), "cpu") as chat_model:
+        yield chat_model
 
 
-def test_probabilities_are_those_of_a_plain_forward(speaker):
-    reply = speaker.answer([{"role": "user", "content": "背一首春晓"}], 40, temperature=1.5, seed=3)
-    reply.watch(4)
+def test_probabilities_are_those_of_a_plain_forward(chat_model):
+    generation = chat_model.generate([{"role": "user", "content": "背一首春晓"}], 40, temperature=1.5, seed=3)
+    generation.request_logprobs(4)
     parts = []
-    for _ in reply:
-        parts += reply.spelled(len(parts))  # as the page takes them, while they come
-    parts += reply.spelled(len(parts))
-    assert parts == reply.spelled() and len(parts) == reply.tokens
-    assert "".join(part["text"] for part in parts).replace("·", "") == reply.text
-    prompt = len(reply.ids) - reply.tokens
-    probs = speaker.model(torch.tensor([reply.ids]))[0][0].softmax(-1)  # (T, V)
+    for _ in generation:
+        parts += generation.token_details(len(parts))  # as the page does, during the generation
+    parts += generation.token_details(len(parts))
+    assert parts == generation.token_details() and len(parts) == generation.tokens
+    assert "".join(part["text"] for part in parts).replace("·", "") == generation.text
+    prompt = len(generation.ids) - generation.tokens
+    probs = chat_model.model(torch.tensor([generation.ids]))[0][0].softmax(-1)  # (T, V)
     for number, part in enumerate(parts):
         here = probs[prompt + number - 1]
-        assert part["p"] == pytest.approx(here[reply.ids[prompt + number]].item(), rel=1e-3, abs=1e-6)
+        assert part["p"] == pytest.approx(here[generation.ids[prompt + number]].item(), rel=1e-3, abs=1e-6)
         assert [p for _, p in part["top"]] == pytest.approx(here.topk(4).values.tolist(), rel=1e-3, abs=1e-6)
 
 
-def test_loads_of_the_tokens_add_up_to_the_load_of_the_text(speaker):
-    ids = [speaker.tokenizer.bos_id, *speaker.tokenizer.encode("春眠不觉晓，处处闻啼鸟。")]
+def test_loads_of_the_tokens_add_up_to_the_load_of_the_text(chat_model):
+    ids = [chat_model.tokenizer.bos_id, *chat_model.tokenizer.encode("春眠不觉晓，处处闻啼鸟。")]
     with torch.no_grad():
-        whole = {name: value for name, value in speaker.model(torch.tensor([ids]))[2].items() if is_load(name, value)}
-    loads = expert_loads(speaker.model, ids, 0)
-    assert loads.keys() == whole.keys() and reports_load(speaker.model) == bool(whole)
+        full = {name: value for name, value in chat_model.model(torch.tensor([ids]))[2].items() if is_load(name, value)}
+    loads = expert_loads(chat_model.model, ids, 0)
+    assert loads.keys() == full.keys() and reports_expert_load(chat_model.model) == bool(full)
     for name, load in loads.items():
-        assert len(load) == len(ids) and torch.equal(load.sum(0), whole[name])
-        assert torch.equal(expert_loads(speaker.model, ids, 5)[name], load[5:])  # the prompt is read in one pass
+        assert len(load) == len(ids) and torch.equal(load.sum(0), full[name])
+        assert torch.equal(expert_loads(chat_model.model, ids, 5)[name], load[5:])  # the prompt is read in one pass
         assert (load.sum(2) == load[0, 0].sum()).all()  # each token takes as many experts
 
 
-def test_a_model_without_state_tells_the_load_of_the_whole_text():
+def test_a_model_without_state_reports_the_load_of_the_full_text():
     class Plain(torch.nn.Linear):
         def accepts(self, name):
             return False
@@ -63,13 +65,13 @@ def test_a_model_without_state_tells_the_load_of_the_whole_text():
     "written, expected",
     (
         (["<think>", "why", "</think>", "so"], ("why", "so")),
-        (["<think>", "why"], ("why", "")),  # still at it
-        (["why", "</think>", "so"], ("why", "so")),  # its prompt began to think
+        (["<think>", "why"], ("why", "")),  # not finished
+        (["why", "</think>", "so"], ("why", "so")),  # the prompt ended with <think>
         (["so"], ("", "so")),
     ),
 )
-def test_thinking_is_told_apart(written, expected):
-    tokenizer = open_speaker(next(small_runs().glob("sft_*")), "cpu").tokenizer
+def test_reasoning_is_split_from_the_reply(written, expected):
+    tokenizer = load_tokenizer(small_runs() / "tokenizer")
     special = {"<think>": tokenizer.think_id, "</think>": tokenizer.end_think_id}
     for as_text in (False, True) if written[0] != "why" else (False,):
         request = Request([1], 100, Sampling(), tokenizer=tokenizer)
@@ -77,7 +79,8 @@ def test_thinking_is_told_apart(written, expected):
         for word in written:
             for token in [special[word]] if word in special and not as_text else tokenizer.encode(word):
                 request.accept(token)
-        assert thinking(tokenizer, request) == expected
+        starts = request.detokenizer.starts
+        assert split_reasoning(tokenizer, request.tokens, starts, request.text) == expected
 
 
 def test_export():
@@ -96,8 +99,8 @@ def test_export():
 
 
 def test_answers_are_as_likely_as_they_were_learned():
-    speaker = open_speaker(next(small_runs().glob("sft_*")), "cpu")
-    reply = speaker.answer([{"role": "user", "content": "谁写的"}], 50, temperature=0)
-    reply.watch(2)
-    assert "".join(reply) == CHAT["谁写的"]
-    assert math.prod(part["p"] for part in reply.spelled()) > 0.5
+    chat_model = open_chat_model(next(small_runs().glob("sft_*")), "cpu")
+    generation = chat_model.generate([{"role": "user", "content": "谁写的"}], 50, temperature=0)
+    generation.request_logprobs(2)
+    assert "".join(generation) == CHAT["谁写的"]
+    assert math.prod(part["p"] for part in generation.token_details()) > 0.5
