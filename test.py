@@ -16,7 +16,7 @@ from engine.inference.options import SAMPLING, ChatOptions, check_speculative_na
 from utils.config import convert, opt, parse
 from utils.errors import UserError, run_script
 from utils.logo import print_logo
-from utils.terminal import line_history, paint, prompt, speak_utf8, strip_control_chars
+from utils.terminal import line_history, paint, prompt, use_utf8, strip_control_chars
 
 if typing.TYPE_CHECKING:  # torch takes seconds to import
     from engine.inference.chat import ChatModel
@@ -51,7 +51,7 @@ class TestConfig(ChatOptions):
 
 def main() -> None:
     config = parse(TestConfig)
-    speak_utf8()
+    use_utf8()
     config.prompt = config.prompt.encode(errors="replace").decode()  # a stray byte in an argument becomes a "?"
     one_shot = config.prompt or ("" if sys.stdin.isatty() else sys.stdin.read().strip())
     if not one_shot and not sys.stdin.isatty():

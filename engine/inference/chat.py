@@ -165,7 +165,7 @@ class ChatModel:
         ids, dropped = self.prompt_ids(messages, max_new_tokens)
         max_completion_tokens(self.model, ids, max_new_tokens)
         request = new_request(self.tokenizer, ids, max_new_tokens, Sampling(**sampling), text=True)
-        return Generation(self.worker, self.tokenizer, request, dropped, bool(self.speculative))
+        return Generation(self, request, dropped)
 
 
 class Update(NamedTuple):
@@ -180,19 +180,15 @@ class Update(NamedTuple):
 class Generation:
     """One answer: iterate over its pieces of text. Between two pieces all fields are those of the latest piece."""
 
-    def __init__(
-        self, worker: BatchWorker, tokenizer: Tokenizer, request: Request, dropped: int = 0, speculative: bool = False
-    ) -> None:
+    def __init__(self, chat_model: ChatModel, request: Request, dropped: int = 0) -> None:
         self.text = ""
         self.tokens = 0  # number of tokens
         self.seconds = 0.0  # from the call to the latest token
         self.first_seconds = 0.0  # from the call to the first token: the prefill
         self.finish = "stopped"  # "stop": by the model; "length": no room left; "stopped": by the reader
         self.dropped = dropped  # messages left out because they did not fit
-        self._worker = worker
-        self._tokenizer = tokenizer
+        self._chat_model = chat_model  # which lives, and so keeps its worker, until the answer has ended
         self._request = request
-        self._speculative = speculative
         self._updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         request.notify = self._notify
         request.reraise = True
@@ -204,7 +200,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[str]:
         start = time.perf_counter()
-        self._worker.submit(self._request)
+        self._chat_model.worker.submit(self._request)
         try:
             finish = None
             while finish is None:
@@ -240,12 +236,12 @@ class Generation:
     def token_details(self, first: int = 0) -> list[dict[str, Any]]:
         """Return the tokens from index `first` on, with their probabilities (engine/inference/inspect.py)."""
         return inspect.token_details(
-            self._tokenizer, self._answer_ids(), self._request.logprobs, self._starts(), self.text, first
+            self._chat_model.tokenizer, self._answer_ids(), self._request.logprobs, self._starts(), self.text, first
         )
 
     def split_reasoning(self) -> tuple[str, str]:
         """Return the text so far as (reasoning, reply)."""
-        return inspect.split_reasoning(self._tokenizer, self._answer_ids(), self._starts(), self.text)
+        return inspect.split_reasoning(self._chat_model.tokenizer, self._answer_ids(), self._starts(), self.text)
 
     def stats(self) -> dict[str, Any]:
         """Return tokens, tokens_per_s, first_seconds, finish and dropped; with speculation also forward_passes, drafted
@@ -260,7 +256,7 @@ class Generation:
             "accepted": request.accepted,
         }
         return {
-            **(speculation if self._speculative else {}),
+            **(speculation if self._chat_model.speculative else {}),
             "tokens": self.tokens,
             "tokens_per_s": self.tokens / self.seconds if self.seconds else 0.0,
             "first_seconds": self.first_seconds,

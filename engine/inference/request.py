@@ -41,9 +41,8 @@ class Request:
         self.tokens: list[int] = []
         self.logprobs: list[Logprobs] = []
         self.cached_tokens = 0  # tokens of the prompt that its slot had read already
-        self.finish: str | None = (
-            None  # "stop" (the model, or a stop string), "length", "cancelled", "deadline", "error"
-        )
+        # "stop" (by the model or a stop string), "length", "cancelled", "deadline" or "error"
+        self.finish: str | None = None
         self.error = ""  # the message, if finish is "error"
         self.exception: Exception | None = None  # what the model raised, if that ended the request
         self.reraise = False  # the reader raises `exception` itself, so that the worker need not print it
