@@ -259,7 +259,7 @@ def test_packing_loses_nothing():
         assert not back[:, 37:].any() and not back[..., 51:].any()
 
 
-RUN = "from model import kernels; decode.load()"
+RUN = "from model.kernels import decode; decode.load()"
 
 
 def test_without_a_compiler_it_is_one_line(tmp_path):

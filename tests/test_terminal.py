@@ -78,7 +78,7 @@ def test_help_is_quick():
 def test_the_compiler_is_not_imported_to_talk():
     """It takes as long as torch itself; and with a mixture, which asks the compiler to leave its experts alone."""
     code = (
-        "import sys\nfrom engine.chat import open_speaker\n"
+        "import sys\nfrom engine.inference.chat import open_speaker\n"
         "assert ''.join(open_speaker(sys.argv[1], 'cpu').answer([{'role': 'user', 'content': 'x'}], 3))\n"
         "print('torch._dynamo' in sys.modules, 'matplotlib' in sys.modules)"
     )

@@ -375,7 +375,7 @@ def test_one_writer_a_folder(world, monkeypatch):
 
 def test_a_second_signal_ends_at_once():
     code = (
-        "import os, signal, engine.stopping as s; s.ECHO_SECONDS = %s\nwith s.StopSignal() as stop:\n"
+        "import os, signal, engine.training.stop_signal as s; s.ECHO_SECONDS = %s\nwith s.StopSignal() as stop:\n"
         "    os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); print(stop.name)"
     )
     for echo, code_wanted, output in ((5, 0, "SIGTERM\n"), (-1, 143, "")):
