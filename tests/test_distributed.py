@@ -74,7 +74,7 @@ run_script(main)"""
         [sys.executable, "-c", code],
         env={**os.environ, "WORLD_SIZE": "2"},
         text=True,
-        cwd=WORKER.parent.parent,
+        cwd=WORKER.parents[2],
         capture_output=True,
         timeout=120,
     )
