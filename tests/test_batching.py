@@ -13,32 +13,12 @@ from engine.inference.generate import new_request
 from engine.inference.sampling import Sampling
 from engine.inference.scheduler import Batch, QueueFull
 from engine.inference.worker import Service
-from model import list_models
-from tests.planted.unusual import Hybrid, LearnedPositions, Recurrent, RunningMean
-from tests.test_generate import LONGEST, TOKENIZER, V, make, probabilities
+from tests.support.decoding_models import EVERY, LONGEST, TOKENIZER, V, build
+from tests.support.models import SHIPPED
+from tests.support.sampling_reference import probabilities
 from utils.errors import UserError
 
-PLANTED = {Model.__name__: Model for Model in (Recurrent, Hybrid, RunningMean, LearnedPositions)}
-EVERY = [
-    *list_models(),
-    "Recurrent",
-    "no state",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("Hybrid", "RunningMean", "LearnedPositions")),
-]
 MANY = int(os.environ.get("BATCHING_REQUESTS", 300))
-
-
-def build(name, longest=LONGEST):
-    if name not in PLANTED:
-        return make(name, longest)
-    torch.manual_seed(3)
-    Model = PLANTED[name]
-    model = Model(Model.Args(vocab_size=V, max_seq_len=longest))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(std=0.3)
-    return model.eval()
 
 
 @torch.no_grad()
@@ -124,7 +104,7 @@ def bytes_held(batch):
     return sum(tensor.nbytes for layer in batch.rows.state.layers for tensor in layer.values())
 
 
-@pytest.mark.parametrize("name", [*list_models(), pytest.param("Hybrid", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*SHIPPED, pytest.param("Hybrid", marks=pytest.mark.slow)])
 def test_memory_is_flat_over_many_requests(name):
     """The state keeps its bytes, caches the very tensors; nothing but what was asked and answered is kept."""
     rng, batch = random.Random(2), Batch(build(name), slots=8)

@@ -10,12 +10,12 @@ import torch
 from engine.inference.chat import Reply
 from engine.inference.generate import decode, generate, new_request, stream
 from engine.inference.sampling import Sampling
-from model import get_model_and_args, list_models
-from tests.test_batching import EVERY, build
-from tests.test_generate import PROMPTS, TINY, TOKENIZER, V, make
+from model import get_model_and_args
+from tests.support.decoding_models import EVERY, PROMPTS, TINY, TOKENIZER, V, build, make
+from tests.support.models import SHIPPED
 from utils.errors import UserError
 
-DRAFTING = [name for name in list_models() if make(name).draft is not None]
+DRAFTING = [name for name in SHIPPED if make(name).draft is not None]
 SETTINGS = (
     dict(temperature=0),
     dict(temperature=0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, seed=3),

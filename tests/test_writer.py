@@ -7,8 +7,8 @@ import pytest
 from engine.inference.detokenizer import Writer
 from engine.inference.generate import decode, generate, new_request
 from engine.inference.sampling import Sampling
-from tests.support.engine_helpers import make_tokenizer
-from tests.test_generate import V, make
+from tests.support.decoding_models import V, make
+from tests.support.tokenizers import make_tokenizer
 
 
 @pytest.fixture(scope="module")
