@@ -72,16 +72,13 @@ def main():
     from engine.inference.chat import choose_run, open_speaker  # torch comes with it
     from engine.inference.sampling import Sampling
     from engine.inference.worker import Service
-    from engine.runs.checkpoint import find_weights
     from engine.serving.app import make_app
 
     Sampling(**config.sampling())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     path = config.run or choose_run(config.output_path)
-    speaker, name = (
-        open_speaker(path, config.device, config.precision, config.compile, rows=config.max_batch_size),
-        find_weights(path)[0].name,
-    )
+    speaker = open_speaker(path, config.device, config.precision, config.compile, rows=config.max_batch_size)
+    name = speaker.run.path.name
     with Service(speaker.model, config.max_batch_size, config.max_queue) as service:
         server = make_server(make_app(name, speaker, service, config), service)
         host, port = listener.getsockname()[:2]

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from engine.inference.chat import DTYPES, choose_run  # noqa: E402
 from engine.inference.generate import decode, new_request  # noqa: E402
 from engine.inference.sampling import Sampling  # noqa: E402
-from engine.runs.checkpoint import load_run  # noqa: E402
+from engine.runs.registry import load_run  # noqa: E402
 from model.kernels.int8 import to_int8  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
@@ -103,7 +103,8 @@ def held_out(model, chats):
 def main():
     config = parse(Config)
     run = config.run or choose_run(config.output_path)
-    model, tokenizer, _ = load_run(run)
+    loaded = load_run(run)
+    model, tokenizer = loaded.model, loaded.tokenizer
     chats = conversations(config.data_path, tokenizer, max(config.prompts, config.chats), model.args.max_seq_len)
     prompts = [ids[: mask.index(1)] for ids, mask in chats[: config.prompts]]
     kinds = ("mtp", "ngram") if model.draft is not None else ("ngram",)
@@ -122,7 +123,7 @@ def main():
         print(label, json.dumps(results[label], indent=1), flush=True)
         save(config.results, results)
     for precision in ("fp32", "bf16", "int8"):
-        model = load_run(run, dtype=DTYPES[precision])[0]
+        model = load_run(run, dtype=DTYPES[precision]).model
         if precision == "int8":
             to_int8(model)
         results["held_out_nats"][precision] = round(held_out(model, chats[: config.chats]), 5)

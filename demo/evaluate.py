@@ -13,7 +13,7 @@ from demo.bits import bits_per_character
 from engine.distributed.process_group import find_device
 from engine.inference.generate import generate
 from engine.inference.options import AnswerOptions
-from engine.runs.checkpoint import load_run
+from engine.runs.registry import load_run
 from preprocess_data.corpora.demo_chat import poem_request
 from utils.atomic import atomic_write
 from utils.chat_template import encode_chat
@@ -74,7 +74,8 @@ def write_poems(model, tokenizer, asked: list[tuple[str, str]], config: Evaluate
 def evaluate(config: EvaluateConfig) -> dict:
     """Measure the run, write demo.json into its folder, and return what was measured."""
     run = Path(config.run)
-    model, tokenizer, run_config = load_run(run, device=find_device(config.device))
+    loaded = load_run(run, device=find_device(config.device))
+    model, tokenizer = loaded.model, loaded.tokenizer
     held_out, documents, training_verses = poems.load_poems(Path(config.corpora_path) / "poems.jsonl")
     asked = poems.choose_titles(held_out, config.poems, config.seed)
     texts = write_poems(model, tokenizer, asked, config)
@@ -88,13 +89,13 @@ def evaluate(config: EvaluateConfig) -> dict:
         form: counts([text for text, asked_form in zip(texts, forms) if asked_form == form], [form] * forms.count(form))
         for form in held_out
     }
-    pretrain_run = Path(config.pretrain_run or run_config["init_from"])
-    pretrained, pretrained_tokenizer, _ = load_run(pretrain_run, device=find_device(config.device))
+    pretrain_run = Path(config.pretrain_run or loaded.config["init_from"])
+    pretrained = load_run(pretrain_run, device=find_device(config.device))
     documents = documents[: config.bits_poems]
     answers = ask(model, tokenizer, REQUESTS, config, seed=config.seed)
     result = {
         "settings": dataclasses.asdict(config),
-        "pretrain_bits_per_character": bits_per_character(pretrained, pretrained_tokenizer, documents),
+        "pretrain_bits_per_character": bits_per_character(pretrained.model, pretrained.tokenizer, documents),
         "bits_poems": len(documents),
         "model": counts(texts, forms),
         "by_form": by_form,

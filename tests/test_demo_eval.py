@@ -9,7 +9,7 @@ import torch
 from demo import evaluate, poems, report
 from demo.bits import bits_per_character
 from demo.verse import form_of, rhyme_group, rhymes, split_verses
-from engine.runs.checkpoint import load_run
+from engine.runs.registry import load_run
 from preprocess_data.corpora import demo_chat
 from preprocess_data.corpora.poems import document
 from tests.support.small_runs import POEM, small_runs
@@ -143,7 +143,8 @@ def test_the_table_has_a_row_for_every_form_and_baseline():
 
 def test_bits_per_character_equal_a_loop_over_tokens():
     """One document after the other, one token after the other, in float64; the batch and its padding change nothing."""
-    model, tokenizer, _ = load_run(small_runs() / "pretrain_mini_deepseekv3")
+    run = load_run(small_runs() / "pretrain_mini_deepseekv3")
+    model, tokenizer = run.model, run.tokenizer
     documents = [QUIET_NIGHT, "题\n佚名\n" + SPRING_VIEW, POEM, "一"]
     nats = 0.0
     for text in documents:

@@ -16,7 +16,7 @@ import pretrain
 import sft
 from engine.data.sequences import DocumentRows, TokenFile
 from engine.inference.chat import open_speaker
-from engine.runs.checkpoint import load_run
+from engine.runs.registry import load_run
 from engine.training.evaluate import held_out_loss
 from model import get_model_and_args
 from model.basemodel import BaseModel
@@ -117,7 +117,8 @@ def test_transformers_gives_the_same_log_likelihoods(run, work):
     """The loss that the run itself reported for the held-out texts, from transformers, one text after another."""
     summary, folder = run
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    ours, tokenizer, _ = load_run(summary["run"])
+    loaded = load_run(summary["run"])
+    ours, tokenizer = loaded.model, loaded.tokenizer
     file = TokenFile(work / "data/pretrain_val.bin", tokenizer, "make")
     nats = targets = 0
     bounds = file.documents()
@@ -137,7 +138,7 @@ def test_transformers_gives_the_same_log_likelihoods(run, work):
 def test_both_render_a_chat_to_the_same_ids(run):
     _, folder = run
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    ours = load_run(run[0]["run"])[1]
+    ours = load_run(run[0]["run"]).tokenizer
     for prompt in (True, False):
         want = theirs.apply_chat_template(CHAT, add_generation_prompt=prompt, return_dict=False)
         assert encode_chat(ours, CHAT, add_generation_prompt=prompt)[0] == want
@@ -150,8 +151,8 @@ def test_an_imported_run_goes_on(run, work, tmp_path):
     """It loads, answers, and is fine-tuned, as a run that was trained here."""
     _, folder = run
     export.main([f"--from_hf={folder}", f"--out={tmp_path / 'imported'}", "--max_seq_len=48"])
-    model, _, config = load_run(tmp_path / "imported")
-    assert (config["stage"], model.args.max_seq_len) == ("pretrain", 48)
+    imported = load_run(tmp_path / "imported")
+    assert (imported.config["stage"], imported.model.args.max_seq_len) == ("pretrain", 48)
     reply = open_speaker(tmp_path / "imported", "cpu").answer([{"role": "user", "content": "abc"}], 5, temperature=0)
     list(reply)
     assert reply.tokens == 5 or reply.finish == "stop"
@@ -262,8 +263,9 @@ def test_a_checkpoint_of_others(kind, special, tmp_path):
     theirs = checkpoint_of_others(tmp_path / "theirs", kind, 256 + len(special), special)
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
     export.main(["--from", "hf", str(tmp_path / "theirs"), "--out", str(tmp_path / "run")])
-    model, tokenizer, config = load_run(tmp_path / "run")
-    assert config["stage"] == "pretrain"
+    imported = load_run(tmp_path / "run")
+    model, tokenizer = imported.model, imported.tokenizer
+    assert imported.config["stage"] == "pretrain"
 
     text = "一句诗 and <|eot_id|> as text"
     ids = [tokenizer.bos_id, *tokenizer.encode(text)]

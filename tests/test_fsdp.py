@@ -20,7 +20,6 @@ from engine.runs.checkpoint import (
     damage,
     file_sha256,
     find_checkpoints,
-    load_run,
     load_training_state,
     manifest_bytes,
     newest_checkpoint,
@@ -29,6 +28,7 @@ from engine.runs.checkpoint import (
     step_of,
     weights_bytes,
 )
+from engine.runs.registry import load_run
 from engine.training.config import TrainConfig
 from engine.training.optim import build_optimizer
 from engine.training.step import TrainStep
@@ -182,7 +182,7 @@ def test_every_model_however_a_step_is_dealt_out(folder, name):
             else:
                 assert (value - theirs[key]).norm() <= 1e-2 * value.norm(), key
     (parts,) = (folder / f"{name}_2_1_{FSDP}").glob("*/checkpoints/*")
-    model, _, _ = load_run(parts)  # as inference, fine-tuning and export read it
+    model = load_run(parts).model  # as inference, fine-tuning and export read it
     assert len(list(parts.glob("model-*"))) == 2
     assert all(torch.equal(value, theirs[key]) for key, value in model.state_dict().items() if key in theirs)
 

@@ -14,12 +14,11 @@ from engine.runs.checkpoint import (
     MANIFEST,
     file_sha256,
     find_checkpoints,
-    find_runs,
-    load_run,
     load_training_state,
     manifest_bytes,
 )
 from engine.runs.metrics import read_metrics
+from engine.runs.registry import find_runs, load_run
 from engine.training.config import TrainConfig
 from engine.training.optim import build_optimizer
 from model import get_model_and_args

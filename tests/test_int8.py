@@ -1,6 +1,7 @@
 """Weights at 8 bits: near the weights they stand for, whatever module holds them; and a compiled step of decoding."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from checks import ModelUnderTest
 from engine.inference.chat import open_speaker
 from engine.inference.compile import compile_decoding
 from engine.inference.generate import generate
-from engine.runs import checkpoint
+from engine.runs import registry
 from model import BaseModelArgs
 from model.kernels.int8 import FEW_ROWS, Int8Linear, Int8Weight, to_int8
 from model.layers.moe import chosen_matmul, expert_matmul
@@ -104,7 +105,8 @@ def test_a_model_without_a_state_is_not_compiled_and_that_is_said(capsys):
 @pytest.mark.parametrize("precision", ("bf16", "int8"))
 def test_a_model_that_mixes_types_is_one_line(precision, monkeypatch):
     model = bf16(ModelUnderTest.of(Fp32GateTakesItsMatrixAsItIs, RightModelArgs).build().eval())
-    monkeypatch.setattr(checkpoint, "load_run", lambda *_, **__: (model, TOKENIZER, {"stage": "sft"}))
+    run = registry.LoadedRun(model, TOKENIZER, {"stage": "sft"}, Path("run"), Path("run/final"), "")
+    monkeypatch.setattr(registry, "load_run", lambda *_, **__: run)
     with pytest.raises(UserError, match="--precision=fp32"):
         open_speaker("run", "cpu", precision)
 

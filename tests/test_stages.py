@@ -5,13 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import uvicorn
 
 import pretrain
+import serve
 import sft
-from engine.runs.checkpoint import find_runs, load_run, newest_run
+from engine.runs import checkpoint
+from engine.runs.registry import find_runs, load_run, newest_run
 from tests.support.models import BASE_MODEL
 from tests.support.paths import ROOT
 from tests.support.token_files import stage_files
@@ -50,7 +54,8 @@ def test_from_pretraining_to_a_loaded_chat_model(stages):
     summary = sft.main([f"--model_name={NAME}", *SMALL[:5]])
     assert summary["run"] == f"output/sft_{NAME}" and summary["status"] == "finished"
     for dtype in (torch.float32, torch.bfloat16):
-        model, tokenizer, config = load_run(f"output/sft_{NAME}", dtype=dtype)
+        run = load_run(f"output/sft_{NAME}", dtype=dtype)
+        model, tokenizer, config = run.model, run.tokenizer, run.config
         assert not model.training and config["stage"] == "sft" and config["model"]["dim"] == 32
         assert {p.dtype for p in model.parameters()} == {dtype}
         assert all(b.dtype != torch.bfloat16 for b in model.buffers())
@@ -84,8 +89,10 @@ def test_a_checkpoint_can_be_named_instead_of_its_run(stages, tmp_path, capsys):
     run = shutil.copytree(stages / f"output/pretrain_{NAME}", tmp_path / "run")
     step = run / "checkpoints/step-00000002"
     whole, named, final = load_run(run), load_run(step), load_run(run / "final")
-    for name, value in whole[0].state_dict().items():
-        assert torch.equal(value, named[0].state_dict()[name]) and torch.equal(value, final[0].state_dict()[name])
+    assert (whole.path, named.path) == (run, run) and (whole.checkpoint, named.checkpoint) == (run / "final", step)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, named.model.state_dict()[name])
+        assert torch.equal(value, final.model.state_dict()[name])
     sft.main([f"--init_from={step}", *SMALL[:5], f"--output_path={tmp_path}"])
     assert "has not finished" not in capsys.readouterr().err
     (step / "model.safetensors").write_bytes(b"")
@@ -94,6 +101,24 @@ def test_a_checkpoint_can_be_named_instead_of_its_run(stages, tmp_path, capsys):
     shutil.rmtree(run / "final")
     with pytest.raises(UserError, match="run has no valid checkpoint"):
         load_run(run)
+
+
+@pytest.mark.parametrize("command", ("load_run", "sft", "serve"))
+def test_the_weights_are_hashed_once_a_start(stages, command, tmp_path, monkeypatch):
+    run = stages / f"output/pretrain_{NAME}"
+    hashed = []
+    sha256 = checkpoint.file_sha256
+    monkeypatch.setattr(checkpoint, "file_sha256", lambda path: hashed.append(Path(path).resolve()) or sha256(path))
+    if command == "load_run":
+        assert load_run(run).fingerprint == sha256(run / "final/model.safetensors")
+    elif command == "sft":
+        sft.main([f"--init_from={run}", *SMALL[:5], f"--output_path={tmp_path}"])
+    else:
+        monkeypatch.setattr(sys, "argv", ["serve.py", f"--run={run}", "--port=0", "--device=cpu"])
+        monkeypatch.setattr("signal.signal", lambda *_: None)
+        monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
+        serve.main()
+    assert hashed.count(run / "final/model.safetensors") == 1
 
 
 def test_a_run_that_was_tampered_with_is_refused(stages, tmp_path):
@@ -117,7 +142,7 @@ def test_fields_that_leave_the_shapes_alone_may_change(stages, tmp_path):
             "--max_seq_len=40",
         ]
     )
-    _, _, config = load_run(tmp_path / f"sft_{NAME}")
+    config = load_run(tmp_path / f"sft_{NAME}").config
     assert config["model"]["norm_eps"] == 1e-5 and config["max_seq_len"] == 40 and config["model"]["max_seq_len"] == 48
 
 

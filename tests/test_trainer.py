@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.data.loader import StepLoader
 from engine.data.sequences import DocumentRows, TokenFile
 from engine.runs import checkpoint_manager
-from engine.runs.checkpoint import find_runs, newest_checkpoint
+from engine.runs.checkpoint import newest_checkpoint
 from engine.runs.metrics import RunLog, read_metrics
+from engine.runs.registry import find_runs
 from engine.runs.run_folder import lock_folder
 from engine.training.config import BatchPlan
 from tests.support.paths import ROOT

@@ -11,7 +11,7 @@ from engine.inference.inspect import spelled, thinking
 from engine.inference.sampling import Sampling
 from engine.inference.scheduler import room
 from engine.inference.speculative import check_speculative
-from engine.runs import checkpoint
+from engine.runs import registry
 from model.kernels.int8 import to_int8
 from utils.chat_template import encode_chat
 from utils.errors import UserError
@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 def talkers(output_path):
     """The trained runs of a folder (`RunInfo`), those that can chat before base models, newest first."""
-    return sorted(checkpoint.find_runs(output_path), key=lambda run: run.stage == BASE)  # a stable sort
+    return sorted(registry.find_runs(output_path), key=lambda run: run.stage == BASE)  # a stable sort
 
 
 def choose_run(output_path):
@@ -42,7 +42,8 @@ def open_speaker(path, device="auto", precision="fp32", compile=False, speculati
     precision: of the weights; int8: those of the matrices, and bf16 for all else. compile: `compile_decoding`, for
     `rows` answers at once. speculative: of the answers, as `decode`.
     """
-    model, tokenizer, config = checkpoint.load_run(path, device=find_device(device), dtype=DTYPES[precision])
+    run = registry.load_run(path, device=find_device(device), dtype=DTYPES[precision])
+    model = run.model
     if precision != "fp32":
         check_types(model, precision)
     if precision == "int8":
@@ -51,7 +52,7 @@ def open_speaker(path, device="auto", precision="fp32", compile=False, speculati
         compile_decoding(model, rows)
     if speculative:
         check_speculative(model, speculative)
-    return Speaker(model, tokenizer, config["stage"], speculative)
+    return Speaker(model, run.tokenizer, run.config["stage"], speculative, run)
 
 
 @torch.inference_mode()
@@ -71,8 +72,9 @@ def check_types(model, precision):
 class Speaker:
     """A loaded run that answers: the next turn of a chat, or, from a base model, the rest of a text."""
 
-    def __init__(self, model, tokenizer, stage, speculative=""):
+    def __init__(self, model, tokenizer, stage, speculative="", run=None):
         self.model, self.tokenizer, self.speculative = model, tokenizer, speculative
+        self.run = run  # its LoadedRun, where it came from one
         self.is_base = stage == BASE  # it has seen no conversation yet
 
     def answer(self, messages, max_new_tokens, **sampling):

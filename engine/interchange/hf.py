@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from engine.interchange.hf_checkpoint import Grown, Weights, architecture_for, read_json
 from engine.interchange.model_card import model_card
 from engine.interchange.tokenizers import adopt_tokenizer
-from engine.runs.checkpoint import load_run, save_checkpoint
+from engine.runs.checkpoint import save_checkpoint
+from engine.runs.registry import load_run
 from engine.runs.run_folder import git_revision
 from model import model_file
 from utils.errors import UserError
@@ -31,7 +32,8 @@ def export_hf(run: Path, folder: Path) -> None:
     UserError: no such run, a folder that exists. ModelError: an architecture without a published layout.
     """
     with atomic_directory(folder) as place:
-        model, tokenizer, settings = load_run(run)
+        loaded = load_run(run)
+        model, tokenizer, settings = loaded.model, loaded.tokenizer, loaded.config
         config, tensors = model.to_hf()
         stage = settings.get("stage", "pretrain")
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not exist, and loading a run for what comes after training.
+"""The file format of a checkpoint folder: complete or absent.
 
 A checkpoint folder is written to a hidden sibling, every file fsynced, `manifest.json` (name, size, sha256 of each
 file, and its own) last, then renamed. Nothing that is read can execute code: safetensors, JSON, and
@@ -8,7 +8,6 @@ file, and its own) last, then renamed. Nothing that is read can execute code: sa
 import hashlib
 import json
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -17,19 +16,12 @@ from safetensors import SafetensorError
 
 from engine.distributed.fsdp import full_tensor, is_dtensor, is_sharded, shard_like
 from engine.distributed.process_group import is_main
-from model import get_model_and_args
 from utils.atomic import atomic_directory, write_file
-from utils.config import load_yaml, typed_model_values
 from utils.errors import UserError
-from utils.json_object import load_json
 from utils.log import warn
-from utils.tokenizer import load_tokenizer
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
-
-
-# ---------------------------------------------------------------------------------------------- one checkpoint folder
 
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:
@@ -235,102 +227,3 @@ def read_plain(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no training state: use another checkpoint")
     return value
-
-
-# ------------------------------------------------------------------------------------------------------- whole runs
-
-
-@dataclass
-class RunInfo:
-    """A run folder that has weights, as lists and menus show it; figures are None until they are known."""
-
-    path: Path
-    stage: str
-    model_name: str
-    params: int | None
-    step: int | None
-    val_loss: float | None
-    val_bpc: float | None
-    modified: float  # seconds since the epoch
-
-
-def find_weights(path) -> tuple[Path, Path]:
-    """Return (run folder, checkpoint folder) for the path of a run, or of one checkpoint in a run.
-
-    Of a run final/ is taken when it is valid, else the newest valid checkpoint. UserError: no run, nothing valid.
-    """
-    path = Path(path)
-    given = path if (path / MANIFEST).is_file() else None
-    run = path if given is None else path.parent if path.name == "final" else path.parent.parent
-    if not (run / "config.yaml").is_file():
-        raise UserError(
-            f"{run} is no run folder (it has no config.yaml): give the folder that pretrain.py or sft.py made"
-        )
-    if given is not None and damage(given) is not None:
-        raise UserError(f"{given} is damaged, {damage(given)}: choose another checkpoint, or the run itself")
-    checkpoint = given or newest_checkpoint(run, final=True)
-    if checkpoint is None:
-        raise UserError(f"{run} has no valid checkpoint: let the training reach its first save, or choose another run")
-    return run, checkpoint
-
-
-def load_run(path, device="cpu", dtype=torch.float32, overrides: dict | None = None):
-    """Return (model in eval mode, tokenizer, config dict) of a run folder, or of one checkpoint in it.
-
-    Parameters get `dtype`; buffers keep the type the model gave them, for a routing bias in bf16 would stop moving.
-    `overrides` changes architecture fields that leave the shapes alone. UserError: no run folder, no valid checkpoint,
-    unknown field, weights that do not fit.
-    """
-    path, checkpoint = find_weights(path)
-    config = load_yaml(path / "config.yaml")
-    if not {"stage", "model_name", "model"} <= set(config):
-        raise UserError(f"{path}/config.yaml does not say stage, model_name and model: put it back as it was written")
-    Model, ModelArgs = get_model_and_args(config["model_name"])
-    overrides = typed_model_values(overrides or {}, ModelArgs)
-    try:
-        model = Model(ModelArgs(**(config["model"] | overrides)))
-    except TypeError as error:
-        raise UserError(f"{path}/config.yaml does not fit {config['model_name']} as it is now: {error}") from None
-    restore_weights(model, checkpoint)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    tokenizer = load_tokenizer(path / "tokenizer")
-    if read_manifest(checkpoint).get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise UserError(f"{tokenizer.path} is not the tokenizer that {checkpoint} was trained with: put that one back")
-    return model.to(device).eval(), tokenizer, config
-
-
-def find_runs(output_path="output", stage: str | None = None, model_name: str | None = None) -> list[RunInfo]:
-    """Run folders that have a checkpoint, newest first; reads small files only."""
-    runs = []
-    for path in (p.parent for p in Path(output_path).glob("*/config.yaml")):
-        folders = [f for f in [path / "final", *find_checkpoints(path)] if (f / MANIFEST).is_file()]
-        if not folders:
-            continue
-        about, summary = read_manifest(folders[0]) or {}, _read_json(path / "summary.json")
-        info = RunInfo(
-            path,
-            about.get("stage", path.name.partition("_")[0]),
-            about.get("model_name", ""),
-            about.get("params"),
-            about.get("step"),
-            summary.get("val_loss"),
-            summary.get("val_bpc"),
-            (folders[0] / MANIFEST).stat().st_mtime,
-        )
-        if stage in (None, info.stage) and model_name in (None, "", info.model_name):
-            runs.append(info)
-    return sorted(runs, key=lambda info: info.modified, reverse=True)
-
-
-def newest_run(output_path="output", stage: str | None = None, model_name: str | None = None) -> Path | None:
-    """The newest run that has a checkpoint, or None."""
-    runs = find_runs(output_path, stage, model_name)
-    return runs[0].path if runs else None
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return load_json(path, "")
-    except UserError:
-        return {}

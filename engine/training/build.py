@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from engine.runs.checkpoint import find_weights, load_run, newest_run, weights_sha256
+from engine.runs.registry import load_run, newest_run
 from model import get_model_and_args, list_models
 from utils.errors import UserError
 from utils.log import log, warn
@@ -36,31 +36,29 @@ def pretrained_model(config):
     Sets config.model_name and config.max_seq_len to what they turn out to be. UserError: no such run, another
     model_name, rows longer than the model takes, architecture fields that do not fit the weights.
     """
-    run = config.init_from or newest_run(config.output_path, "pretrain", config.model_name)
-    if run is None:
+    path = config.init_from or newest_run(config.output_path, "pretrain", config.model_name)
+    if path is None:
         of = f" of {config.model_name}" if config.model_name else ""
         raise UserError(
             f"no pretraining run{of} in {config.output_path}: run python pretrain.py, or give --init_from=RUN"
         )
-    log(f"starting from {run}")
+    log(f"starting from {path}")
     torch.manual_seed(config.seed)
-    model, tokenizer, theirs = load_run(run, overrides=config.model)
-    if config.model_name not in ("", theirs["model_name"]):
+    run = load_run(path, overrides=config.model)
+    theirs = run.config["model_name"]
+    if config.model_name not in ("", theirs):
+        raise UserError(f"--model_name={config.model_name}, but {path} holds {theirs}: drop one of the two")
+    config.model_name, config.init_from = theirs, str(path)
+    seq_len = config.max_seq_len or run.model.args.max_seq_len
+    if seq_len > run.model.args.max_seq_len:
         raise UserError(
-            f"--model_name={config.model_name}, but {run} holds {theirs['model_name']}: drop one of the two"
-        )
-    config.model_name, config.init_from = theirs["model_name"], str(run)
-    seq_len = config.max_seq_len or model.args.max_seq_len
-    if seq_len > model.args.max_seq_len:
-        raise UserError(
-            f"--max_seq_len={seq_len}, but {run} takes at most {model.args.max_seq_len} tokens: "
+            f"--max_seq_len={seq_len}, but {path} takes at most {run.model.args.max_seq_len} tokens: "
             "lower it, or pretrain with a larger --max_seq_len"
         )
     config.max_seq_len = seq_len
-    run_folder, checkpoint = find_weights(run)
-    if checkpoint.name != "final" and run_folder == Path(run):
-        warn(f"{run} has not finished its training: starting from its {checkpoint.name}")
-    return model, tokenizer, seq_len, weights_sha256(checkpoint)
+    if run.checkpoint.name != "final" and run.path == Path(path):
+        warn(f"{path} has not finished its training: starting from its {run.checkpoint.name}")
+    return run.model, run.tokenizer, seq_len, run.fingerprint
 
 
 def val_path(given: str, train_path: str) -> str | None:
