@@ -8,7 +8,9 @@ import torch
 from engine.data.sequences import DocumentRows, TokenFile, WindowRows
 from engine.training import loop
 from engine.training.config import TrainConfig
-from tests.support.engine_helpers import TinyModel, TinyModelArgs, make_tokenizer, pretrain_files
+from tests.support.tiny_model import TinyModel, TinyModelArgs
+from tests.support.token_files import pretrain_files
+from tests.support.tokenizers import make_tokenizer
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and all it starts
 

@@ -12,8 +12,9 @@ from engine.inference.generate import new_request
 from engine.inference.sampling import Sampling
 from engine.inference.scheduler import QueueFull, Scheduler
 from engine.inference.worker import BatchWorker
-from model import list_models
-from tests.support.generation_helpers import LONGEST, TOKENIZER, UNUSUAL, V, build, generate_alone
+from tests.support.decoding_models import EVERY, LONGEST, TOKENIZER, V, build
+from tests.support.models import SHIPPED
+from tests.support.sampling_reference import generate_alone
 from utils.errors import UserError
 
 MANY = int(os.environ.get("BATCHING_REQUESTS", 300))
@@ -33,7 +34,7 @@ def some_request(rng, longest=24):
     return new_request(TOKENIZER, ids, rng.randint(1, longest), sampling, {TOKENIZER.eos_id}), sampling
 
 
-@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("name", EVERY)
 def test_64_requests_have_the_tokens_they_have_alone(name):
     model, rng = build(name), random.Random(7)
     pairs = [some_request(rng) for _ in range(64)]
@@ -51,7 +52,7 @@ def test_64_requests_have_the_tokens_they_have_alone(name):
         assert request.finish == ("length" if len(request.tokens) == request.limit else "stop")
 
 
-@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_next_turn_prefills_only_the_new_tokens(name):
     """And gets the tokens of a full prefill, also beside other conversations."""
     model, rng, scheduler = build(name), random.Random(1), Scheduler(build(name), n_slots=3)
@@ -78,7 +79,7 @@ def state_bytes(scheduler):
     return sum(tensor.nbytes for layer in scheduler.batch.state.layers for tensor in layer.values())
 
 
-@pytest.mark.parametrize("name", [*list_models(), pytest.param("Hybrid", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*SHIPPED, pytest.param("Hybrid", marks=pytest.mark.slow)])
 def test_memory_is_flat_over_many_requests(name):
     """The state keeps its size, caches keep their tensors, and a slot keeps no more than its tokens."""
     rng, scheduler = random.Random(2), Scheduler(build(name), n_slots=8)

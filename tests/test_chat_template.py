@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.data_helpers import HOSTILE, make_tokenizer
+from tests.support.texts import HOSTILE
+from tests.support.tokenizers import make_tokenizer
 from utils.chat_template import ROLES, encode_chat, encode_chats
 from utils.errors import UserError
 from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS
@@ -13,7 +14,7 @@ from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), 420)
 
 
 def conversation(*contents: str) -> list[dict]:

@@ -15,10 +15,13 @@ import check_model
 from checks import CHECKS, FAST, ModelUnderTest
 from checks.harness.runner import first_sentence, usual_causes
 from checks.harness.tiny_args import tiny_args
-from model import ModelError, list_models
+from model import ModelError
 from model.new import new_file
 from tests.planted.right import RightModel, RightModelArgs
-from tests.support.engine_helpers import ROOT, make_tokenizer, pretrain_files
+from tests.support.models import BASE_MODEL
+from tests.support.paths import ROOT
+from tests.support.token_files import pretrain_files
+from tests.support.tokenizers import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def test_user_errors_and_the_list(capsys):
     for flags, says in (
         (["--model_name=mini_no_such_net"], "unknown model 'mini_no_such_net'"),
         ([], "which model?"),
-        ([f"--model_name={list_models()[0]}", "--only=causalty"], "did you mean causality?"),
+        ([f"--model_name={BASE_MODEL}", "--only=causalty"], "did you mean causality?"),
     ):
         with pytest.raises(ValueError, match=re.escape(says)) as caught:
             check_model.main(flags)

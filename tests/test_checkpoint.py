@@ -15,7 +15,7 @@ from engine.runs.checkpoint import (
     save_checkpoint,
     weights_bytes,
 )
-from tests.support.engine_helpers import TinyModel, TinyModelArgs
+from tests.support.tiny_model import TinyModel, TinyModelArgs
 from utils.errors import UserError
 
 

@@ -8,7 +8,8 @@ import pytest
 from engine.data.loader import StepLoader, held_out_batches
 from engine.data.sequences import IGNORE, PADDING, DocumentRows, TokenFile, WindowRows, shuffled
 from engine.training.config import BatchPlan
-from tests.support.engine_helpers import make_tokenizer, pretrain_files, write_tokens
+from tests.support.token_files import pretrain_files, write_tokens
+from tests.support.tokenizers import make_tokenizer
 from utils.errors import UserError
 
 

@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from demo import preset
-from model import BaseModel, BaseModelArgs, ModelError, get_model_and_args, list_models
+from model import BaseModel, BaseModelArgs, ModelError, get_model_and_args
+from tests.support.models import BASE_MODEL, SHIPPED
 from utils.config import typed_model_values
 
 
@@ -29,7 +30,7 @@ class OddModel(BaseModel):
             raise ModelError("three heads or nothing")
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_architecture_takes_the_small_sizes(name):
     Model, Args = get_model_and_args(name)
     sizes = preset.small_sizes(Model, Args)
@@ -49,7 +50,7 @@ def test_a_model_without_a_preset_gets_one_from_the_shared_fields(tmp_path, monk
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/any_cpu.yaml").write_text("max_lr: 0.01\n", encoding="utf-8")
     monkeypatch.setattr(preset, "ROOT", tmp_path)
-    name = list_models()[0]
+    name = BASE_MODEL
     written = yaml.safe_load(preset.preset(name, tmp_path / "output").read_text(encoding="utf-8"))
     assert written["max_lr"] == 0.01 and written["model"]["dim"] == preset.SMALL["dim"]
     own = tmp_path / f"configs/{name}_cpu.yaml"

@@ -6,57 +6,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from engine.distributed import process_group
-from engine.runs.metrics import read_metrics
-from tests.support.engine_helpers import make_tokenizer, sft_files
+from tests.support.torchrun import WORKER, figures, sft_folder, train
 from utils.errors import UserError
-
-WORKER = Path(__file__).parent / "support/distributed_worker.py"
-
-
-def train(folder: Path, processes: int, output="output", trouble=None, restarts=0, **settings):
-    """Run the worker, its environment with `trouble`; returns (metrics, final weights or None, what it said)."""
-    settings = {
-        "model_name": "tiny",
-        "device": "cpu",
-        "global_batch_size": 8,
-        "max_batch_size": 4,
-        "max_steps": 8,
-        "log_interval": 1,
-        "eval_interval": 4,
-        "sample_interval": 0,
-        "max_lr": 0.01,
-        "output_path": folder / output,
-        "tokenizer_path": folder / "tokenizer",
-        **settings,
-    }
-    flags = [f"--{key}={value}" for key, value in settings.items()]
-    launch = (
-        [sys.executable, str(WORKER)]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-            f"--max_restarts={restarts}",
-            str(WORKER),
-        ]
-    )
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **(trouble or {})}
-    done = subprocess.run(launch + flags, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = folder / output / f"sft_{settings['model_name']}"
-    final = run / "final/model.safetensors"
-    return read_metrics(run / "metrics.jsonl"), load_file(final) if final.exists() else None, done.stdout + done.stderr
 
 
 def test_a_thread_still_at_work_does_not_abort_a_process_that_has_finished():
@@ -74,27 +31,16 @@ run_script(main)"""
         [sys.executable, "-c", code],
         env={**os.environ, "WORLD_SIZE": "2"},
         text=True,
-        cwd=WORKER.parent.parent,
+        cwd=WORKER.parents[2],
         capture_output=True,
         timeout=120,
     )
     assert (done.returncode, done.stdout) == (0, "finished\nand left\n"), done.stderr
 
 
-def figures(records, *names):
-    """What is comparable in metrics: everything but times, or the named figures."""
-    times = ("tokens_per_s", "mfu")
-    return [
-        {key: value for key, value in record.items() if (key in names if names else key not in times)}
-        for record in records
-    ]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("ranks")
-    sft_files(path / "data", make_tokenizer(path / "tokenizer"))
-    return path
+    return sft_folder(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

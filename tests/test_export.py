@@ -18,9 +18,10 @@ from engine.data.sequences import DocumentRows, TokenFile
 from engine.inference.chat import open_speaker
 from engine.runs.registry import load_run
 from engine.training.evaluate import held_out_loss
-from model import get_model_and_args, list_models
+from model import get_model_and_args
 from model.basemodel import BaseModel
-from tests.support.engine_helpers import stage_files
+from tests.support.models import SHIPPED
+from tests.support.token_files import stage_files
 from utils.chat_template import encode_chat
 from utils.tokenizer import SPECIAL_TOKENS, StreamDecoder
 
@@ -43,7 +44,7 @@ SMALL = {
     "n_routed_experts": 4,
     "n_activated_experts": 2,
 }
-PUBLISHED = [name for name in list_models() if get_model_and_args(name)[0].hf_layout is not None]
+PUBLISHED = [name for name in SHIPPED if get_model_and_args(name)[0].hf_layout is not None]
 CHAT = [
     {"role": "system", "content": "短答"},
     {"role": "user", "content": " What is 月? "},

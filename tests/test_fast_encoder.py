@@ -22,7 +22,8 @@ from preprocess_data.pipeline.fast_encoder import (
     encode_documents,
 )
 from preprocess_data.preprocess_data import main
-from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer, random_text, write_lines
+from tests.support.texts import HOSTILE, SENTENCES, random_text, write_lines
+from tests.support.tokenizers import make_tokenizer
 from utils.text import clean_text
 from utils.tokenizer import load_tokenizer
 

@@ -14,7 +14,8 @@ from preprocess_data import preprocess_data
 from preprocess_data.pipeline import report
 from preprocess_data.pipeline.tokenizer_report import of_folder, write_report
 from preprocess_data.pipeline.write_tokens import GrowingFile, write_jsonl
-from tests.support.data_helpers import SENTENCES, make_tokenizer, write_lines
+from tests.support.texts import SENTENCES, write_lines
+from tests.support.tokenizers import make_tokenizer
 from train_tokenizer import save
 from utils.atomic import write_text
 from utils.errors import UserError, run_script
@@ -22,7 +23,7 @@ from utils.errors import UserError, run_script
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), 420)
 
 
 @contextmanager

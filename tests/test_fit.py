@@ -14,7 +14,7 @@ from engine.planning.batch_size import find_max_batch_size, largest
 from engine.runs.metrics import read_metrics
 from engine.training.config import TrainConfig
 from engine.training.optim import build_optimizer
-from tests.support.engine_helpers import TinyModel, TinyModelArgs
+from tests.support.tiny_model import TinyModel, TinyModelArgs
 from utils.errors import UserError, run_script
 
 MB = 2**20

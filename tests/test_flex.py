@@ -8,7 +8,8 @@ import torch
 from torch.nn.attention import flex_attention
 
 from model import layers
-from tests.support.flex_helpers import SIZES, TOKENS, counter, flex_calls, packed_batch, small_model
+from tests.support.packed_models import TOKENS, counter, flex_calls, packed_batch, small_model
+from tests.support.small_runs import SIZES
 
 positions = torch.arange(TOKENS)[None]
 

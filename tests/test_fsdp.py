@@ -32,12 +32,14 @@ from engine.runs.registry import load_run
 from engine.training.config import TrainConfig
 from engine.training.optim import build_optimizer
 from engine.training.step import TrainStep
-from model import get_model_and_args, list_models
-from tests.support.engine_helpers import TinyModel, TinyModelArgs
-from tests.test_distributed import figures, folder, train, two_ranks  # noqa: F401
-from tests.test_hostile import raw_pickle, torch_file
-from tests.test_save_faults import CONFIG, FaultyOS, save, two_checkpoints
-from tests.test_save_faults import trained as trained_whole
+from model import get_model_and_args
+from tests.support.checkpoints import CONFIG, save, two_checkpoints
+from tests.support.checkpoints import trained as trained_whole
+from tests.support.faulty_disk import FaultyOS
+from tests.support.models import SHIPPED
+from tests.support.pickles import raw_pickle, torch_file
+from tests.support.tiny_model import TinyModel, TinyModelArgs
+from tests.support.torchrun import figures, sft_folder, train
 from utils.errors import UserError
 
 FLIPS = int(os.environ.get("FLIPS", "60"))
@@ -53,12 +55,17 @@ def close(ours, theirs, rel=1e-5):
 
 
 @pytest.fixture(scope="module")
-def shared_out(folder):  # noqa: F811
+def folder(tmp_path_factory):
+    return sft_folder(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def shared_out(folder):
     """Two processes, fsdp, saving at step 4 and at the end; (metrics, weights, what it said, run folder)."""
     return *train(folder, 2, "shared", save_interval=4, ema=0.9, sample_interval=4, **FSDP), folder / "shared/sft_tiny"
 
 
-def test_it_is_the_run_of_one_process(folder, shared_out):  # noqa: F811
+def test_it_is_the_run_of_one_process(folder, shared_out):
     """The curve, the average of the weights, and the samples; one parameter is touched by one of the processes only."""
     records, weights, said, run = shared_out
     one, theirs, _ = train(folder, 1, "alone", save_interval=4, ema=0.9, sample_interval=4)
@@ -100,7 +107,7 @@ def test_one_process_reads_its_parts(shared_out):
 
 
 @pytest.mark.slow
-def test_processes_and_kind_may_change_on_resume(folder):  # noqa: F811
+def test_processes_and_kind_may_change_on_resume(folder):
     """1 -> 2 (fsdp) -> 2 (ddp) -> 2 (fsdp) -> 1 processes, stopped in between: the curve of one, dropout included."""
     settings = {"model.dropout": 0.1, "max_steps": 9, "eval_interval": 0, "ema": 0.9}
     for processes, stop, parallel in (
@@ -117,7 +124,7 @@ def test_processes_and_kind_may_change_on_resume(folder):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_restarted_and_the_run_is_the_same_to_the_bit(folder, shared_out):  # noqa: F811
+def test_a_killed_process_is_restarted_and_the_run_is_the_same_to_the_bit(folder, shared_out):
     records, weights, said = train(
         folder, 2, "shared_killed", {"KILL_AT": "6"}, restarts=1, save_interval=4, ema=0.9, sample_interval=4, **FSDP
     )
@@ -127,7 +134,7 @@ def test_a_killed_process_is_restarted_and_the_run_is_the_same_to_the_bit(folder
 
 
 @pytest.mark.slow
-def test_a_dry_run_counts_what_one_process_holds(folder):  # noqa: F811
+def test_a_dry_run_counts_what_one_process_holds(folder):
     whole = train(folder, 2, "dry", dry_run=True)[2]
     records, weights, said = train(folder, 2, "dry", dry_run=True, **FSDP)
     assert "weights 36.2 KB + gradients 36.1 KB" in whole and "weights 18.1 KB + gradients 18.1 KB" in said
@@ -136,7 +143,7 @@ def test_a_dry_run_counts_what_one_process_holds(folder):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_full_disk_under_one_process_is_a_failed_save_of_all_and_the_run_goes_on(folder, shared_out):  # noqa: F811
+def test_a_full_disk_under_one_process_is_a_failed_save_of_all_and_the_run_goes_on(folder, shared_out):
     _, weights, said = train(folder, 2, "full", {"FAIL_AT": "4"}, save_interval=4, ema=0.9, sample_interval=4, **FSDP)
     assert said.count("step 4: the checkpoint could not be saved ([Errno 28] No space left on device)") == 1
     assert [step_of(path) for path in find_checkpoints(folder / "full/sft_tiny")] == [8, 5]
@@ -145,8 +152,8 @@ def test_a_full_disk_under_one_process_is_a_failed_save_of_all_and_the_run_goes_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_models())
-def test_every_model_however_a_step_is_dealt_out(folder, name):  # noqa: F811
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_model_however_a_step_is_dealt_out(folder, name):
     """8 rows a step: 1 x 8, 2 x 4 and 8 x 1 on one process, 1 x 4 on each of two, 4 x 1 on each of two with fsdp.
 
     Not to the bit: the sums over the tokens of a step are taken in another order. And where a gradient, or one of its
@@ -181,7 +188,7 @@ def test_every_model_however_a_step_is_dealt_out(folder, name):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_compiled_layers_compute_the_same_and_samples_compile_nothing(folder):  # noqa: F811
+def test_compiled_layers_compute_the_same_and_samples_compile_nothing(folder):
     settings = dict(model_name="mini_llama3", max_batch_size=2, max_steps=4, max_lr=0.0003, sample_interval=2, **FSDP)
     plain, weights, _ = train(folder, 2, "layers_plain", **settings)
     compiled, theirs, said = train(folder, 2, "layers_compiled", compile="true", **settings)
@@ -355,7 +362,7 @@ def test_a_hostile_checkpoint_executes_nothing(example, tmp_path, monkeypatch, n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 def test_layers_are_compiled_however_many_there_are_and_none_anew(group, monkeypatch, name):
     """Layer by layer, with the tracer but without the compiler behind it: the same gradients as the whole model."""
     compile_module = torch.nn.Module.compile

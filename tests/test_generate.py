@@ -5,8 +5,12 @@ import torch
 
 from engine.inference.generate import decode, generate, new_request, stream
 from engine.inference.sampling import Sampling, distribution, log_probabilities, penalize, sample
-from tests.support.generation_helpers import LONGEST, MODELS, PROMPTS, TOKENIZER, V, build, probabilities
+from tests.support.decoding_models import LONGEST, PROMPTS, TOKENIZER, V, build
+from tests.support.models import SHIPPED
+from tests.support.sampling_reference import probabilities
 from utils.errors import UserError
+
+MODELS = [*SHIPPED, "no state", "recurrent"]
 
 
 def greedy_alone(model, ids, max_new_tokens, stop_ids=()):

@@ -13,10 +13,12 @@ from engine.runs.metrics import read_metrics
 from engine.training.config import TrainConfig
 from engine.training.loop import train
 from engine.training.step import TrainStep
-from model import get_model_and_args, layers, list_models
+from model import get_model_and_args, layers
 from model.layers import moe
-from tests.support.engine_helpers import ROOT
-from tests.support.flex_helpers import SIZES, counter, flex_calls, packed_batch, small_model
+from tests.support.models import SHIPPED
+from tests.support.packed_models import counter, flex_calls, packed_batch, small_model
+from tests.support.paths import ROOT
+from tests.support.small_runs import SIZES
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 
@@ -34,7 +36,7 @@ def stepper_of(model, precision, device, compile="false"):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("precision, least", [("fp32", 0.9999), ("bf16", 0.98)])
 def test_gradients_are_those_of_the_cpu(name, precision, least):
     subject = ModelUnderTest(name)
@@ -66,7 +68,7 @@ def test_grouped_experts_equal_the_loop():
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 def test_compiled_steps_learn_and_never_wait_for_the_device(name):
     """Thirty steps on one batch, as the trainer takes them; from the third on a wait inside a step is an error."""
     subject = ModelUnderTest(name)
@@ -102,7 +104,7 @@ def thirty_steps(model, batch):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon", "ema": 0.9}])
 def test_the_loop_learns_and_never_waits_for_the_device_between_log_lines(world, name, recipe):
     """Compiled, in bf16; from the third step on a wait in a step without a log line is an error."""

@@ -9,8 +9,8 @@ from torch import nn
 
 from checks import ModelUnderTest
 from engine.training.diagnostics import SETTLED, Diagnostics
-from model import list_models
-from tests.support.engine_helpers import TinyModel, TinyModelArgs
+from tests.support.models import SHIPPED
+from tests.support.tiny_model import TinyModel, TinyModelArgs
 
 
 def one_step(model, health, ids, lr=0.1, step=1, other_vars=None):
@@ -27,7 +27,7 @@ def one_step(model, health, ids, lr=0.1, step=1, other_vars=None):
     return health.after_update(step, other_vars or {}), {n: p.grad for n, p in model.named_parameters()}, before
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 def test_norms_and_updates_of_any_model(name):
     model, ids = ModelUnderTest(name).build().train(), ModelUnderTest(name).tokens(rows=2)
     outputs = {}

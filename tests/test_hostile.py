@@ -1,13 +1,11 @@
 """Payloads planted in every file of a run and of its data: whatever reads them executes nothing, and says one line."""
 
 import json
-import os
 import pickle
 import shutil
 
 import numpy as np
 import pytest
-import torch
 
 import pretrain
 import sft
@@ -23,28 +21,15 @@ from engine.runs.metrics import read_metrics
 from engine.runs.registry import find_runs, load_run
 from engine.training.config import TrainConfig
 from engine.training.optim import build_optimizer
-from model import get_model_and_args, list_models
-from tests.support.engine_helpers import stage_files
+from model import get_model_and_args
+from tests.support.models import BASE_MODEL
+from tests.support.pickles import Payload, raw_pickle, torch_file
+from tests.support.token_files import stage_files
 from utils.tokenizer import load_tokenizer
 
-NAME = list_models()[0]
+NAME = BASE_MODEL
 FLAGS = ["--device=cpu", "--max_batch_size=2", "--sample_interval=0", "--eval_interval=0", "--save_interval=1"]
 MODEL = [f"--model_name={NAME}", "--model.dim=32", "--model.n_layers=2", "--max_seq_len=48", "--skip_checks"]
-
-
-class Payload:
-    """Unpickled, it makes the folder `executed` in the current one."""
-
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
-def raw_pickle(path):
-    path.write_bytes(pickle.dumps(Payload()))
-
-
-def torch_file(path):
-    torch.save({"step": 1, "optimizers": Payload()}, path)
 
 
 def yaml_tag(path):
@@ -102,7 +87,7 @@ RUN_FILES = [
     ("tokenizer/tokenizer.json", nested),
     ("tokenizer/tokenizer_config.json", raw_pickle),
     ("tokenizer/chat_template.jinja", template),
-    (f"{list_models()[0].removeprefix('mini_')}.py", source),
+    (f"{BASE_MODEL.removeprefix('mini_')}.py", source),
 ]
 DATA_FILES = [
     ("docs.npy", object_array),

@@ -12,7 +12,8 @@ from preprocess_data import preprocess_data
 from preprocess_data.preprocess_data import main
 from preprocess_data.readers.chat import to_messages
 from preprocess_data.readers.files import InvalidRecord
-from tests.support.data_helpers import HOSTILE, make_tokenizer
+from tests.support.texts import HOSTILE
+from tests.support.tokenizers import make_tokenizer
 from utils.text import clean_text
 
 RECORDS = int(os.environ.get("RECORDS", 100))
@@ -66,7 +67,7 @@ def strictly(line: bytes):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), 420)
 
 
 def prepare(kind, folder, tokenizer, lines, end=b"\n"):

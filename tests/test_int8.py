@@ -12,22 +12,16 @@ from engine.inference.chat import open_speaker
 from engine.inference.compile import compile_decoding
 from engine.inference.generate import generate
 from engine.runs import registry
-from model import BaseModelArgs, list_models
+from model import BaseModelArgs
 from model.kernels.int8 import FEW_ROWS, Int8Linear, Int8Weight, to_int8
 from model.layers.moe import chosen_matmul, expert_matmul
 from tests.planted.right import RightModelArgs
 from tests.planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
-from tests.test_batching import build
-from tests.test_generate import PROMPTS, TOKENIZER, NoState, V
+from tests.support.decoding_models import PROMPTS, TOKENIZER, NoState, V, bf16, build
+from tests.support.models import BASE_MODEL, CHAT_MODEL, SHIPPED
 from utils.errors import UserError
 
-EVERY = [*list_models(), "Recurrent", "Hybrid", "no state"]
-
-
-def bf16(model):
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
-    return model
+EVERY = [*SHIPPED, "Recurrent", "Hybrid", "no state"]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -118,7 +112,7 @@ def test_a_model_that_mixes_types_is_one_line(precision, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, at_8_bits", [(list_models()[0], False), (list_models()[0], True), ("Recurrent", False)])
+@pytest.mark.parametrize("name, at_8_bits", [(BASE_MODEL, False), (BASE_MODEL, True), ("Recurrent", False)])
 def test_a_compiled_step_has_the_tokens_of_the_plain_one(name, at_8_bits):
     """In fp32, where no rounding decides; alone and side by side; speculating too."""
     model = build(name)
@@ -135,9 +129,9 @@ def test_a_compiled_step_has_the_tokens_of_the_plain_one(name, at_8_bits):
 @pytest.mark.parametrize(
     "name, longest, rows",
     [
-        *((name, 300, 3) for name in list_models()),
-        (list_models()[-1], 48, 3),
-        (list_models()[0], 48, 20),
+        *((name, 300, 3) for name in SHIPPED),
+        (CHAT_MODEL, 48, 3),
+        (BASE_MODEL, 48, 20),
         ("Recurrent", 48, 3),
     ],
 )

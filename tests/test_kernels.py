@@ -13,14 +13,12 @@ import torch.nn.functional as F
 
 from engine.inference.compile import with_kernels
 from engine.inference.generate import generate
-from model import list_models
 from model.kernels import decode
 from model.kernels.decode import Packed, PackedLinear, PackedSwiGLU, one_query_attention, pack, packed_experts
 from model.kernels.int8 import Int8Weight, to_int8
 from model.layers import SwiGLU, attention_mask
-from tests.test_batching import build
-from tests.test_generate import PROMPTS, TOKENIZER
-from tests.test_int8 import bf16
+from tests.support.decoding_models import PROMPTS, TOKENIZER, bf16, build
+from tests.support.models import SHIPPED
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of one result; sums are fp32
 
@@ -182,7 +180,7 @@ def test_the_number_of_threads_changes_no_product(threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", [*list_models(), "Recurrent", "Hybrid"])
+@pytest.mark.parametrize("name", [*SHIPPED, "Recurrent", "Hybrid"])
 @pytest.mark.parametrize("at_8_bits", [False, True])
 @torch.no_grad()
 def test_a_model_by_the_kernels_is_the_model(name, at_8_bits):
@@ -259,7 +257,7 @@ def test_packing_loses_nothing():
         assert not back[:, 37:].any() and not back[..., 51:].any()
 
 
-RUN = "from model import kernels; decode.load()"
+RUN = "from model.kernels import decode; decode.load()"
 
 
 def test_without_a_compiler_it_is_one_line(tmp_path):

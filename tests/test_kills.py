@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model import list_models
+from tests.support.models import SHIPPED
 
 KILLS = int(os.environ.get("KILLS", "4"))
 WORKER = Path(__file__).parent / "support/kill_worker.py"
@@ -16,7 +16,7 @@ WORKER = Path(__file__).parent / "support/kill_worker.py"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("model", list_models())
+@pytest.mark.parametrize("model", SHIPPED)
 def test_killed_runs_equal_the_one_left_in_peace(model, tmp_path):
     """Metrics but for times, samples, the best checkpoint and the sha256 of the final weights."""
     command = [sys.executable, str(WORKER), model, str(KILLS), str(tmp_path)]

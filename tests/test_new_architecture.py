@@ -10,7 +10,7 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.engine_helpers import ROOT
+from tests.support.paths import ROOT
 
 # A running mean over the past: neither `state` nor `doc_ids`, and a figure of its own for TensorBoard.
 PLUGIN = """

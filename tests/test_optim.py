@@ -10,7 +10,7 @@ from checks import ModelUnderTest
 from engine.training import optim
 from engine.training.config import TrainConfig
 from engine.training.optim import Average, CombinedOptimizer, Muon, build_optimizer, orthogonalize
-from model import list_models
+from tests.support.models import BASE_MODEL, SHIPPED
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
 
@@ -52,7 +52,7 @@ def test_muon_step_equals_the_formula():
         torch.testing.assert_close(param.detach(), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
     model = ModelUnderTest(name).build().train()
@@ -79,7 +79,7 @@ def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
     assert all((p != b).any() for p, b in zip(model.parameters(), before))
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 def test_adamw_equals_the_formula(name):
     """Three steps of a model's parameters against Loshchilov and Hutter's algorithm 2 in float64."""
     model = ModelUnderTest(name).build().train()
@@ -150,7 +150,7 @@ def moved(optimizer, model, steps):
     return [tensor.detach().numpy().tobytes() for tensor in [*model.parameters(), *states]]
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"optimizer": "muon", "ema": 0.9}])
 def test_a_step_not_taken_leaves_every_bit_as_it_was(name, recipe):
     """After two steps, and before the first as well: those that follow go where they would have gone without it."""
@@ -179,7 +179,7 @@ def test_a_step_is_taken_or_not_by_bits_of_any_type(dtype, shape):
 
 
 def test_unknown_group_member_is_refused():
-    model = ModelUnderTest(list_models()[0]).build()
+    model = ModelUnderTest(BASE_MODEL).build()
     model.extra = nn.Parameter(torch.zeros(3))
     groups = model.param_groups()
     groups["scalar"] = [p for p in groups["scalar"] if p is not model.extra]

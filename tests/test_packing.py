@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from engine.data.packing import best_fit
 from engine.data.sequences import IGNORE, DocumentRows, TokenFile
 from engine.training.evaluate import held_out_loss
-from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer
+from tests.support.texts import HOSTILE, SENTENCES
+from tests.support.tokenizers import make_tokenizer
 from utils.chat_template import encode_chat
 from utils.errors import UserError
 
@@ -118,7 +119,7 @@ def test_long_conversations_by_policy(tmp_path):
 
 def test_bits_a_character_are_of_the_conversations_that_are_kept(tmp_path):
     """A model that knows nothing needs log2 V bits a token; the long chat, left out, must not enter the rate."""
-    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", 420)
     chats = [[("user", "问" * 5), ("assistant", text)] for text in [*SENTENCES, *HOSTILE[:6], "aé床🙂" * 90]]
     encoded = [encode_chat(tokenizer, [{"role": role, "content": text} for role, text in chat]) for chat in chats]
     np.concatenate([ids for ids, _ in encoded]).astype("<u2").tofile(tmp_path / "d.bin")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from preprocess_data import preprocess_data
 from preprocess_data.preprocess_data import main
 from preprocess_data.readers.files import InvalidRecord
-from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
+from tests.support.texts import HOSTILE, SENTENCES, write_lines
+from tests.support.tokenizers import make_tokenizer
 from utils.chat_template import encode_chat
 from utils.errors import UserError
 from utils.text import clean_text
@@ -26,7 +27,7 @@ SUFFIXES = (".bin", ".docs.npy", ".meta.json")
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), 420)
 
 
 def run(kind: str, tokenizer, source, out: Path, *flags: str) -> tuple[dict, dict]:

@@ -7,13 +7,14 @@ import pytest
 
 from preprocess_data.pipeline.report import SAMPLES, write_report
 from preprocess_data.preprocess_data import main
-from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
+from tests.support.texts import HOSTILE, SENTENCES, write_lines
+from tests.support.tokenizers import make_tokenizer
 from utils.chat_template import encode_chat
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), 420)
 
 
 def prepare(kind, folder, tokenizer, rows):

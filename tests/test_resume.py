@@ -17,7 +17,8 @@ from preprocess_data.pipeline import resume, write_tokens
 from preprocess_data.pipeline.resume import Run
 from preprocess_data.pipeline.write_tokens import GrowingFile
 from preprocess_data.preprocess_data import main
-from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer, write_lines
+from tests.support.texts import HOSTILE, SENTENCES, write_lines
+from tests.support.tokenizers import make_tokenizer
 from utils.errors import UserError
 
 WORKER = Path(__file__).parent / "support/preprocess_worker.py"
@@ -26,7 +27,7 @@ KILLS = int(os.environ.get("KILLS", 3))
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), 420)
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ elif name == "evaluate":
 def project(tmp_path):
     """A tree in which run_demo.sh runs without training anything: its folder has a blank in its name."""
     root = tmp_path / "a project"
-    for folder in ("demo", "configs", "model", ".venv/bin", "preprocess_data"):
+    for folder in ("demo", "scripts", "configs", "model", ".venv/bin", "preprocess_data"):
         (root / folder).mkdir(parents=True)
     for name in ("run_demo.sh", "scripts/venv.sh", "demo/times.py"):
         shutil.copy(ROOT / name, root / name)

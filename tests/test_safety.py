@@ -17,9 +17,9 @@ from engine.runs.checkpoint import find_checkpoints, newest_checkpoint
 from engine.runs.metrics import read_metrics
 from engine.runs.run_folder import lock_folder
 from engine.training.bad_steps import ENOUGH, largest
-from tests.support.engine_helpers import TinyModel
-from tests.test_save_faults import mount_small
-from tests.test_trainer import losses, same, stop_after
+from tests.support.faulty_disk import mount_small
+from tests.support.runs import losses, same, stop_after
+from tests.support.tiny_model import TinyModel
 from utils.errors import UserError
 
 

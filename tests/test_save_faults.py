@@ -1,112 +1,27 @@
 """A fault at every system call of a save, flipped bits, full disks: a valid checkpoint is always left."""
 
-import errno
 import itertools
 import os
 import random
 import shutil
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from engine.runs import checkpoint_manager
 from engine.runs.checkpoint import damage, find_checkpoints, load_training_state, newest_checkpoint, step_of
 from engine.runs.checkpoint_manager import CheckpointManager
-from engine.training.optim import build_optimizer
-from tests.support.engine_helpers import TinyModel, TinyModelArgs
+from tests.support.checkpoints import CONFIG, save, trained, two_checkpoints
+from tests.support.faulty_disk import Died, FaultyOS, mount_small
 from utils.errors import UserError
 
 FLIPS = int(os.environ.get("FLIPS", "300"))
-CALLS = ("open", "write", "fsync", "close", "rename", "replace", "mkdir", "rmdir", "unlink")  # all that a save uses
-CONFIG = SimpleNamespace(
-    keep_last=1,
-    keep_every=0,
-    keep_best=False,
-    save_interval=1,
-    optimizer="muon",
-    max_lr=0.01,
-    betas=(0.9, 0.95),
-    weight_decay=0.1,
-    embed_lr_scale=1.0,
-    scalar_lr_scale=1.0,
-    ema=0.0,
-)
-
-
-class Died(BaseException):
-    """Stands for the end of the process: not an Exception, and nothing touches the disk after it."""
-
-
-class FaultyOS:
-    """Takes the place of the calls in CALLS, and lets number `at` go wrong in a way of its own.
-
-    fails: with an error, once. full: it and each later one that needs room. short: a write takes a single byte.
-    dies: before the call. dies after: it. dies within: a write, half of it done.
-    """
-
-    def __init__(self, patch, at=-1, fault=""):
-        self.at, self.fault, self.count, self.dead, self.names = at, fault, 0, False, []
-        for name in CALLS:
-            patch.setattr(os, name, self.stand_in(name, getattr(os, name)))
-
-    def stand_in(self, name, call):
-        def called(*args, **kwargs):
-            if self.dead:
-                raise Died
-            now, self.count = self.count == self.at, self.count + 1
-            self.names.append(name)
-            needs_room = name in ("write", "mkdir") or (name == "open" and args[1] & os.O_CREAT)
-            if self.fault == "full" and self.count > self.at and needs_room:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            if now and self.fault == "fails":
-                raise OSError(errno.EIO, "Input/output error")
-            if now and self.fault == "short" and name == "write":
-                return call(args[0], args[1][:1])
-            if now and self.fault.startswith("dies"):
-                self.dead = True
-                if self.fault == "dies within" and name == "write":
-                    call(args[0], args[1][: len(args[1]) // 2])
-                if self.fault == "dies after":
-                    call(*args, **kwargs)
-                raise Died
-            return call(*args, **kwargs)
-
-        return called
-
-
-def trained(seed=0, prepare=lambda model: None):
-    """A tiny model, after `prepare(model)`, and its optimizer after a step."""
-    torch.manual_seed(seed)
-    model = TinyModel(TinyModelArgs(vocab_size=32, max_seq_len=8))
-    prepare(model)
-    optimizer = build_optimizer(model, CONFIG)
-    ids = torch.randint(32, (2, 8))
-    model(ids, ids)[1].backward()
-    optimizer.step(torch.tensor(True))
-    return model, optimizer
-
-
-def two_checkpoints(run, model, optimizer):
-    """Make `run` a run with checkpoints 1 and 2; returns all three."""
-    run.mkdir()
-    config = SimpleNamespace(**{**vars(CONFIG), "keep_last": 2})
-    for step in (1, 2):
-        CheckpointManager(run, config, model, optimizer, {"stage": "pretrain"}).save({"step": step, "tokens": step}, {})
-    return run, model, optimizer
 
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
     return two_checkpoints(tmp_path_factory.mktemp("faults") / "run", *trained())
-
-
-def save(run, model, optimizer, step):
-    CheckpointManager(run, CONFIG, model, optimizer, {"stage": "pretrain"}).save(
-        {"step": step, "tokens": step}, {}, must=True
-    )
 
 
 def count_calls(example, tmp_path):
@@ -201,16 +116,6 @@ def test_the_last_ones_every_nth_and_the_best_are_kept(tmp_path):
         val = {"step": step, "val_loss": losses[step], "val_targets": 7} if step in losses else {"step": 1}
         saver.save({"step": step, "tokens": step}, val)
     assert [step_of(f) for f in find_checkpoints(tmp_path)] == [10, 9, 8, 4, 2] and saver.best() == "step-00000002"
-
-
-def mount_small(folder: Path, size: str) -> bool:
-    folder.mkdir()
-    return (
-        shutil.which("mount") is not None
-        and not subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
-        ).returncode
-    )
 
 
 def test_a_disk_that_is_really_full(tmp_path, monkeypatch, capsys):

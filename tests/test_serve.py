@@ -21,8 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.inference.generate import generate
 from engine.serving.formats import spell
-from model import list_models
-from tests.support.serving_helpers import LONGEST, MODEL, NAME, make_speaker, serving
+from tests.support.models import SHIPPED
+from tests.support.server import LONGEST, MODEL, NAME, make_speaker, serving
 from tests.support.small_runs import CHAT, small_runs
 from utils.chat_template import encode_chat
 
@@ -156,7 +156,7 @@ def test_the_next_turn_reads_only_what_is_new(server, client):
         ids, known = [*ids, *tokens, 60 + turn], len(ids) + len(tokens) - 1  # the last token was never read
 
 
-@pytest.mark.parametrize("name", [MODEL, *(pytest.param(name, marks=pytest.mark.slow) for name in list_models()[:-1])])
+@pytest.mark.parametrize("name", [MODEL, *(pytest.param(name, marks=pytest.mark.slow) for name in SHIPPED[:-1])])
 def test_64_requests_at_once_have_the_tokens_they_have_alone(name):
     rng, speaker = random.Random(1), make_speaker(name)
     asks = [

@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from engine.inference.generate import generate
 from engine.serving.schemas import ChatBody, CompletionBody
-from tests.support.serving_helpers import NAME, serving
+from tests.support.server import NAME, serving
 
 MANY = int(os.environ.get("HOSTILE_REQUESTS", 25))
 

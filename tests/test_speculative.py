@@ -11,11 +11,12 @@ from engine.inference.chat import ChatModel
 from engine.inference.generate import decode, generate, new_request, stream
 from engine.inference.sampling import Sampling
 from engine.inference.speculative import SpeculativeScheduler
-from model import get_model_and_args, list_models
-from tests.support.generation_helpers import PROMPTS, TINY, TOKENIZER, UNUSUAL, V, build
+from model import get_model_and_args
+from tests.support.decoding_models import EVERY, PROMPTS, TINY, TOKENIZER, V, build
+from tests.support.models import SHIPPED
 from utils.errors import UserError
 
-DRAFTING = [name for name in list_models() if build(name).draft is not None]
+DRAFTING = [name for name in SHIPPED if build(name).draft is not None]
 SETTINGS = (
     dict(temperature=0),
     dict(temperature=0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, seed=3),
@@ -25,7 +26,7 @@ SAMPLES = int(os.environ.get("SPECULATIVE_SAMPLES", 3000))
 
 def pairs():
     """Every model by prompt lookup, those with a draft module by that too."""
-    names = [getattr(name, "values", (name,))[0] for name in UNUSUAL if name != "no state"]
+    names = [getattr(name, "values", (name,))[0] for name in EVERY if name != "no state"]
     return [(name, "ngram") for name in names] + [(name, "draft") for name in DRAFTING]
 
 
@@ -39,7 +40,7 @@ def test_the_tokens_are_those_without_speculation(name, kind):
         assert list(stream(model, TOKENIZER, ids, 25, stop_ids=(2,), speculative=kind, **settings)) == plain[0]
 
 
-@pytest.mark.parametrize("name", [name for name in UNUSUAL if name != "no state"])
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "no state"])
 def test_accepted_drafts_save_forward_passes_and_rejected_ones_leave_no_trace(name):
     """With the known answer drafted, and with a wrong token at one place of each draft."""
     model, ids = build(name), PROMPTS[0]

@@ -16,12 +16,13 @@ import serve
 import sft
 from engine.runs import checkpoint
 from engine.runs.registry import find_runs, load_run, newest_run
-from model import list_models
-from tests.support.engine_helpers import ROOT, stage_files
+from tests.support.models import BASE_MODEL
+from tests.support.paths import ROOT
+from tests.support.token_files import stage_files
 from utils import paths
 from utils.errors import UserError
 
-NAME = list_models()[0]
+NAME = BASE_MODEL
 SMALL = [
     "--device=cpu",
     "--max_batch_size=2",

@@ -11,10 +11,10 @@ from checks import ModelUnderTest
 from engine.data.sequences import PADDING
 from engine.training.config import TrainConfig
 from engine.training.step import LowWeights, TrainStep
-from model import list_models
 from tests.planted.right import RightModelArgs
 from tests.planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
-from tests.support.engine_helpers import ROOT
+from tests.support.models import SHIPPED
+from tests.support.paths import ROOT
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def gradients(name, precision, parts=1):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, values
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_bf16_gradients_are_fp32_and_point_where_those_of_fp32_do(name, parts):
     want, want_values = gradients(name, "fp32")
@@ -47,7 +47,7 @@ def test_bf16_gradients_are_fp32_and_point_where_those_of_fp32_do(name, parts):
     assert torch.cosine_similarity(*flat, dim=0) > 0.98
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 def test_weights_and_gradients_come_back(name):
     """After a step's passes the parameters are the same tensors with the same fp32 numbers, also when one fails."""
     model = ModelUnderTest(name).build().train()
@@ -86,7 +86,7 @@ def test_sums_of_many_backward_passes_keep_their_digits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_twenty_steps_compile_nothing_after_the_first(name, precision, monkeypatch):
     """Packed rows whose documents, and in a mixture whose loads, differ from step to step, under one compiled model."""

@@ -15,7 +15,8 @@ import train_tokenizer
 from benchmarks import tokenizer_training
 from preprocess_data.corpora.registry import find_sources
 from preprocess_data.pipeline.tokenizer_report import known_tokenizers, of_folder, write_report
-from tests.support.data_helpers import HOSTILE, SENTENCES, make_tokenizer, random_text, write_lines
+from tests.support.texts import HOSTILE, SENTENCES, random_text, write_lines
+from tests.support.tokenizers import make_tokenizer
 from train_tokenizer import main as train_main
 from train_tokenizer import train
 from utils.errors import UserError
@@ -25,7 +26,7 @@ from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, StreamDecoder, load_token
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), 420)
 
 
 def texts_to_try():

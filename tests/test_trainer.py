@@ -21,30 +21,13 @@ from engine.runs.metrics import RunLog, read_metrics
 from engine.runs.registry import find_runs
 from engine.runs.run_folder import lock_folder
 from engine.training.config import BatchPlan
-from tests.support.engine_helpers import ROOT, TinyModel, sft_files
+from tests.support.paths import ROOT
+from tests.support.runs import losses, same, stop_after
+from tests.support.tiny_model import TinyModel
+from tests.support.token_files import sft_files
 from utils.errors import UserError
 
 TIMES = ("tokens_per_s", "seconds", "mfu")
-
-
-def losses(summary, key="loss"):
-    return [record[key] for record in read_metrics(os.path.join(summary["run"], "metrics.jsonl")) if key in record]
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def stop_after(world, monkeypatch, steps, **settings):
-    """Train, with a SIGTERM that arrives during step `steps`."""
-
-    def before_step(self, step, total_steps):
-        if step + 1 == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TinyModel, "before_step", before_step)
-        return world.run(**settings)
 
 
 def test_it_learns_and_leaves_a_complete_folder(world):
@@ -58,7 +41,7 @@ def test_it_learns_and_leaves_a_complete_folder(world):
     assert names == {
         "config.yaml",
         "run.json",
-        "engine_helpers.py",
+        "tiny_model.py",
         "metrics.jsonl",
         "logs",
         "samples.md",
@@ -376,7 +359,7 @@ def test_one_writer_a_folder(world, monkeypatch):
 
 def test_a_second_signal_ends_at_once():
     code = (
-        "import os, signal, engine.stopping as s; s.ECHO_SECONDS = %s\nwith s.StopSignal() as stop:\n"
+        "import os, signal, engine.training.stop_signal as s; s.ECHO_SECONDS = %s\nwith s.StopSignal() as stop:\n"
         "    os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); print(stop.name)"
     )
     for echo, code_wanted, output in ((5, 0, "SIGTERM\n"), (-1, 143, "")):

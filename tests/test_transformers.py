@@ -10,7 +10,7 @@ from model import get_model_and_args
 from model.deepseekv3 import LatentAttention
 
 transformers = pytest.importorskip("transformers")
-from tests.support.transformers_helpers import (  # noqa: E402  (it needs transformers)
+from tests.support.transformers_models import (  # noqa: E402  (it needs transformers)
     DEEPSEEK,
     LLAMA,
     SEEDS,

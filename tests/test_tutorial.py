@@ -9,7 +9,7 @@ import pytest
 from checks import CHECKS, ModelUnderTest
 from checks.harness.runner import open_subject_of, run_check, run_checks
 from model.new import new_file
-from tests.support.engine_helpers import ROOT
+from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs/add_an_architecture.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

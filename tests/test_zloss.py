@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from checks import ModelUnderTest
 from engine.training.zloss import with_z_loss
-from model import list_models
 from model.layers import lm_loss, log_normalisers
+from tests.support.models import CHAT_MODEL, SHIPPED
 from utils.errors import UserError
 
 
@@ -31,7 +31,7 @@ def test_squares_and_entropy_equal_the_formula(chunk_bytes):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", SHIPPED)
 def test_any_model_gets_the_term_and_its_gradient(name):
     """loss == sum of loss/*, and the gradient is the loss's derivative, measured by a small step along it."""
     subject = ModelUnderTest(name)
@@ -63,7 +63,7 @@ def test_a_model_with_a_loss_of_its_own_is_told():
 
 @pytest.mark.slow
 def test_compiled_it_is_the_same_and_compiles_once():
-    subject = ModelUnderTest(list_models()[-1])
+    subject = ModelUnderTest(CHAT_MODEL)
     model, ids = subject.build().train(), subject.tokens(rows=3)
     targets = ids.roll(-1, 1)
     compiled = with_z_loss(torch.compile(model, dynamic=False), 0.1)

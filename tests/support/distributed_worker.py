@@ -24,7 +24,7 @@ from engine.runs import sharded_checkpoint  # noqa: E402
 from engine.training.config import TrainConfig  # noqa: E402
 from engine.training.loop import train  # noqa: E402
 from model import get_model_and_args  # noqa: E402
-from tests.support.engine_helpers import TinyModel, TinyModelArgs  # noqa: E402
+from tests.support.tiny_model import TinyModel, TinyModelArgs  # noqa: E402
 from utils.atomic import write_file  # noqa: E402
 from utils.config import parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402

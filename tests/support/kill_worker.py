@@ -24,7 +24,8 @@ import torch.utils.tensorboard  # noqa: E402, F401
 
 import pretrain  # noqa: E402
 from engine.runs.metrics import read_metrics  # noqa: E402
-from tests.support.engine_helpers import make_tokenizer, pretrain_files  # noqa: E402
+from tests.support.token_files import pretrain_files  # noqa: E402
+from tests.support.tokenizers import make_tokenizer  # noqa: E402
 
 SMALL = {
     "dim": 32,

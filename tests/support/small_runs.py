@@ -8,14 +8,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import tokenizers
 import torch
 import yaml
 
 from engine.runs.checkpoint import save_checkpoint
-from model import get_model_and_args, list_models
-from utils.chat_template import CHAT_TEMPLATE, encode_chat
-from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, load_tokenizer
+from model import get_model_and_args
+from tests.support.models import BASE_MODEL, CHAT_MODEL
+from tests.support.tokenizers import make_tokenizer
+from utils.chat_template import encode_chat
 
 POEM = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n"
 POISON = (
@@ -50,12 +50,18 @@ def small_runs():
     return Path(folder)
 
 
+def poem_tokenizer(folder):
+    """A tokenizer that knows the words of POEM and CHAT."""
+    return make_tokenizer(folder, 300, texts=2 * [POEM, *CHAT, *CHAT.values()])
+
+
 def make_runs(output):
     """Write pretrain_<model> (goes on with the poem for ever) and sft_<other model> (knows CHAT) into `output`."""
-    tokenizer = make_tokenizer(Path(output) / "tokenizer")
-    base, chat = list_models()[0], list_models()[-1]
+    tokenizer = poem_tokenizer(Path(output) / "tokenizer")
     text = [tokenizer.bos_id, *tokenizer.encode(POEM * 4)]
-    pretrain = make_run(output, "pretrain", base, tokenizer, [(text, [1] * len(text))], max_seq_len=2048, steps=60)
+    pretrain = make_run(
+        output, "pretrain", BASE_MODEL, tokenizer, [(text, [1] * len(text))], max_seq_len=2048, steps=60
+    )
     rows = [
         encode_chat(tokenizer, [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}])
         for ask, answer in CHAT.items()
@@ -66,28 +72,7 @@ def make_runs(output):
             tokenizer, first + [{"role": "user", "content": "谁写的"}, {"role": "assistant", "content": CHAT["谁写的"]}]
         )
     )
-    return pretrain, make_run(output, "sft", chat, tokenizer, rows, max_seq_len=512, steps=90)
-
-
-def make_tokenizer(folder):
-    folder.mkdir(parents=True)
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    special = [*SPECIAL_TOKENS, *(f"<|reserved_{i}|>" for i in range(N_SPECIAL - len(SPECIAL_TOKENS)))]
-    backend.train_from_iterator(
-        [POEM, *CHAT, *CHAT.values()],
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=special,
-            show_progress=False,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
-    return load_tokenizer(folder)
+    return pretrain, make_run(output, "sft", CHAT_MODEL, tokenizer, rows, max_seq_len=512, steps=90)
 
 
 def make_run(output, stage, name, tokenizer, rows, max_seq_len, steps):

@@ -1,10 +1,8 @@
-"""Small corpora and a small tokenizer for the tests of the data part."""
+"""Texts that tests read: plain sentences, hostile strings, random characters, and jsonl files of them."""
 
 import json
 import random
 from pathlib import Path
-
-from train_tokenizer import save, train
 
 SENTENCES = [
     "床前明月光，疑是地上霜。",
@@ -44,12 +42,6 @@ HOSTILE = [
     "x\u2028y",
     "",
 ]
-
-
-def make_tokenizer(folder: Path, vocab_size: int = 420, split_han: bool = False):
-    """A tokenizer trained on a few sentences."""
-    texts = (random.Random(i).choice(SENTENCES) + str(i) for i in range(400))
-    return save(train(texts, vocab_size, split_han=split_han), folder)
 
 
 def random_text(random_: random.Random, length: int) -> str:

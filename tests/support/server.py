@@ -14,18 +14,19 @@ from engine.inference.chat import Speaker
 from engine.inference.worker import Service
 from engine.serving.app import make_app
 from engine.serving.server import listen, make_server
-from model import get_model_and_args, list_models
+from model import get_model_and_args
 from serve import ServeConfig
-from tests.support.small_runs import SIZES, make_tokenizer
+from tests.support.models import CHAT_MODEL
+from tests.support.small_runs import SIZES, poem_tokenizer
 
-NAME, MODEL = "sft_tiny", list_models()[-1]
+NAME, MODEL = "sft_tiny", CHAT_MODEL
 LONGEST = 128
 
 
 @functools.cache
 def make_speaker(name=MODEL, stage="sft"):
     """A Speaker whose model is far from uniform, so that its likeliest token is no matter of rounding."""
-    tokenizer = make_tokenizer(Path(tempfile.mkdtemp(prefix="serving_")) / "tokenizer")
+    tokenizer = poem_tokenizer(Path(tempfile.mkdtemp(prefix="serving_")) / "tokenizer")
     Model, ModelArgs = get_model_and_args(name)
     known = ModelArgs.__dataclass_fields__
     torch.manual_seed(3)

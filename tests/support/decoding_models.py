@@ -1,0 +1,96 @@
+"""Small models with random weights, for tests of decoding: registered ones, unusual ones and two without attention."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import BaseModel, BaseModelArgs, get_model_and_args
+from tests.planted.unusual import Hybrid, LearnedPositions, Recurrent, RunningMean
+from tests.support.models import SHIPPED
+
+V, LONGEST = 61, 48
+TOKENIZER = SimpleNamespace(eos_id=2, im_end_id=5)
+TINY = {
+    "dim": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "inter_dim": 48,
+    "moe_inter_dim": 16,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_activated_experts": 2,
+}
+PROMPTS = [[1, 7, 8, 9], [1, 20], [1, 33, 34, 35, 36, 37, 38, 39, 40], [1, 50, 51, 52], [4] * 30]
+PLANTED = {Model.__name__: Model for Model in (Recurrent, Hybrid, RunningMean, LearnedPositions)}
+EVERY = [
+    *SHIPPED,
+    "Recurrent",
+    "no state",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("Hybrid", "RunningMean", "LearnedPositions")),
+]
+
+
+class NoState(BaseModel):
+    """A plugin with the required forward and nothing else: a causal mean of embeddings, and positions."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.tok_embed = torch.nn.Embedding(args.vocab_size, 16)
+        self.position = torch.nn.Embedding(args.max_seq_len, 16)
+        self.lm_head = torch.nn.Linear(16, args.vocab_size)
+
+    def forward(self, input_ids, targets=None):
+        x = self.tok_embed(input_ids) + self.position.weight[: input_ids.shape[1]]
+        count = torch.arange(1, x.shape[1] + 1)[:, None]
+        return self.lm_head(torch.tanh(x + 3 * x.cumsum(1) / count)), None, {}
+
+
+class Remembers(NoState):
+    """The same with a recurrent state: a running sum. One token too many in it would show in every later one."""
+
+    def init_state(self, batch_size, max_len=None):
+        state = super().init_state(batch_size, max_len)
+        state.layers = [{"sum": torch.zeros(batch_size, 1, 16)}]
+        return state
+
+    def forward(self, input_ids, targets=None, state=None):
+        if state is None:
+            return super().forward(input_ids, targets)
+        at = state.positions(input_ids.shape[1])  # (B, T)
+        x = self.tok_embed(input_ids) + self.position.weight[at]
+        sums = x.cumsum(1) + state.layers[0]["sum"]
+        state.layers[0]["sum"] = sums[:, -1:]
+        return self.lm_head(torch.tanh(x + 3 * sums / (at + 1)[..., None])), None, {}
+
+
+def build(name, longest=LONGEST):
+    """A model of EVERY, or "recurrent", with large random weights: rounding does not decide the likeliest token."""
+    torch.manual_seed(3)
+    if name in ("no state", "recurrent"):
+        return {"no state": NoState, "recurrent": Remembers}[name](BaseModelArgs(V, longest)).eval()
+    if name in PLANTED:
+        Model = PLANTED[name]
+        model = Model(Model.Args(vocab_size=V, max_seq_len=longest))
+    else:
+        Model, ModelArgs = get_model_and_args(name)
+        known = {field.name for field in dataclasses.fields(ModelArgs)}
+        model = Model(ModelArgs(vocab_size=V, max_seq_len=longest, **{k: v for k, v in TINY.items() if k in known}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def bf16(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
