@@ -30,12 +30,16 @@ class CachedBatch:
     def __init__(self, model: BaseModel, n_slots: int, max_len: int, decode_step: DecodeStep | None = None) -> None:
         self.model = model
         self.decode_step = decode_step
+        self.max_len = max_len
         self.state = model.init_state(n_slots, max_len)
         self._empty = model.init_state(1, max_len)
 
     def clear(self, slot: int) -> None:
         """Empty a slot. All of it becomes zero: even behind a mask, a non-finite key spoils the attention."""
-        self.state.overwrite([slot], self._empty)
+        if len(self.state.pos) > 1:
+            self.state.overwrite([slot], self._empty)
+        else:  # a new state: on a CPU, memory for a long max_seq_len is only taken as it is filled
+            self.state = self.model.init_state(1, self.max_len)
 
     def swap(self, a: int, b: int) -> None:
         self.state.overwrite([a, b], self.state.select([b, a]))

@@ -68,8 +68,7 @@ class SpeculativeScheduler(Scheduler):
         """kind: "draft" or "ngram"; UserError for a model that cannot. The rest as in `Scheduler`."""
         check_speculative(model, kind)
         super().__init__(model, 1, max_len, max_queue, decode_step)
-        max_len = self.batch.state.max_len
-        self.proposer: Proposer = DraftProposer(model, max_len) if kind == "draft" else NgramProposer()
+        self.proposer: Proposer = DraftProposer(model, self.batch.max_len) if kind == "draft" else NgramProposer()
 
     def _decode(self) -> list[Request]:
         if not self.running:
