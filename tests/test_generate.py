@@ -52,9 +52,9 @@ def test_sampling_is_the_same_alone_in_a_batch_and_again(name):
     together = generate(model, TOKENIZER, PROMPTS, 12, seed=5, **sampling)
     assert together == generate(model, TOKENIZER, PROMPTS, 12, seed=5, **sampling)
     assert together != generate(model, TOKENIZER, PROMPTS, 12, seed=6, **sampling)
-    for row, ids in enumerate(PROMPTS):
-        assert generate(model, TOKENIZER, [ids], 12, seed=5 + row, **sampling) == [together[row]]
-        assert list(stream(model, TOKENIZER, ids, 7, seed=5 + row, **sampling)) == together[row][:7]
+    for index, ids in enumerate(PROMPTS):
+        assert generate(model, TOKENIZER, [ids], 12, seed=5 + index, **sampling) == [together[index]]
+        assert list(stream(model, TOKENIZER, ids, 7, seed=5 + index, **sampling)) == together[index][:7]
     fresh = [generate(model, TOKENIZER, PROMPTS, 12, **sampling) for _ in range(2)]
     assert fresh[0] != fresh[1]
 
@@ -136,7 +136,7 @@ def test_filters_against_transformers():
 
 
 def test_frequency_and_presence_penalty_against_the_definition():
-    """logit - count * frequency - (count > 0) * presence, over the answer; and the whole decoding loop with it."""
+    """logit - count * frequency - (count > 0) * presence, over the answer; and the decoding loop with it."""
     logits = torch.randn(9, generator=torch.Generator().manual_seed(0))
     counts = torch.tensor([0, 1, 3, 0, 2, 0, 0, 5, 1])
     ours = penalize(logits, Sampling(frequency_penalty=0.7, presence_penalty=-0.4), counts > 0, counts)
