@@ -63,6 +63,8 @@ def open_chat_model(
     """
     check_speculative_name(speculative)
     loaded = registry.load_run(run, device=find_device(device), dtype=DTYPES[precision])
+    if speculative:  # before the decode step is compiled, which takes a while
+        check_speculative(loaded.model, speculative)
     decode_step = _prepare(loaded.model, precision, compile, slots)
     return ChatModel(loaded, decode_step, speculative, slots, max_queue)
 
@@ -119,7 +121,6 @@ class ChatModel:
         self.is_base = run.config["stage"] == BASE
         scheduler: Scheduler
         if speculative:
-            check_speculative(self.model, speculative)
             scheduler = SpeculativeScheduler(self.model, speculative, max_queue=max_queue, decode_step=decode_step)
         else:
             scheduler = Scheduler(self.model, slots, max_queue=max_queue, decode_step=decode_step)
