@@ -64,15 +64,15 @@ def speculate(model, tokenizer, prompts, config, sampling, kinds):
     found = {kind: dict(calls=0, guesses=0, hits=0, seconds=0.0, identical=0) for kind in ("", *kinds)}
     tokens = 0
     for number, ids in enumerate(prompts):
-        own = sampling.offset_seed(number)
+        own = sampling.of_row(number)
         for kind, figures in found.items():
             request, steps, seconds = answer(model, tokenizer, ids, config, own, kind)
             if not kind:
                 plain, tokens = request.tokens, tokens + len(request.tokens)
             figures["identical"] += request.tokens == plain
-            figures["calls"] += request.forward_passes or steps
-            figures["guesses"] += request.drafted
-            figures["hits"] += request.accepted
+            figures["calls"] += request.calls or steps
+            figures["guesses"] += request.guesses
+            figures["hits"] += request.hits
             figures["seconds"] += seconds
     base = found[""]
     return {
@@ -107,7 +107,7 @@ def main():
     model, tokenizer = loaded.model, loaded.tokenizer
     chats = conversations(config.data_path, tokenizer, max(config.prompts, config.chats), model.args.max_seq_len)
     prompts = [ids[: mask.index(1)] for ids, mask in chats[: config.prompts]]
-    kinds = ("draft", "ngram") if model.draft is not None else ("ngram",)
+    kinds = ("mtp", "ngram") if model.draft is not None else ("ngram",)
     results = {
         "date": date.today().isoformat(),
         "command": f"python benchmarks/speculative.py --prompts={config.prompts} "
