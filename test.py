@@ -16,7 +16,7 @@ from engine.inference.options import SAMPLING, ChatOptions, check_speculative_na
 from utils.config import convert, opt, parse
 from utils.errors import UserError, run_script
 from utils.logo import print_logo
-from utils.terminal import line_history, paint, prompt, use_utf8, strip_control_chars
+from utils.terminal import line_history, paint, prompt, strip_control_chars, use_utf8
 
 if typing.TYPE_CHECKING:  # torch takes seconds to import
     from engine.inference.chat import ChatModel
