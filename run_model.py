@@ -1,71 +1,78 @@
-"""Talk to the trained runs in a browser: streamlit run run_model.py
+"""Chat with the trained runs in a browser: streamlit run run_model.py
 
 Settings go after two dashes: streamlit run run_model.py -- --output_path=output
-All text that a model or a person wrote is shown by st.text and the like, which read no Markdown and no HTML.
+Texts of users, models and run folders are shown by st.text and the like, which read no Markdown and no HTML.
 """
+
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from engine.inference.options import TalkOptions
+from engine.inference.options import ChatOptions
 from utils.config import help_text, parse
 from utils.errors import UserError
-from web.chat_view import show_error, talk
-from web.sidebar import choose_language, choose_runs, controls, label
-from web.training_view import show_run
+from web.chat_view import show_chat, show_error
+from web.sidebar import check_integers, choose_language, choose_runs, run_label, show_settings
+from web.texts import Texts
+from web.training_view import show_training
+
+if TYPE_CHECKING:  # torch comes with it, and takes seconds
+    from engine.inference.chat import ChatModel
+    from engine.runs.registry import RunInfo
 
 
-def main():
+def main() -> None:
     with st.sidebar:
-        say = choose_language()
-    # No page_icon: the browser would fetch it from another host. With a menu comes the choice of light and dark.
-    st.set_page_config(page_title="Mini-LLM", initial_sidebar_state=340, menu_items={"About": say["about"]})
+        t = choose_language()
+    # Without page_icon, which the browser would fetch from another host. The menu offers the light and dark themes.
+    st.set_page_config(page_title="Mini-LLM", initial_sidebar_state=340, menu_items={"About": t["about"]})
     try:
-        options = parse(TalkOptions)
-        with st.sidebar:
-            runs = choose_runs(say, options.output_path)
-        view = st.segmented_control(
-            say["view"],
-            ["talk", "record"],
-            default="talk",
-            format_func=say.get,
-            key="view",
-            label_visibility="collapsed",
-        )
-        if view == "record":
-            for run in runs:
-                show_run(say, run)
-            return
-        with st.sidebar:
-            speakers = [load(say, run, options) for run in runs]
-            settings, system = controls(say, options, speakers)
+        options = parse(ChatOptions)
+        check_integers(options)
+        show_page(t, options)
     except UserError as error:
-        show_error(say["cannot_show"], error)
-        return
-    except SystemExit:  # --help, which the terminal shows; here the page would wait for ever
-        st.code(help_text(TalkOptions), language=None)
-        return
-    talk(say, [label(run) for run in runs], speakers, settings, system)
+        show_error(t["cannot_show"], error)
+    except SystemExit:  # --help and --version: the page shows the help, the terminal has both
+        st.code(help_text(ChatOptions), language=None)
 
 
-def load(say, run, options):
-    """The run's `Speaker`, loaded once for all browser sessions: nothing of a conversation is kept on it."""
+def show_page(t: Texts, options: ChatOptions) -> None:
+    with st.sidebar:
+        runs = choose_runs(t, options.output_path)
+    view = st.segmented_control(
+        t["view"],
+        ["chat", "training"],
+        default="chat",
+        format_func=t.__getitem__,
+        key="view",
+        label_visibility="collapsed",
+    )
+    if view == "training":
+        for run in runs:
+            show_training(t, run)
+        return
+    with st.sidebar:
+        chat_models = [load(t, run, options) for run in runs]
+        settings, system = show_settings(t, options, chat_models)
+    show_chat(t, [run_label(run) for run in runs], chat_models, settings, system)
+
+
+def load(t: Texts, run: "RunInfo", options: ChatOptions) -> "ChatModel":
+    """The run's ChatModel, loaded once for all browser sessions; conversations are kept in the sessions."""
     try:
-        with st.spinner(say["loading"]):
+        with st.spinner(t["loading"]):
             return load_cached(str(run.path), run.modified, options.device, options.precision)
-    except ValueError as error:
-        show_error(say["cannot_load"], error)
+    except ValueError as error:  # UserError, or an architecture that refuses its arguments
+        show_error(t["cannot_load"], error)
         st.stop()
 
 
 @st.cache_resource(max_entries=3, show_spinner=False)
-def load_cached(path, modified, device, precision):
-    """`modified` is part of the key: a run that was trained on is loaded again."""
-    from engine.inference.chat import open_speaker
-    from engine.inference.inspect import reports_load
+def load_cached(path: str, modified: float, device: str, precision: str) -> "ChatModel":
+    """`modified` is part of the key: a run that has trained further is loaded again."""
+    from engine.inference.chat import open_chat_model
 
-    speaker = open_speaker(path, device, precision)
-    speaker.has_experts = reports_load(speaker.model)
-    return speaker
+    return open_chat_model(path, device, precision)
 
 
 main()

@@ -87,8 +87,8 @@ def test_export():
     from web.export import as_jsonl, as_markdown
 
     exchanges = [
-        {"ask": "春\n晓", "answers": [{"content": "a"}, {"error": "too long"}]},
-        {"ask": "# <b>x</b>", "answers": [{"content": "b\x1b[31m\n- c"}, {"content": "d"}]},
+        {"prompt": "春\n晓", "answers": [{"content": "a"}, {"error": "too long"}]},
+        {"prompt": "# <b>x</b>", "answers": [{"content": "b\x1b[31m\n- c"}, {"content": "d"}]},
     ]
     first, second = map(json.loads, as_jsonl(["one", "two"], exchanges, "be brief").splitlines())
     assert [m["content"] for m in first["messages"]] == ["be brief", "春\n晓", "a", "# <b>x</b>", "b\x1b[31m\n- c"]

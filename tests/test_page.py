@@ -1,4 +1,4 @@
-"""The page without a browser: what it draws, what it asks of the model, and what it says when that cannot be."""
+"""The page without a browser: what it draws, what it asks of the model, and its error messages."""
 
 import re
 import shutil
@@ -24,9 +24,9 @@ SETTINGS = {
 
 def test_the_texts_are_complete_in_both_languages():
     assert EN.keys() == ZH.keys() and all(EN.values()) and all(ZH.values())
-    files = [ROOT / "run_model.py", *(ROOT / "page").glob("*.py")]
-    used = {key for file in files for key in re.findall(r"""say\[["'](\w+)["']\]""", file.read_text(encoding="utf-8"))}
-    assert used <= EN.keys()
+    files = [ROOT / "run_model.py", *(ROOT / "web").glob("*.py")]
+    used = {key for file in files for key in re.findall(r"""\bt\[["'](\w+)["']\]""", file.read_text(encoding="utf-8"))}
+    assert len(used) > 30 and used <= EN.keys()
 
 
 def open_page(monkeypatch, *arguments):
@@ -38,15 +38,15 @@ def open_page(monkeypatch, *arguments):
     return AppTest.from_file(str(ROOT / "run_model.py"), default_timeout=60).run()
 
 
-def control(page, name, say=EN):
-    return next(one for one in [*page.slider, *page.number_input, *page.text_area] if one.label == say[name])
+def control(page, name, t=EN):
+    return next(one for one in [*page.slider, *page.number_input, *page.text_area] if one.label == t[name])
 
 
-def values(page, say=EN):
-    return {name: control(page, name, say).value for name in SETTINGS}
+def values(page, t=EN):
+    return {name: control(page, name, t).value for name in SETTINGS}
 
 
-def test_what_cannot_be_done_is_told_on_the_page(monkeypatch, tmp_path):
+def test_the_page_reports_what_cannot_be_done(monkeypatch, tmp_path):
     empty = open_page(monkeypatch, f"--output_path={tmp_path}")
     assert empty.warning[0].value == EN["no_runs"] and not empty.exception
 
@@ -55,11 +55,11 @@ def test_what_cannot_be_done_is_told_on_the_page(monkeypatch, tmp_path):
     damaged = open_page(monkeypatch, f"--output_path={tmp_path}")
     assert damaged.error[0].value == EN["cannot_load"] and "no valid checkpoint" in damaged.text[-1].value
 
-    talk = open_page(monkeypatch, f"--output_path={small_runs()}", "--temperature=0")
-    talk.chat_input[0].set_value("长" * 600).run()
-    assert talk.error[0].value == EN["cannot"] and "shorten" in talk.text[-1].value and not talk.exception
-    talk.chat_input[0].set_value("谁写的").run()  # and the conversation goes on
-    assert talk.text[-1].value == CHAT["谁写的"]
+    page = open_page(monkeypatch, f"--output_path={small_runs()}", "--temperature=0")
+    page.chat_input[0].set_value("长" * 600).run()
+    assert page.error[0].value == EN["cannot_answer"] and "shorten" in page.text[-1].value and not page.exception
+    page.chat_input[0].set_value("谁写的").run()  # and the conversation goes on
+    assert page.text[-1].value == CHAT["谁写的"]
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_what_cannot_be_done_is_told_on_the_page(monkeypatch, tmp_path):
         ("--temprature=1", "did you mean"),
         ("--temperature=warm", "expected float"),
         ("--temperature=-1", "at least 0"),
-        ("--top_k=-1", "0 (off) or more"),
+        ("--top_k=-1", "at least 0"),
         ("--top_p=1.5", "at most 1"),
-        ("--min_p=-0.1", "from 0"),
+        ("--min_p=-0.1", "at least 0"),
         ("--repetition_penalty=0", "above 0"),
-        ("--frequency_penalty=3", "from -2 to 2"),
-        ("--presence_penalty=-3", "from -2 to 2"),
-        ("--max_new_tokens=0", "give 1 or more"),
-        ("--seed=-1", "0 or more"),
+        ("--frequency_penalty=3", "at least -2 and at most 2"),
+        ("--presence_penalty=-3", "at least -2 and at most 2"),
+        ("--max_new_tokens=0", "at least 1"),
+        ("--seed=-1", "at least 0"),
         (f"--seed={2**60}", "a browser counts to"),
         (f"--top_k={2**60}", "a browser counts to"),
     ],
@@ -83,8 +83,8 @@ def test_what_cannot_be_done_is_told_on_the_page(monkeypatch, tmp_path):
 def test_a_wrong_setting_of_the_command_line_is_one_line_on_the_page(monkeypatch, argument, why):
     page = open_page(monkeypatch, f"--output_path={small_runs()}", argument)
     assert not page.exception and not page.chat_input and [error.value for error in page.error] == [EN["cannot_show"]]
-    (told,) = (text.value for text in page.text)
-    assert argument[2:].partition("=")[0] in told and why in told and "\n" not in told
+    (message,) = (text.value for text in page.text)
+    assert argument[2:].partition("=")[0] in message and why in message and "\n" not in message
 
 
 def test_help_is_shown_and_the_page_comes_to_its_end(monkeypatch):
@@ -110,13 +110,14 @@ def test_the_command_line_may_go_beyond_the_sliders(monkeypatch):
 def test_every_setting_reaches_the_model_and_outlives_language_and_view(monkeypatch):
     from engine.inference import chat
 
-    asked, answer = [], chat.Speaker.answer
+    calls = []
+    generate = chat.ChatModel.generate
 
-    def listen(self, messages, **settings):
-        asked.append((messages, settings))
-        return answer(self, messages, **settings)
+    def record(self, messages, **settings):
+        calls.append((messages, settings))
+        return generate(self, messages, **settings)
 
-    monkeypatch.setattr(chat.Speaker, "answer", listen)
+    monkeypatch.setattr(chat.ChatModel, "generate", record)
     page = open_page(monkeypatch, f"--output_path={small_runs()}")
     for name, value in SETTINGS.items():
         control(page, name).set_value(value)
@@ -125,15 +126,15 @@ def test_every_setting_reaches_the_model_and_outlives_language_and_view(monkeypa
     page.selectbox[0].set_value("中文").run()
     assert values(page, ZH) == SETTINGS
     view = page.get("button_group")[0]
-    view.set_value("record").run()
+    view.set_value("training").run()
     assert not page.chat_input and not page.exception
-    page.get("button_group")[0].set_value("talk").run()
+    page.get("button_group")[0].set_value("chat").run()
     page.chat_input[0].set_value("背一首春晓").run()
-    assert asked == [([{"role": "system", "content": "be brief"}, {"role": "user", "content": "背一首春晓"}], SETTINGS)]
+    assert calls == [([{"role": "system", "content": "be brief"}, {"role": "user", "content": "背一首春晓"}], SETTINGS)]
     assert any(caption.value.startswith("3 词元") for caption in page.caption) and not page.exception
 
 
-def test_a_run_sets_no_control_that_nobody_changed(monkeypatch):
+def test_a_run_of_the_script_sets_no_unchanged_control(monkeypatch):
     """A value that the page sets would replace one that is being chosen in the browser at that moment."""
     page = open_page(monkeypatch, f"--output_path={small_runs()}")
     control(page, "temperature").set_value(0.3).run()

@@ -1,4 +1,4 @@
-"""serve.py against who means harm: its schema fuzzed, broken HTTP, endless bodies, and clients that never end.
+"""serve.py under attack: a fuzzed schema, broken HTTP, endless bodies, and clients that never finish.
 
 HOSTILE_REQUESTS=1000 sends as many of each kind.
 """
@@ -21,7 +21,7 @@ from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from engine.inference.generate import generate
-from engine.serving.schemas import ChatBody, CompletionBody
+from engine.serving.schemas import ChatCompletionRequest, CompletionRequest
 from tests.support.server import NAME, serving
 
 MANY = int(os.environ.get("HOSTILE_REQUESTS", 25))
@@ -33,13 +33,12 @@ def server():
         yield running
 
 
-def still_well(server):
-    """Nobody is left in the batch, and a request has the answer that it always has."""
-    server.until_idle()
+def is_healthy(server):
+    """Whether no request is left and a request has its usual answer."""
+    server.wait_until_idle()
     assert httpx.get(server.url + "/health", timeout=5).status_code == 200
     text = server.client().completions.create(model=NAME, prompt=[1, 40], seed=1, max_tokens=8).choices[0].text
-    speaker = server.speaker
-    return text == speaker.tokenizer.decode(generate(speaker.model, speaker.tokenizer, [[1, 40]], 8, seed=1)[0])
+    return text == server.tokenizer.decode(generate(server.model, server.tokenizer, [[1, 40]], 8, seed=1)[0])
 
 
 def failures(server):
@@ -53,7 +52,7 @@ def failures(server):
 
 
 @pytest.mark.parametrize("mode", GenerationMode)
-def test_its_schema_is_kept(server, mode):
+def test_responses_match_the_schema(server, mode):
     """Requests made from the schema, inside and outside of it: refused or answered as the schema says, never a 5xx.
 
     Inside of it a request may be refused all the same: it names another model, or is too long for this one.
@@ -74,23 +73,23 @@ def test_its_schema_is_kept(server, mode):
         case.call_and_validate(timeout=30, excluded_checks=[positive_data_acceptance])
 
     fuzz()
-    assert still_well(server) and not failures(server)
+    assert is_healthy(server) and not failures(server)
 
 
 @pytest.mark.parametrize(
     "kind, wrong",
     (
-        (CompletionBody, {"prompt": ["a"] * 10**5}),
-        (CompletionBody, {"prompt": [[]] * 10**5}),
-        (CompletionBody, {"prompt": [["a"] * 10**5] * 2}),
-        (CompletionBody, {"prompt": "a", "stop": [1] * 10**5}),
-        (CompletionBody, {f"key {number}": 1 for number in range(10**5)}),
-        (ChatBody, {"messages": [{}] * 2000}),
-        (ChatBody, {"messages": [{"role": "user", "content": [{}] * 10**5}]}),
+        (CompletionRequest, {"prompt": ["a"] * 10**5}),
+        (CompletionRequest, {"prompt": [[]] * 10**5}),
+        (CompletionRequest, {"prompt": [["a"] * 10**5] * 2}),
+        (CompletionRequest, {"prompt": "a", "stop": [1] * 10**5}),
+        (CompletionRequest, {f"key {number}": 1 for number in range(10**5)}),
+        (ChatCompletionRequest, {"messages": [{}] * 2000}),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": [{}] * 10**5}]}),
     ),
 )
-def test_a_body_full_of_mistakes_is_told_of_few(kind, wrong):
-    """Each would be an object, all would be gigabytes and seconds in which nobody else is heard."""
+def test_a_body_full_of_mistakes_reports_only_a_few(kind, wrong):
+    """An error object per mistake would take gigabytes, and seconds in which the server answers no other request."""
     with pytest.raises(ValidationError) as error:
         kind.model_validate(wrong)
     assert error.value.error_count() < 6
@@ -249,7 +248,7 @@ def raw_request(rng):
 
 
 def send(server, request, rng, wait=20):
-    """Send bytes; returns the statuses that came back. A client that stays away, or leaves early, is one of them."""
+    """Send bytes; returns the statuses that came back. The client may also disconnect early."""
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=wait) as connection:
         answer = b""
         try:
@@ -257,7 +256,7 @@ def send(server, request, rng, wait=20):
                 connection.sendall(request[start : start + 2**16])
             manner = rng.random()
             if manner < 0.1:
-                return []  # gone at once
+                return []  # disconnects at once
             if manner < 0.5:
                 connection.shutdown(socket.SHUT_WR)
             else:
@@ -276,12 +275,12 @@ def test_broken_requests(server, capfd):
         for status in send(server, request, rng) or ["closed"]:
             seen[status] = seen.get(status, 0) + 1
             assert status == "closed" or status < 500, (number, request[:500])
-    assert still_well(server) and not failures(server)
+    assert is_healthy(server) and not failures(server)
     assert "Traceback" not in capfd.readouterr().err and len(seen) > 3
     print(dict(sorted(seen.items(), key=str)))
 
 
-# ------------------------------------------------------------------------------------------- clients that never end
+# ---------------------------------------------------------------------------------------- clients that never finish
 
 
 def connect(server):
@@ -292,7 +291,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 
 
 def test_slow_heads_and_bodies_are_cut_off(server, monkeypatch):
-    monkeypatch.setattr("engine.serving.server.SEND_SECONDS", 0.3)
+    monkeypatch.setattr("engine.serving.server.RECEIVE_SECONDS", 0.3)
     monkeypatch.setattr("engine.serving.middleware.BODY_SECONDS", 0.3)
     nothing, head, body_, refused = (connect(server) for _ in range(4))
     head.sendall(b"GET /health HTTP/1.1\r\nX: ")
@@ -317,11 +316,11 @@ def test_slow_heads_and_bodies_are_cut_off(server, monkeypatch):
                     pass
             except ConnectionError:
                 pass  # closed, one way or the other; a timeout fails the test
-    assert still_well(server)
+    assert is_healthy(server)
 
 
 def test_connections_have_a_bound(server, monkeypatch):
-    monkeypatch.setattr("engine.serving.server.MOST_CONNECTIONS", 10)
+    monkeypatch.setattr("engine.serving.server.MAX_CONNECTIONS", 10)
 
     def healthy():
         try:
@@ -330,7 +329,7 @@ def test_connections_have_a_bound(server, monkeypatch):
             return False
 
     crowd, end = [connect(server) for _ in range(30)], time.monotonic() + 10
-    while healthy():  # one of the ten had been somebody else's, who has left
+    while healthy():  # one of the ten belonged to an earlier client
         assert time.monotonic() < end
         crowd += [connect(server) for _ in range(3)]
     for connection in crowd:
@@ -339,32 +338,32 @@ def test_connections_have_a_bound(server, monkeypatch):
         assert time.monotonic() < end + 10
 
 
-def test_who_does_not_read_is_not_waited_for(monkeypatch):
+def test_a_client_that_does_not_read_is_cut_off(monkeypatch):
     monkeypatch.setattr("engine.serving.responses.SEND_SECONDS", 0.3)
-    with serving(request_timeout=0.5, max_batch_size=16) as server, connect(server) as deaf:
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    with serving(request_timeout=0.5, max_batch_size=16) as server, connect(server) as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         ask = json.dumps({"prompt": [1, 50], "n": 16, "max_tokens": 120, "stream": True, "logprobs": 20}).encode()
-        deaf.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(ask) + ask)
+        reader.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(ask) + ask)
         time.sleep(0.1)
-        server.until_idle()
-        with connect(server) as again:  # and the rows are free
+        server.wait_until_idle()
+        with connect(server) as again:  # and the slots are free
             again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert b" 200 " in again.recv(2**16)
 
 
-def test_a_crowd_of_clients_that_leave(server):
-    """They leave at any moment, streaming or not; nothing of them stays."""
+def test_many_clients_that_disconnect(server):
+    """At any moment, streaming or not; no request is left behind."""
     rng = random.Random(3)
     ask = json.dumps({"prompt": "x", "n": 4, "max_tokens": 100, "stream": True}).encode()
 
-    def come_and_go(seconds):
+    def connect_and_leave(seconds):
         with connect(server) as connection:
             connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(ask) + ask)
             time.sleep(seconds)
 
-    crowd = [threading.Thread(target=come_and_go, args=(rng.random() * 0.3,)) for _ in range(20)]
+    crowd = [threading.Thread(target=connect_and_leave, args=(rng.random() * 0.3,)) for _ in range(20)]
     for thread in crowd:
         thread.start()
     for thread in crowd:
         thread.join()
-    assert still_well(server)
+    assert is_healthy(server)

@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from engine.inference.chat import open_speaker
-from engine.inference.inspect import reports_load
+from engine.inference.chat import open_chat_model
 from tests.support.chromium import EN, ZH, Page, open_browser, requests, serve, wait
 from tests.support.payloads import MARKUP, PAYLOADS, RUN, SITE
 from tests.support.small_runs import CHAT, small_runs
@@ -72,8 +71,9 @@ def downloads(profile):
     return lambda: sorted(file for file in (profile / "downloads").glob("*") if file.suffix != ".crdownload")
 
 
-def is_mixture(stage):
-    return reports_load(open_speaker(next(small_runs().glob(f"{stage}_*")), "cpu").model)
+def is_moe(stage):
+    with open_chat_model(next(small_runs().glob(f"{stage}_*")), "cpu") as chat_model:
+        return chat_model.reports_expert_load
 
 
 def dark(driver):
@@ -84,13 +84,13 @@ def dark(driver):
 
 def test_a_conversation(page, browser):
     view = Page(browser, page)
-    view.shows(EN["chat_welcome"])
+    view.shows(EN["welcome_chat"])
     assert " · sft · " in view.all('[data-testid="stSelectbox"] input')[1].get_attribute("value")  # it can chat: first
     view.ask("背一首春晓")
     assert view.messages() == ["背一首春晓", CHAT["背一首春晓"]]
     view.ask("谁写的")
     assert view.messages()[2:] == ["谁写的", CHAT["谁写的"]]  # the second turn
-    view.shows(EN["tokens_per_s"], EN["first"])
+    view.shows(EN["tokens_per_s"], EN["first_token"])
     view.shoot("chat")
 
     figures = view.captions()[-1]
@@ -110,8 +110,8 @@ def test_a_conversation(page, browser):
 def test_stop_keeps_what_was_written(page, browser):
     view = Page(browser, page)
     view.choose(1, "pretrain")
-    view.shows(EN["base_welcome"])
-    view.say("春眠")
+    view.shows(EN["welcome_base"])
+    view.send("春眠")
     lengths = set()
     wait(lambda: lengths.add(len(view.messages()[1])) or len(lengths) > 3, report=view.text)  # it grows as we look
     view.shoot("streaming")
@@ -120,12 +120,12 @@ def test_stop_keeps_what_was_written(page, browser):
     kept = view.messages()[1]
     assert len(kept) >= max(lengths) - 1 and not kept.endswith("▍")
     view.shows(EN["stopped"])
-    view.say("春眠不觉晓")  # and once more: the first is still there
+    view.send("春眠不觉晓")  # and once more: the first is still there
     view.click(EN["stop"])
     view.idle()
     assert view.messages()[:2] == ["春眠", kept] and len(view.messages()) == 4
     view.choose(1, "sft")  # each run has its conversation
-    view.shows(EN["chat_welcome"])
+    view.shows(EN["welcome_chat"])
     view.choose(1, "pretrain")
     wait(lambda: view.messages()[:2] == ["春眠", kept], report=view.text)
 
@@ -168,8 +168,8 @@ def test_edit_compare_and_look_inside(page, browser, downloads):
     ActionChains(browser).send_keys(Keys.ESCAPE).perform()
 
     view.all('[data-testid="stSidebar"] [data-testid="stCheckbox"] label')[0].click()  # compare two
-    view.shows(EN["other"], EN["chat_welcome"])
-    view.say("春眠")
+    view.shows(EN["other_run"], EN["welcome_chat"])
+    view.send("春眠")
     view.click(EN["stop"])  # the base model would go on to its last token
     view.idle()
     assert len(view.all('[data-testid="stChatMessage"]')) == 3
@@ -184,7 +184,7 @@ def test_the_second_model_is_the_one_chosen(home, browser):
     with serve(home, "run_model.py", f"--output_path={runs}", "--temperature=0") as address:
         view = Page(browser, address)
         view.all('[data-testid="stSidebar"] [data-testid="stCheckbox"] label')[0].click()
-        view.shows(EN["other"])
+        view.shows(EN["other_run"])
         chosen = view.all('[data-testid="stSelectbox"] input')[1].get_attribute("value")
         view.choose(2, "pretrain")
         wait(lambda: " · pretrain" in view.all('[data-testid="stSelectbox"] input')[2].get_attribute("value"))
@@ -197,13 +197,13 @@ def test_the_second_model_is_the_one_chosen(home, browser):
         assert chosen in first and second != first and sum("once_more" in name for name in (first, second)) == 1
 
 
-def test_the_experts_of_a_mixture(page, browser):
+def test_the_experts_of_an_moe(page, browser):
     view = Page(browser, page)
-    stages = [stage for stage in ("sft", "pretrain") if is_mixture(stage)]
+    stages = [stage for stage in ("sft", "pretrain") if is_moe(stage)]
     assert stages
     view.choose(1, stages[0])
     wait(view.ended)
-    view.say("春眠")
+    view.send("春眠")
     view.click(EN["stop"])
     view.idle()
     view.click(EN["experts"])
@@ -216,7 +216,7 @@ def test_the_experts_of_a_mixture(page, browser):
         40,
         view.text,
     )
-    cells = wait(lambda: tables[0].find_elements("css selector", "canvas td"))  # what a screen reader is told
+    cells = wait(lambda: tables[0].find_elements("css selector", "canvas td"))  # as a screen reader gets them
     shares = [cell.get_attribute("textContent") for cell in cells]
     assert sum(map(float, shares[1:])) == pytest.approx(1), shares  # the first layer's, behind its name
     view.shoot("experts")
@@ -224,7 +224,7 @@ def test_the_experts_of_a_mixture(page, browser):
 
 def test_the_training_tab(page, browser):
     view = Page(browser, page)
-    view.click(EN["record"])
+    view.click(EN["training"])
     view.shows(EN["curve_loss"], EN["curve_lr"], "config.yaml")
     lines = wait(
         lambda: (
@@ -242,21 +242,21 @@ def test_two_browsers_see_nothing_of_each_other(page, browser, tmp_path):
     """Two people at once, on the same loaded models, one of them with a Chinese browser."""
     with open_browser(tmp_path, "zh-CN") as other:
         here, there = Page(browser, page), Page(other, page)
-        there.shows(ZH["chat_welcome"])  # the browser's language, until another is chosen
+        there.shows(ZH["welcome_chat"])  # the browser's language, until another is chosen
         here.ask("背一首春晓")
         here.all('[data-testid="stSidebar"] textarea')[0].send_keys("only mine")
         here.all('[data-testid="stSidebar"] textarea')[0].send_keys("\ue009\ue007")  # Ctrl+Enter
         assert there.messages() == []
         there.choose(1, "pretrain")
-        there.shows(ZH["base_welcome"])
-        there.say("春眠")  # it goes on and on, and meanwhile:
+        there.shows(ZH["welcome_base"])
+        there.send("春眠")  # it goes on and on, and meanwhile:
         here.ask("谁写的")
         assert here.messages() == ["背一首春晓", CHAT["背一首春晓"], "谁写的", CHAT["谁写的"]]
         there.click(ZH["stop"])
         there.idle()
         assert there.messages()[0] == "春眠" and len(there.messages()) == 2
         there.choose(1, "sft")
-        there.shows(ZH["chat_welcome"])
+        there.shows(ZH["welcome_chat"])
         assert there.messages() == []
         assert there.all('[data-testid="stSidebar"] textarea')[0].get_attribute("value") == ""
         there.ask("hello")
@@ -290,7 +290,7 @@ def test_both_themes_by_the_system_and_by_the_menu(page, browser):
     view.click(ZH["probabilities"])
     wait(lambda: view.shadow(".token"), report=view.text)
     view.shoot("dark_zh")
-    view.press(ZH["record"])
+    view.press(ZH["training"])
     view.shows(ZH["curve_loss"], "config.yaml")
     wait(lambda: len(view.all('[aria-roledescription="line mark"]')) == 2, report=view.text)
     view.press("config.yaml", "summary")
@@ -348,12 +348,12 @@ def test_every_setting_is_moved_by_hand_and_reaches_the_model(parrot, browser, h
     view.choose(0, "中文")
     view.shows(ZH["temperature"])
     view.choose(0, "English")
-    view.click(EN["record"])  # there and back: nothing is forgotten
+    view.click(EN["training"])  # there and back: nothing is forgotten
     view.shows("config.yaml")
-    view.click(EN["talk"])
+    view.click(EN["chat"])
     wait(lambda: view.all('[data-testid="stChatInput"] textarea'))
     view.ask("hello")
-    messages, settings = json.loads((home / "asked.jsonl").read_text().splitlines()[-1])
+    messages, settings = json.loads((home / "calls.jsonl").read_text().splitlines()[-1])
     assert messages == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
     assert settings == pytest.approx(wanted)
 
@@ -365,13 +365,13 @@ def test_no_text_is_more_than_text(parrot, browser):
     view = Page(browser, parrot)
     title = browser.title
     for number, payload in enumerate(PAYLOADS):
-        view.say(payload)
+        view.send(payload)
         asked = strip_control_chars(payload).strip()
-        said = asked.partition("</think>")[2] or asked  # what was thought is folded away
+        reply = asked.partition("</think>")[2] or asked  # the reasoning is folded
 
-        def written(asked=asked, said=said):
+        def written(asked=asked, reply=reply):
             shown = [text.strip() for text in view.messages() if text]
-            return shown[-2:] == [asked, said] and view.ended()
+            return shown[-2:] == [asked, reply] and view.ended()
 
         wait(written, report=lambda: str(view.messages()[-2:]))
         if number % 6 == 5:
@@ -381,8 +381,8 @@ def test_no_text_is_more_than_text(parrot, browser):
             view.press(EN["clear"])
             wait(lambda: not view.messages() and view.ended(), report=view.text)
     look(view, title)
-    assert RUN not in view.messages()  # what was thought is folded away
-    view.press(EN["thought"], "summary")
+    assert RUN not in view.messages()  # the reasoning is folded
+    view.press(EN["reasoning"], "summary")
     wait(lambda: RUN in view.messages(), report=view.text)
     view.shoot("payloads")
     view.press(EN["experts"])
@@ -394,7 +394,7 @@ def test_no_text_is_more_than_text(parrot, browser):
     options[1].click()
     wait(view.ended)
     look(view, title)
-    view.press(EN["record"])
+    view.press(EN["training"])
     for name in ("config.yaml", "run.json"):
         view.press(name, "summary")
     view.shows(RUN)

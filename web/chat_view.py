@@ -1,175 +1,203 @@
-"""The conversation: a list of exchanges, each a dict of `ask` and `answers`, one answer for each run that was asked.
+"""The conversation with one run, or with two side by side.
 
-An answer is a dict: content and thought (texts), figures, tokens (with what else could have come), ids; or an error.
-st.session_state holds a conversation for each choice of runs, and belongs to one browser session alone.
+st.session_state holds one conversation (a list of `Exchange`) per choice of runs, for one browser session only.
 """
 
 import time
 import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
+from utils.errors import UserError
 from utils.terminal import strip_control_chars
-from web.export import export
-from web.inspect_view import LIKELIEST, look_inside
+from web.exchange import Answer, Exchange, history
+from web.export import show_export
+from web.inspect_view import N_TOP, show_inspection
+from web.texts import Texts
 
-REFRESH = 0.05  # s between two updates of a streaming answer: the eye needs no more, the browser likes less
+if TYPE_CHECKING:  # torch comes with it, and takes seconds
+    from engine.inference.chat import ChatModel, Generation
+
+REFRESH_SECONDS = 0.05  # between two updates of a streaming answer
+CURSOR = "▍"
 AVATARS = {"user": ":material/person:", "assistant": ":material/auto_awesome:"}
 
 
-def talk(say, names, speakers, settings, system):
-    """Draw the conversation with these runs, called `names`, and answer what is new in it."""
-    exchanges = st.session_state.setdefault("talks", {}).setdefault(tuple(names), [])
-    base = all(speaker.is_base for speaker in speakers)
-    text = st.chat_input(say["begin" if base else "ask"])
+def show_chat(
+    t: Texts, names: list[str], chat_models: "list[ChatModel]", settings: dict[str, Any], system: str
+) -> None:
+    """Draw the conversation with these runs, called `names`, and answer a new message."""
+    exchanges = st.session_state.setdefault("conversations", {}).setdefault(tuple(names), [])
+    is_base = all(chat_model.is_base for chat_model in chat_models)
+    text = st.chat_input(t["prompt_base" if is_base else "prompt_chat"])
     if text:
-        exchanges.append({"ask": text, "answers": []})
+        exchanges.append({"prompt": text, "answers": []})
     if not exchanges:
-        st.subheader(say["base_title" if base else "chat_title"])
-        st.caption(say["base_welcome" if base else "chat_welcome"])
+        st.subheader(t["title_base" if is_base else "title_chat"])
+        st.caption(t["welcome_base" if is_base else "welcome_chat"])
         return
     for number, exchange in enumerate(exchanges):
-        show_ask(say, exchanges, number)
+        show_prompt(t, exchanges, number)
         if exchange["answers"]:
-            for speaker, answer, place in zip(speakers, exchange["answers"], places(names), strict=True):
-                with place:
-                    show_answer(say, speaker, answer, f"{number}:{len(names)}:{names[speakers.index(speaker)]}")
+            for name, chat_model, answer, box in zip(names, chat_models, exchange["answers"], answer_boxes(names)):
+                with box:
+                    show_answer(t, chat_model, answer, f"{number}:{len(names)}:{name}")
     if not exchanges[-1]["answers"]:
-        write(say, names, speakers, exchanges, settings, system)
-        st.rerun()  # draws the finished answers with their figures and buttons
+        generate_answers(t, names, chat_models, exchanges, settings, system)
+        st.rerun()  # draws the finished answers with their statistics and buttons
+    show_buttons(t, names, exchanges, system)
+
+
+def show_buttons(t: Texts, names: list[str], exchanges: list[Exchange], system: str) -> None:
     again, clear, save, _ = st.columns([2, 2, 2, 3], vertical_alignment="center")
-    again.button(say["regenerate"], icon=":material/refresh:", on_click=forget, args=(exchanges,), type="tertiary")
-    clear.button(say["clear"], icon=":material/edit_square:", on_click=exchanges.clear, type="tertiary")
+    again.button(
+        t["regenerate"], icon=":material/refresh:", on_click=remove_last_answers, args=(exchanges,), type="tertiary"
+    )
+    clear.button(t["clear"], icon=":material/edit_square:", on_click=exchanges.clear, type="tertiary")
     with save:
-        export(say, names, exchanges, system)
+        show_export(t, names, exchanges, system)
 
 
-def forget(exchanges):
-    """Take back the last answers, so that they are written again."""
+def remove_last_answers(exchanges: list[Exchange]) -> None:
+    """Make the next run of the script generate the last answers again."""
     exchanges[-1]["answers"] = []
 
 
-def places(names):
-    """Where the answers go: the whole width for one, side by side and under their names for two."""
+def answer_boxes(names: list[str]) -> Iterator[DeltaGenerator]:
+    """The containers of the answers: the full width for one run, titled columns for two."""
     columns = st.columns(len(names)) if len(names) > 1 else [st.container()]
     for name, column in zip(names, columns):
         box = column.chat_message("assistant", avatar=AVATARS["assistant"])
         if len(names) > 1:
-            box.text(name)  # st.text: a folder's name is not ours
+            box.text(name)  # st.text: the name of a folder is untrusted
         yield box
 
 
-def show_ask(say, exchanges, number):
-    """A message of the person, which can be edited: all that came after it is then said anew."""
-    key = f"edit:{number}:{zlib.crc32(exchanges[number]['ask'].encode())}"  # another message is another box, closed
+def show_prompt(t: Texts, exchanges: list[Exchange], number: int) -> None:
+    """A user's message with its editor; sending an edited message removes all exchanges after it."""
+    prompt = exchanges[number]["prompt"]
+    key = f"edit:{number}:{zlib.crc32(prompt.encode())}"  # another message gets a new, closed editor
     with st.chat_message("user", avatar=AVATARS["user"]):
         line, tool = st.columns([12, 1])
-        line.text(strip_control_chars(exchanges[number]["ask"]))
+        line.text(strip_control_chars(prompt))
         with (
-            tool.popover("", icon=":material/edit:", type="tertiary", help=say["edit"], key=f"open:{key}"),
+            tool.popover("", icon=":material/edit:", type="tertiary", help=t["edit"], key=f"open:{key}"),
             st.form(key + ":form", border=False),
         ):
-            st.text_area(
-                say["edit"], strip_control_chars(exchanges[number]["ask"]), key=key, label_visibility="collapsed"
-            )
-            st.form_submit_button(say["send"], on_click=change, args=(exchanges, number, key), type="primary")
+            st.text_area(t["edit"], strip_control_chars(prompt), key=key, label_visibility="collapsed")
+            st.form_submit_button(t["send"], on_click=edit_prompt, args=(exchanges, number, key), type="primary")
 
 
-def change(exchanges, number, key):
+def edit_prompt(exchanges: list[Exchange], number: int, key: str) -> None:
     text = st.session_state[key].strip()
     if text:
-        exchanges[number:] = [{"ask": text, "answers": []}]
+        exchanges[number:] = [{"prompt": text, "answers": []}]
 
 
-def show_answer(say, speaker, answer, key):
+def show_answer(t: Texts, chat_model: "ChatModel", answer: Answer, key: str) -> None:
     if "error" in answer:
-        show_error(say["cannot"], answer["error"])
+        show_error(t["cannot_answer"], answer["error"])
         return
-    if answer.get("thought"):
-        with st.expander(say["thought"], icon=":material/psychology:"):
-            st.text(strip_control_chars(answer["thought"]))
-    look_inside(say, speaker, answer, key)
-    if "figures" in answer:
-        st.caption(describe(say, answer["figures"]))
+    if answer.get("reasoning"):
+        with st.expander(t["reasoning"], icon=":material/psychology:"):
+            st.text(strip_control_chars(answer["reasoning"]))
+    show_inspection(t, chat_model, answer, key)
+    if "stats" in answer:
+        st.caption(stats_line(t, answer["stats"]))
 
 
-def write(say, names, speakers, exchanges, settings, system):
+def generate_answers(
+    t: Texts,
+    names: list[str],
+    chat_models: "list[ChatModel]",
+    exchanges: list[Exchange],
+    settings: dict[str, Any],
+    system: str,
+) -> None:
     """Stream the answers to the last message, one run after the other, so that each has the machine to itself.
 
-    Any click, Stop among them, ends this run of the script: so the answers are in the conversation from the start, and
-    what has been written so far is never lost.
+    Any click, including Stop, ends this run of the script. The answers are therefore in the conversation from the
+    start, and a partial answer is kept.
     """
-    answers = [{"content": ""} for _ in speakers]
+    answers: list[Answer] = [{"content": ""} for _ in chat_models]
     exchanges[-1]["answers"] = answers
     screens = []
-    for box in places(names):
+    for box in answer_boxes(names):
         with box:
             screens.append((st.empty(), st.empty()))
-        screens[-1][1].text("▍")
-    st.button(say["stop"], icon=":material/stop_circle:")
-    for number, speaker in enumerate(speakers):
-        history = [{"role": "system", "content": system}] if system and not speaker.is_base else []
-        for exchange in exchanges[:-1]:
-            answer = exchange["answers"][number]
-            if answer.get("content") and "error" not in answer:
-                history += [
-                    {"role": "user", "content": exchange["ask"]},
-                    {"role": "assistant", "content": answer["content"]},
-                ]
-        stream(
-            say,
-            speaker,
-            [*history, {"role": "user", "content": exchanges[-1]["ask"]}],
-            settings,
-            answers[number],
-            screens[number],
-        )
+        screens[-1][1].text(CURSOR)
+    st.button(t["stop"], icon=":material/stop_circle:")
+    for number, chat_model in enumerate(chat_models):
+        messages = history(exchanges[:-1], number, "" if chat_model.is_base else system)
+        messages.append({"role": "user", "content": exchanges[-1]["prompt"]})
+        stream_answer(t, chat_model, messages, settings, answers[number], screens[number])
 
 
-def stream(say, speaker, messages, settings, answer, screen):
-    """Write one answer, on the screen and into the dict `answer`."""
-    shown = 0.0
+def stream_answer(
+    t: Texts,
+    chat_model: "ChatModel",
+    messages: list[dict[str, str]],
+    settings: dict[str, Any],
+    answer: Answer,
+    screen: tuple[DeltaGenerator, DeltaGenerator],
+) -> None:
+    """Generate one answer, on the screen and into `answer`."""
+    last_shown = 0.0
     try:
-        reply = speaker.answer(messages, **settings)
-        reply.watch(LIKELIEST)
-        for _ in reply:
-            if time.monotonic() - shown > REFRESH:
-                keep(say, reply, answer, screen, "▍")
-                shown = time.monotonic()
-        keep(say, reply, answer, screen)
-    except ValueError as error:
-        if not getattr(error, "user_error", False):
-            raise
+        generation = chat_model.generate(messages, **settings)
+        generation.request_logprobs(N_TOP)
+        try:
+            for _ in generation:
+                if time.monotonic() - last_shown > REFRESH_SECONDS:
+                    update_answer(t, generation, answer, screen, CURSOR)
+                    last_shown = time.monotonic()
+        finally:  # Streamlit ends a script by an exception
+            generation.cancel()
+        update_answer(t, generation, answer, screen)
+    except UserError as error:
         answer["error"] = str(error)
 
 
-def keep(say, reply, answer, screen, cursor=""):
-    """Show what there is of an answer, then remember it, in this order: showing is where Streamlit ends a script that
-    has been overtaken by a click, and the next one, already drawing in its own thread, must not see the answer change.
+def update_answer(
+    t: Texts,
+    generation: "Generation",
+    answer: Answer,
+    screen: tuple[DeltaGenerator, DeltaGenerator],
+    cursor: str = "",
+) -> None:
+    """Show the answer so far, then store it.
+
+    The order matters: Streamlit ends a script that a click has overtaken when it shows something, and the next script,
+    which is drawing in its own thread already, must not see the answer change.
     """
-    (thought, said), figures = reply.parts(), reply.figures()
-    tokens, ids = answer.get("tokens", []), reply.ids
-    tokens = tokens + reply.spelled(len(tokens))
-    if thought:
-        screen[0].caption(say["thinking"] if cursor and not said else say["thought"])
-    screen[1].text(strip_control_chars(said) + cursor)
-    answer.update(content=said, thought=thought, figures=figures, tokens=tokens, ids=ids)
+    reasoning, content = generation.split_reasoning()
+    stats = generation.stats()
+    ids = generation.ids
+    tokens = answer.get("tokens", [])
+    tokens = tokens + generation.token_details(len(tokens))
+    if reasoning:
+        screen[0].caption(t["thinking"] if cursor and not content else t["reasoning"])
+    screen[1].text(strip_control_chars(content) + cursor)
+    answer.update({"content": content, "reasoning": reasoning, "stats": stats, "tokens": tokens, "ids": ids})
 
 
-def describe(say, figures):
-    """The line below an answer: numbers and our own words only, as st.caption reads Markdown."""
+def stats_line(t: Texts, stats: dict[str, Any]) -> str:
+    """The line below an answer. It holds numbers and our own texts only, because st.caption reads Markdown."""
     parts = [
-        f"{figures['tokens']} {say['tokens']}",
-        f"{figures['tokens_per_s']:.1f} {say['tokens_per_s']}",
-        f"{say['first']} {1000 * figures['first_seconds']:.0f} ms",
+        f"{stats['tokens']} {t['tokens']}",
+        f"{stats['tokens_per_s']:.1f} {t['tokens_per_s']}",
+        f"{t['first_token']} {1000 * stats['first_seconds']:.0f} ms",
     ]
-    if figures["finish"] != "stop":
-        parts.append(say[figures["finish"]])
-    if figures["dropped"]:
-        parts.append(say["dropped"])
+    if stats["finish"] != "stop":
+        parts.append(t[stats["finish"]])
+    if stats["dropped"]:
+        parts.append(t["dropped"])
     return " · ".join(parts)
 
 
-def show_error(title, error):
+def show_error(title: str, error: object) -> None:
     st.error(title, icon=":material/error:")
     st.text(strip_control_chars(str(error)))

@@ -1,15 +1,17 @@
-"""A conversation to take away: as the fine-tuning data has them, or to read."""
+"""Export of a conversation: as fine-tuning data (JSON Lines), or to read (Markdown)."""
 
 import json
 
 import streamlit as st
 
 from utils.terminal import strip_control_chars
+from web.exchange import Exchange, history
+from web.texts import Texts
 
 
-def export(say, names, exchanges, system):
+def show_export(t: Texts, names: list[str], exchanges: list[Exchange], system: str) -> None:
     """The button that offers both files."""
-    with st.popover(say["export"], icon=":material/download:", type="tertiary"):
+    with st.popover(t["export"], icon=":material/download:", type="tertiary"):
         st.download_button(
             "JSON Lines",
             as_jsonl(names, exchanges, system),
@@ -22,31 +24,21 @@ def export(say, names, exchanges, system):
         )
 
 
-def as_jsonl(names, exchanges, system):
-    """A line for each of the runs: {"messages": [...]}, without what was not answered."""
-    lines = []
-    for number in range(len(names)):
-        messages = [{"role": "system", "content": system}] if system else []
-        for exchange in exchanges:
-            answer = exchange["answers"][number]
-            if answer.get("content") and "error" not in answer:
-                messages += [
-                    {"role": "user", "content": exchange["ask"]},
-                    {"role": "assistant", "content": answer["content"]},
-                ]
-        lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    return "".join(lines)
+def as_jsonl(names: list[str], exchanges: list[Exchange], system: str) -> str:
+    """One line per run: {"messages": [...]}, without unanswered messages."""
+    lines = [{"messages": history(exchanges, number, system)} for number in range(len(names))]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def as_markdown(names, exchanges, system):
-    """The conversation under headings; the texts are indented, so that nothing in them is taken for Markdown."""
+def as_markdown(names: list[str], exchanges: list[Exchange], system: str) -> str:
+    """The conversation under headings; all texts are indented, so that nothing in them is read as Markdown."""
 
-    def block(text):
+    def block(text: str) -> str:
         return "".join(f"    {line}\n" for line in strip_control_chars(text).splitlines()) + "\n"
 
     parts = ["# Mini-LLM\n\n", f"## system\n\n{block(system)}" if system else ""]
     for exchange in exchanges:
-        parts.append(f"## user\n\n{block(exchange['ask'])}")
+        parts.append(f"## user\n\n{block(exchange['prompt'])}")
         for name, answer in zip(names, exchange["answers"]):
             title = f"## assistant\n\n{block(name)}" if len(names) > 1 else "## assistant\n\n"
             parts.append(title + block(answer.get("error", answer.get("content", ""))))

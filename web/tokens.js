@@ -1,14 +1,14 @@
-// An answer, token by token: the less likely, the stronger its colour; hovering, or a click, shows what else could have come.
-// Texts come as data and are written by textContent alone.
+// The tokens of an answer: the less likely, the stronger the colour. Hovering or clicking one shows the alternatives.
+// Texts arrive as data and are written by textContent only.
 const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣");
 const percent = (p) => (p >= 0.0995 ? (100 * p).toFixed(0) : (100 * p).toFixed(p < 0.001 ? 2 : 1)) + "%";
 
 function add(parent, name, text) {
-  const made = document.createElement("div");
-  made.className = name;
-  if (text !== undefined) made.textContent = text;
-  parent.append(made);
-  return made;
+  const element = document.createElement("div");
+  element.className = name;
+  if (text !== undefined) element.textContent = text;
+  parent.append(element);
+  return element;
 }
 
 export default function ({ parentElement, data }) {
@@ -16,8 +16,8 @@ export default function ({ parentElement, data }) {
   const root = add(parentElement, "tokens");
   const card = document.createElement("div");
   card.className = "card";
-  card.popover = "manual"; // in the browser's top layer: nothing below moves, and nothing cuts it off
-  let held = null;
+  card.popover = "manual"; // the browser's top layer: it moves no element and is not clipped
+  let pinned = null;
 
   function show(token, span) {
     card.replaceChildren();
@@ -45,15 +45,15 @@ export default function ({ parentElement, data }) {
     span.className = "token";
     span.tabIndex = 0;
     span.textContent = token.text;
-    const doubt = Math.round(70 * Math.min(1, -Math.log10(token.p) / 4)); // per cent: full at one in ten thousand
-    span.style.background = `color-mix(in srgb, var(--st-primary-color) ${doubt}%, transparent)`;
-    span.onmouseenter = () => held || show(token, span);
-    span.onmouseleave = () => held || hide();
+    const strength = Math.round(70 * Math.min(1, -Math.log10(token.p) / 4)); // percent; full at a probability of 1e-4
+    span.style.background = `color-mix(in srgb, var(--st-primary-color) ${strength}%, transparent)`;
+    span.onmouseenter = () => pinned || show(token, span);
+    span.onmouseleave = () => pinned || hide();
     span.onclick = () => {
-      held?.classList.remove("held");
-      held = held === span ? null : span;
-      held?.classList.add("held");
-      held ? show(token, span) : hide();
+      pinned?.classList.remove("pinned");
+      pinned = pinned === span ? null : span;
+      pinned?.classList.add("pinned");
+      pinned ? show(token, span) : hide();
     };
     span.onkeydown = (event) => event.key === "Enter" && span.onclick();
     root.append(span);

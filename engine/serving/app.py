@@ -1,68 +1,74 @@
-"""The addresses of the server: OpenAI's, /health and /metrics."""
+"""The endpoints of the server: OpenAI's, /health and /metrics."""
 
 import asyncio
 import time
-from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Depends, FastAPI
-from fastapi.security import HTTPBearer
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp
 
+from engine.inference.chat import ChatModel
 from engine.inference.generate import new_request
 from engine.inference.sampling import Sampling
-from engine.serving.errors import ApiError, handle_errors
-from engine.serving.formats import ChatAnswer, ChatShape, ErrorAnswer, Model, Models, TextAnswer, TextShape
-from engine.serving.metrics import Metrics
-from engine.serving.middleware import Door
-from engine.serving.responses import Following
-from engine.serving.schemas import ChatBody, CompletionBody
-from utils.chat_template import encode_chat
+from engine.serving.errors import ApiError, install_error_handlers
+from engine.serving.metrics import Metrics, MetricsMiddleware
+from engine.serving.middleware import AccessMiddleware, BodyMiddleware, bearer
+from engine.serving.options import ServingOptions
+from engine.serving.responses import ChatFormat, CompletionFormat, CompletionResponse, Format
+from engine.serving.schemas import (
+    ChatCompletion,
+    ChatCompletionRequest,
+    Completion,
+    CompletionRequest,
+    ErrorResponse,
+    GenerationRequest,
+    HealthResponse,
+    ModelCard,
+    ModelList,
+)
+from utils.version import VERSION
 
 
-@dataclass
-class Server:
-    """What the handlers share."""
+class Endpoints:
+    """Turns the bodies of requests into responses of one chat model."""
 
-    name: str  # of the model, as clients call it
-    speaker: object  # engine.chat.Speaker
-    service: object  # engine.service.Service
-    config: object  # serve.ServeConfig
-    metrics: Metrics
+    def __init__(self, name: str, chat_model: ChatModel, options: ServingOptions) -> None:
+        self.name = name  # of the model, as clients call it
+        self.chat_model = chat_model
+        self.options = options
+        self.metrics = Metrics(chat_model.worker.scheduler)
+        self.created = int(time.time())
 
-    def __post_init__(self):
-        self.tokenizer, self.created = self.speaker.tokenizer, int(time.time())
+    def health(self) -> HealthResponse:
+        if not self.chat_model.worker.alive:
+            raise ApiError(503, "the worker thread has ended: start the server again")
+        return HealthResponse(version=VERSION)
 
-    def answer(self, body, shape, prompts):
-        """Answer prompts (lists of ids) as a body asks."""
-        args = self.speaker.model.args
-        for ids in prompts:
-            if len(ids) >= args.max_seq_len:
-                raise ApiError(
-                    400,
-                    f"the prompt has {len(ids)} tokens, and the model takes {args.max_seq_len}, answer "
-                    "included: shorten it",
-                    "context_length_exceeded",
-                )
-        if len(prompts) * (body.n or 1) > self.config.max_queue:
-            raise ApiError(400, f"this server takes at most {self.config.max_queue} answers at once: ask for fewer")
-        sampling = Sampling(**self.config.sampling() | body.sampling())
-        requests = [
-            new_request(
-                self.tokenizer,
-                ids,
-                body.longest() or self.config.max_new_tokens,
-                sampling.of_row(row),
-                stop=body.stops(),
-                text=True,
-                top_logprobs=body.top(),
+    def model_card(self, name: str) -> ModelCard:
+        self.check_model_name(name)
+        return ModelCard(id=self.name, created=self.created)
+
+    async def chat(self, body: ChatCompletionRequest) -> Response:
+        self.check_model_name(body.model)
+        if self.chat_model.is_base:
+            raise ApiError(
+                400,
+                f"{self.name} is a base model and has seen no conversation: use /v1/completions, "
+                "or serve a fine-tuned run",
             )
-            for ids in prompts
-            for row in range(body.n or 1)
-        ]
-        usage_chunk = body.stream_options is not None and body.stream_options.include_usage
-        return Following(self, shape, requests, bool(body.stream), usage_chunk)
+        messages = [message.to_dict() for message in body.messages]
+        ids, _ = await asyncio.to_thread(self.chat_model.prompt_ids, messages)
+        return self.respond(body, ChatFormat(), [ids])
 
-    def check_model(self, name):
+    async def complete(self, body: CompletionRequest) -> Response:
+        self.check_model_name(body.model)
+        prompts = body.prompts()
+        if isinstance(prompts[0], str):
+            prompts = await asyncio.to_thread(lambda: [self.chat_model.text_ids(text) for text in body.prompts()])
+        return self.respond(body, CompletionFormat(), prompts)
+
+    def check_model_name(self, name: str | None) -> None:
         if name not in (None, self.name):
             raise ApiError(
                 404,
@@ -71,63 +77,82 @@ class Server:
                 "model",
             )
 
+    def respond(self, body: GenerationRequest, format: Format, prompts: list[list[int]]) -> CompletionResponse:
+        """The response to prompts of token ids, `body.n` choices each."""
+        options = self.options
+        if len(prompts) * body.n_choices() > options.max_queue:
+            raise ApiError(400, f"this server takes at most {options.max_queue} answers at once: ask for fewer")
+        sampling = Sampling(**options.sampling() | body.sampling())
+        requests = [
+            new_request(
+                self.chat_model.tokenizer,
+                ids,
+                body.max_new_tokens() or options.max_new_tokens,
+                sampling.offset_seed(choice),
+                stop=body.stop_strings(),
+                text=True,
+                top_logprobs=body.n_top_logprobs(),
+            )
+            for ids in prompts
+            for choice in range(body.n_choices())
+        ]
+        return CompletionResponse(
+            requests,
+            format,
+            model_name=self.name,
+            tokenizer=self.chat_model.tokenizer,
+            worker=self.chat_model.worker,
+            metrics=self.metrics,
+            timeout=options.request_timeout,
+            stream=bool(body.stream),
+            include_usage=body.include_usage(),
+        )
 
-def make_app(name, speaker, service, config):
-    """The ASGI app. `config` has max_queue, max_body_bytes, request_timeout, api_key and the settings of an answer."""
-    server = Server(name, speaker, service, config, Metrics(service.batch))
-    # FastAPI's pages of documentation would load scripts from elsewhere; the schema is at /openapi.json.
+
+def make_app(name: str, chat_model: ChatModel, options: ServingOptions) -> ASGIApp:
+    """The ASGI app that serves one chat model under `name`."""
+    endpoints = Endpoints(name, chat_model, options)
+    # FastAPI's documentation pages would load scripts from other hosts; the schema is at /openapi.json.
     app = FastAPI(
         title="Mini-LLM",
-        version="1",
+        version=VERSION,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
+        responses={"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}},
     )
-    handle_errors(app)
-    keyed = [Depends(HTTPBearer(auto_error=False))] if config.api_key else []  # for the schema: Door looks at it
+    install_error_handlers(app)
+    app.add_middleware(BodyMiddleware, max_body_bytes=options.max_body_bytes)
+    app.add_middleware(AccessMiddleware, api_key=options.api_key)  # added last, runs first
+    add_routes(app, endpoints, needs_key=bool(options.api_key))
+    paths = {route.path for route in app.routes if hasattr(route, "path")}
+    return MetricsMiddleware(app, endpoints.metrics, paths)  # around the app's own handler of status 500
 
-    streamed = {200: {"content": {"text/event-stream": {}}}}  # beside JSON
+
+def add_routes(app: FastAPI, endpoints: Endpoints, needs_key: bool) -> None:
+    key = [Depends(bearer)] if needs_key else []  # for the schema only: AccessMiddleware checks it
+    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # beside JSON
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        if not service.alive:
-            raise ApiError(503, "the thread of the batch has ended: start the server again")
-        return {"status": "ok"}
+    async def health() -> HealthResponse:
+        return endpoints.health()
 
-    @app.get("/metrics", response_class=PlainTextResponse, dependencies=keyed)
-    async def metrics():
-        return Response(server.metrics.page(), media_type="text/plain; version=1.0.0; charset=utf-8")
+    @app.get("/metrics", response_class=PlainTextResponse, dependencies=key)
+    async def metrics() -> Response:
+        return Response(endpoints.metrics.render(), media_type="text/plain; version=1.0.0; charset=utf-8")
 
-    @app.get("/v1/models", dependencies=keyed)
-    async def models() -> Models:
-        return Models(data=[Model(id=name, created=server.created)])
+    @app.get("/v1/models", dependencies=key)
+    async def models() -> ModelList:
+        return ModelList(data=[endpoints.model_card(endpoints.name)])
 
-    @app.get("/v1/models/{model}", dependencies=keyed)
-    async def model(model: str) -> Model:
-        server.check_model(model)
-        return Model(id=name, created=server.created)
+    @app.get("/v1/models/{model}", dependencies=key)
+    async def model(model: str) -> ModelCard:
+        return endpoints.model_card(model)
 
-    @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=streamed, dependencies=keyed)
-    async def chat(body: ChatBody):
-        server.check_model(body.model)
-        if speaker.is_base:
-            raise ApiError(
-                400,
-                f"{name} is a base model and has seen no conversation: use /v1/completions, or serve a fine-tuned run",
-            )
-        messages = [message.plain() for message in body.messages]
-        ids, _ = await asyncio.to_thread(encode_chat, speaker.tokenizer, messages, add_generation_prompt=True)
-        return server.answer(body, ChatShape, [ids])
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=streamed, dependencies=key)
+    async def chat(body: ChatCompletionRequest) -> Response:
+        return await endpoints.chat(body)
 
-    @app.post("/v1/completions", response_model=TextAnswer, responses=streamed, dependencies=keyed)
-    async def completion(body: CompletionBody):
-        server.check_model(body.model)
-        prompts = body.prompts()
-        if isinstance(prompts[0], str):
-            encoded = await asyncio.to_thread(speaker.tokenizer.encode_batch, prompts)
-            prompts = [[speaker.tokenizer.bos_id, *ids] for ids in encoded]
-        return server.answer(body, TextShape, prompts)
-
-    paths = {route.path for route in app.routes}
-    return server.metrics.around(Door(app, config.api_key, config.max_body_bytes), paths)
+    @app.post("/v1/completions", response_model=Completion, responses=streamed, dependencies=key)
+    async def completion(body: CompletionRequest) -> Response:
+        return await endpoints.complete(body)

@@ -1,64 +1,89 @@
-"""Every answer that is no answer: an OpenAI error object, whatever went wrong and wherever."""
+"""Error responses: every failure becomes an OpenAI error object."""
 
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
+from engine.inference.scheduler import PromptTooLong
 from utils.errors import UserError
 
-KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+HTTP_MESSAGES = {
+    404: "there is nothing at this address: the API's paths begin with /v1/",
+    405: "this address does not take this method",
+}
 
 
 class ApiError(Exception):
-    """What the client is told: a status, a sentence, and what the official clients read beside it."""
+    """An error for the client: status, message, and the fields that OpenAI's clients read."""
 
-    def __init__(self, status, message, code=None, param=None, headers=None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = headers
 
-    def body(self):
-        kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+    def body(self) -> dict[str, Any]:
+        default = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = ERROR_TYPES.get(self.status, default)
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self):
+    def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, headers=self.headers)
 
 
-def busy(message):
-    """The server has no room at the moment; clients come again by themselves."""
+def busy(message: str) -> ApiError:
+    """429 with Retry-After, on which clients try again by themselves."""
     return ApiError(429, message, "server_busy", headers={"Retry-After": "1"})
 
 
-def handle_errors(app):
-    """Let everything that is raised in the app end in an error object."""
-
-    def handle(kind, to_error):
-        async def handler(_, error):
-            return to_error(error).response()
-
-        app.add_exception_handler(kind, handler)
-
-    handle(ApiError, lambda error: error)
-    handle(UserError, lambda error: ApiError(400, str(error)))
-    handle(RequestValidationError, _invalid)
-    handle(HTTPException, lambda error: ApiError(error.status_code, _say(error), headers=error.headers))
-    # Starlette raises it again behind the answer, so the log has its traceback; the client learns nothing of it.
-    handle(Exception, lambda _: ApiError(500, "the server failed on this request: its log says how"))
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every exception in the app an error object."""
+    handlers: dict[type[Exception], Callable[[Any], ApiError]] = {
+        ApiError: lambda error: error,
+        PromptTooLong: lambda error: ApiError(400, str(error), "context_length_exceeded"),
+        UserError: lambda error: ApiError(400, str(error)),
+        RequestValidationError: _from_validation_error,
+        HTTPException: _from_http_exception,
+        # Starlette raises it again after the response, so the log has the traceback and the client does not.
+        Exception: lambda _: ApiError(500, "the server failed on this request: its log says how"),
+    }
+    for kind, to_api_error in handlers.items():
+        app.add_exception_handler(kind, _make_handler(to_api_error))
 
 
-def _say(error):
-    return {
-        404: "there is nothing at this address: the API's paths begin with /v1/",
-        405: "this address does not take this method",
-    }.get(error.status_code, error.detail)
+def _make_handler(to_api_error: Callable[[Any], ApiError]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def handler(_: Request, error: Exception) -> Response:
+        return to_api_error(error).response()
+
+    return handler
 
 
-def _invalid(error):
-    """The first thing that is wrong with a body. The value itself is not repeated: it may be anything, of any size."""
+def _from_http_exception(error: HTTPException) -> ApiError:
+    message = HTTP_MESSAGES.get(error.status_code, error.detail)
+    return ApiError(error.status_code, message, headers=dict(error.headers) if error.headers else None)
+
+
+def _from_validation_error(error: RequestValidationError) -> ApiError:
+    """The first mistake in a body. The value is not repeated: it may be anything, of any size."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is no JSON")
-    # Between the names of fields stand those of the types that were tried, such as "constrained-str".
+    # `loc` also holds the union members that were tried, such as "constrained-str".
     parts = [part for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
-    place = ".".join(map(str, parts)) or None
-    return ApiError(400, f"{place or 'body'}: {first['msg'].removeprefix('Value error, ')}", param=place)
+    field = ".".join(map(str, parts)) or None
+    return ApiError(400, f"{field or 'body'}: {first['msg'].removeprefix('Value error, ')}", param=field)

@@ -1,63 +1,88 @@
-"""What every HTTP request passes first: who asks, for which host, and how much they send in how much time."""
+"""ASGI middleware: API key or Host header, content type, body size and read timeout, request metrics."""
 
 import asyncio
 import hashlib
 import hmac
 
+from fastapi.security import HTTPBearer
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from engine.serving.errors import ApiError
+from engine.serving.options import LOCAL_HOSTS
 
-OPEN_PATHS = {"/health"}  # for whoever watches the server: no key, and nothing to learn
-LOCAL = {"127.0.0.1", "::1", "localhost"}
+PUBLIC_PATHS = {"/health"}  # need no API key: monitors ask here, and the response holds nothing private
 BODY_SECONDS = 30
+bearer = HTTPBearer(auto_error=False)
 
 
-class Door:
-    """ASGI: refuse what may not in, and hand the rest on with its whole body.
+class AccessMiddleware:
+    """Refuses requests without the API key; without a key, requests for any host but this machine.
 
-    Without a key only names of this machine are answered: a web page whose own name was made to point here ("DNS
-    rebinding") sends its own name. The content type of JSON cannot be sent from a foreign page without asking first
-    (CORS), and that question is never answered by yes.
+    The Host check stops DNS rebinding: a foreign page whose name was pointed at this machine sends its own name.
     """
 
-    def __init__(self, app, api_key, max_body_bytes):
-        self.app, self.max_body_bytes = app, max_body_bytes
-        self.key = hashlib.sha256(api_key.encode()).digest() if api_key else None
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self.app = app
+        self.key_digest = hashlib.sha256(api_key.encode()).digest() if api_key else None
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                self._check(scope["method"], scope["path"], dict(scope["headers"]))
-                receive = replay(await self._body(receive), receive)
+                await self._check(Request(scope))
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
-            except ConnectionError:  # the client left while it was sending
-                return
         await self.app(scope, receive, send)
 
-    def _check(self, method, path, headers):
-        if self.key is None and host_name(headers.get(b"host", b"")) not in LOCAL:
-            raise ApiError(403, "without an API key this server answers to localhost only: see the Host header")
-        if self.key is not None and path not in OPEN_PATHS:
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            same = hmac.compare_digest(hashlib.sha256(given.strip()).digest(), self.key)  # equally long, so no hint
-            if scheme.lower() != b"bearer" or not same:
+    async def _check(self, request: Request) -> None:
+        if self.key_digest is None:
+            if host_name(request.headers.get("host", "")) not in LOCAL_HOSTS:
+                raise ApiError(403, "without an API key this server answers to localhost only: see the Host header")
+        elif request.scope["path"] not in PUBLIC_PATHS:
+            credentials = await bearer(request)
+            given = credentials.credentials.encode("latin-1") if credentials else b""
+            # Digests have one length, so the comparison's time depends on neither key.
+            if not hmac.compare_digest(hashlib.sha256(given).digest(), self.key_digest):
                 raise ApiError(
                     401,
                     "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
                     "invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if method == "POST" and kind != b"application/json":
-            raise ApiError(415, "send the body as JSON, with Content-Type: application/json")
 
-    async def _body(self, receive):
-        """The whole body, within its bounds."""
-        body, more = bytearray(), True
+
+class BodyMiddleware:
+    """Reads the whole body before the app runs, within bounds of content type, size and time.
+
+    Requiring application/json also keeps foreign pages out: a browser sends a CORS preflight for it, which is always
+    refused.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                check_content_type(scope)
+                receive = replay(await self._read(receive), receive)
+            except ApiError as error:
+                await error.response()(scope, receive, send)
+                return
+            except ConnectionError:  # the client disconnected while it was sending
+                return
+        await self.app(scope, receive, send)
+
+    async def _read(self, receive: Receive) -> bytes:
+        """The whole body; ApiError 413 or 408 beyond the bounds, ConnectionError after a disconnect."""
+        body = bytearray()
+        more_body = True
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                while more:
+                while more_body:
                     message = await receive()
                     if message["type"] != "http.request":
                         raise ConnectionError
@@ -66,27 +91,33 @@ class Door:
                         raise ApiError(
                             413, f"the body is larger than the {self.max_body_bytes} bytes that this server takes"
                         )
-                    more = message.get("more_body", False)
+                    more_body = message.get("more_body", False)
         except TimeoutError:
             raise ApiError(408, f"the body did not come within {BODY_SECONDS} s") from None
         return bytes(body)
 
 
-def replay(body, receive):
-    """A receive that gives the body first, and then what the connection says."""
-    given = False
+def check_content_type(scope: Scope) -> None:
+    content_type = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+    if scope["method"] == "POST" and content_type != "application/json":
+        raise ApiError(415, "send the body as JSON, with Content-Type: application/json")
 
-    async def again():
-        nonlocal given
-        if given:
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body first, then the connection's later messages."""
+    body_sent = False
+
+    async def receive_again() -> Message:
+        nonlocal body_sent
+        if body_sent:
             return await receive()
-        given = True
+        body_sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    return receive_again
 
 
-def host_name(host):
-    """The name in a Host header, without its port.  # b"[::1]:80" -> "::1" """
-    name = host.decode("latin-1").strip().lower()
+def host_name(host: str) -> str:
+    """The name in a Host header, without its port.  # "[::1]:80" -> "::1" """
+    name = host.strip().lower()
     return name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]

@@ -1,153 +1,351 @@
-"""The way of requests from a handler through the batch to the client, as a whole or in chunks, while it listens."""
+"""Responses that submit requests to the worker and relay their tokens, streamed or at once, until the client leaves."""
 
 import asyncio
 import contextlib
 import secrets
 import time
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from engine.inference.request import Request
 from engine.inference.scheduler import QueueFull
+from engine.inference.worker import BatchWorker
 from engine.serving.errors import ApiError, busy
-from engine.serving.formats import CachedTokens, News, Usage
+from engine.serving.metrics import Metrics
+from engine.serving.schemas import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    FinishReason,
+    GenerationResponse,
+    PromptTokensDetails,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from utils.tokenizer import Tokenizer
 
-SEND_SECONDS = 30  # for a slow reader to take what is there, after the deadline
+SEND_SECONDS = 30  # after the deadline, for a slow client to read what is there
+T = TypeVar("T")
 
 
-class Following(Response):
-    """Hand requests to the batch and tell the client what comes of them.
+class TokenEntry(NamedTuple):
+    """A token with its log-probability, as the model computed it."""
 
-    Nothing is sent before the first token, so that whatever goes wrong until then has a status of its own. A client
-    that leaves takes its requests out of the batch, and so does anything else that ends this early.
+    token: bytes
+    logprob: float
+    top: list[tuple[bytes, float]]  # the alternatives, likeliest first
+    text_offset: int  # characters of the text before this token
+
+
+class Delta(NamedTuple):
+    """What a request gained since the last delta."""
+
+    text: str
+    tokens: list[TokenEntry] | None  # None when no log-probabilities were asked for
+    finish: FinishReason | None
+
+
+class DeltaTracker:
+    """Yields the deltas of one request: new text, and the tokens that are part of it."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        assert request.detokenizer is not None
+        self.request = request
+        self.detokenizer = request.detokenizer
+        self.tokenizer = tokenizer
+        self.chars = 0
+        self.tokens = 0
+
+    def next(self) -> Delta:
+        finish = self.request.finish  # read first: all that is read after it is complete
+        text = self.request.text[self.chars :]
+        self.chars += len(text)
+        first = self.tokens
+        if finish and not self.detokenizer.stopped:
+            self.tokens = len(self.detokenizer.starts)
+        else:
+            self.tokens = bisect_left(self.detokenizer.starts, self.chars)
+        entries = None
+        if self.request.top_logprobs is not None:
+            entries = [self._entry(index) for index in range(first, self.tokens)]
+        if finish is None:
+            return Delta(text, entries, None)
+        return Delta(text, entries, "stop" if finish == "stop" else "length")
+
+    def _entry(self, index: int) -> TokenEntry:
+        logprob, top = self.request.logprobs[index]
+        return TokenEntry(
+            self.tokenizer.token_bytes(self.request.tokens[index]),
+            json_logprob(logprob),
+            [(self.tokenizer.token_bytes(token), json_logprob(value)) for token, value in top.items()],
+            self.detokenizer.starts[index],
+        )
+
+
+def json_logprob(logprob: float) -> float:
+    """The log-probability with -9999 for minus infinity, which JSON does not have."""
+    return max(logprob, -9999.0)
+
+
+def token_text(token: bytes) -> str:
+    r"""A token's text; bytes that are no complete character as OpenAI writes them, `bytes:\xe6\x98`."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def chat_logprobs(entries: list[TokenEntry]) -> ChatLogprobs:
+    def fields(token: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": token_text(token), "logprob": logprob, "bytes": list(token)}
+
+    return ChatLogprobs(
+        content=[
+            TokenLogprob(
+                **fields(entry.token, entry.logprob), top_logprobs=[TopLogprob(**fields(*pair)) for pair in entry.top]
+            )
+            for entry in entries
+        ]
+    )
+
+
+def completion_logprobs(entries: list[TokenEntry]) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        tokens=[token_text(entry.token) for entry in entries],
+        token_logprobs=[entry.logprob for entry in entries],
+        top_logprobs=[{token_text(token): logprob for token, logprob in entry.top} for entry in entries],
+        text_offset=[entry.text_offset for entry in entries],
+    )
+
+
+class Format(Protocol):
+    """How one endpoint writes its choices."""
+
+    id_prefix: str
+    object: str
+    chunk_object: str
+    schema: Callable[..., GenerationResponse]
+
+    def first_chunk(self, index: int) -> Any: ...
+
+    def chunk(self, index: int, delta: Delta) -> Any: ...
+
+    def choice(self, index: int, delta: Delta) -> Any: ...
+
+
+class ChatFormat:
+    """/v1/chat/completions"""
+
+    id_prefix = "chatcmpl-"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    schema: Callable[..., GenerationResponse] = ChatCompletion
+
+    def first_chunk(self, index: int) -> ChatChoice:
+        delta = AssistantMessage(role="assistant", content="")
+        return ChatChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
+
+    def chunk(self, index: int, delta: Delta) -> ChatChoice:
+        return ChatChoice(
+            index=index,
+            delta=AssistantMessage(content=delta.text) if delta.finish is None else AssistantMessage(),
+            logprobs=chat_logprobs(delta.tokens) if delta.tokens else None,
+            finish_reason=delta.finish,
+        )
+
+    def choice(self, index: int, delta: Delta) -> ChatChoice:
+        return ChatChoice(
+            index=index,
+            message=AssistantMessage(role="assistant", content=delta.text),
+            logprobs=None if delta.tokens is None else chat_logprobs(delta.tokens),
+            finish_reason=delta.finish,
+        )
+
+
+class CompletionFormat:
+    """/v1/completions"""
+
+    id_prefix = "cmpl-"
+    object = "text_completion"
+    chunk_object = "text_completion"
+    schema: Callable[..., GenerationResponse] = Completion
+
+    def first_chunk(self, index: int) -> None:
+        return None
+
+    def choice(self, index: int, delta: Delta) -> CompletionChoice:
+        logprobs = None if delta.tokens is None else completion_logprobs(delta.tokens)
+        return CompletionChoice(index=index, text=delta.text, finish_reason=delta.finish, logprobs=logprobs)
+
+    chunk = choice
+
+
+class CompletionResponse(Response):
+    """Submits requests to the worker and sends their tokens as they come, or all at the end.
+
+    Nothing is sent before the first token, so that a failure until then has its own status. When the client
+    disconnects, or anything else ends the response early, its requests are cancelled.
     """
 
-    def __init__(self, server, shape, requests, stream=False, usage_chunk=False):
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        format: Format,
+        *,
+        model_name: str,
+        tokenizer: Tokenizer,
+        worker: BatchWorker,
+        metrics: Metrics,
+        timeout: float,
+        stream: bool = False,
+        include_usage: bool = False,
+    ) -> None:
         self.background = None
-        self.server, self.shape, self.requests = server, shape, requests
-        self.stream, self.usage_chunk = stream, usage_chunk
-        self.news = [News(request, server.tokenizer) for request in requests]
-        self.head = {
-            "id": shape.prefix + secrets.token_hex(12),
-            "object": shape.chunk if stream else shape.object,
+        self.requests = requests
+        self.format = format
+        self.worker = worker
+        self.metrics = metrics
+        self.timeout = timeout  # seconds until the deadline of the requests
+        self.stream = stream
+        self.include_usage = include_usage
+        self.trackers = [DeltaTracker(request, tokenizer) for request in requests]
+        self.head: dict[str, Any] = {
+            "id": format.id_prefix + secrets.token_hex(12),
+            "object": format.chunk_object if stream else format.object,
             "created": int(time.time()),
-            "model": server.name,
+            "model": model_name,
         }
-        self.moved, self.gone, self.started = asyncio.Event(), False, False
+        self.progress = asyncio.Event()  # set when a request gained a token or ended
 
-    async def __call__(self, scope, receive, send):
-        loop, start = asyncio.get_running_loop(), time.monotonic()
-
-        def notify():  # in the batch's thread
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile: nobody is left to be told
-                loop.call_soon_threadsafe(self.moved.set)
-
-        for request in self.requests:
-            request.notify, request.deadline = notify, start + self.server.config.request_timeout
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._submit()
+        response = None
         try:
-            self.server.service.submit(*self.requests)
-        except QueueFull:
-            raise busy("the queue is full: try again later") from None
-        leaving = asyncio.create_task(self._watch(receive))
-        try:
-            async with asyncio.timeout(self.server.config.request_timeout + SEND_SECONDS):
-                while not any(request.tokens or request.finish for request in self.requests):
-                    await self._move()
-                if self.gone:
-                    return
-                if any(request.tokens for request in self.requests):
-                    self.server.metrics.first_token.observe(time.monotonic() - start)
-                await (self._tell_in_chunks(send) if self.stream else self._tell_whole(scope, receive, send))
-        except TimeoutError:  # a client that does not read: uvicorn closes the connection
-            if not self.started:
+            async with asyncio.timeout(self.timeout + SEND_SECONDS):
+                response = await unless_disconnected(receive, self._make_response())
+                if response is not None:
+                    await response(scope, receive, send)
+        except TimeoutError:  # uvicorn closes the connection of a client that does not read
+            if response is None:
                 raise ApiError(503, "the server is too slow for its deadline") from None
         finally:
-            leaving.cancel()
             for request in self.requests:
-                request.cancelled = True  # of no consequence where it has ended
-            self.server.metrics.answered(self.requests)
+                request.cancelled = True  # has no effect on a finished request
+            self.metrics.count_finished(self.requests)
 
-    async def _watch(self, receive):
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.gone = True
+    def _submit(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.start = time.monotonic()
+
+        def notify() -> None:  # runs in the worker's thread
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(self.progress.set)
+
         for request in self.requests:
-            request.cancelled = True
+            request.notify = notify
+            request.deadline = self.start + self.timeout
+        try:
+            self.worker.submit(*self.requests)
+        except QueueFull:
+            raise busy("the queue is full: try again later") from None
 
-    async def _move(self):
-        await self.moved.wait()
-        self.moved.clear()
+    async def _wait_for_progress(self) -> None:
+        await self.progress.wait()
+        self.progress.clear()
 
-    async def _tell_whole(self, scope, receive, send):
+    async def _make_response(self) -> Response:
+        """Wait for the first token, or without `stream` for all of them; ApiError when there is nothing to send."""
+        while not any(request.tokens or request.finish for request in self.requests):
+            await self._wait_for_progress()
+        if any(request.tokens for request in self.requests):
+            self.metrics.first_token.observe(time.monotonic() - self.start)
+        if self.stream:
+            for request in self.requests:
+                if not request.tokens:
+                    raise_if_failed(request)
+            headers = {"cache-control": "no-store"}
+            return StreamingResponse(self._events(), media_type="text/event-stream", headers=headers)
         while not all(request.finish for request in self.requests):
-            await self._move()
-        if self.gone:
-            return
+            await self._wait_for_progress()
         for request in self.requests:
-            check(request)
-        self.started = True
-        choices = [self.shape.whole(index, *news()) for index, news in enumerate(self.news)]
-        await Response(self._json(choices, usage=self._usage()), media_type="application/json")(scope, receive, send)
+            raise_if_failed(request)
+        choices = [self.format.choice(index, tracker.next()) for index, tracker in enumerate(self.trackers)]
+        return Response(self._json(choices, usage=self._usage()), media_type="application/json")
 
-    async def _tell_in_chunks(self, send):
-        for request in self.requests:
-            if request.finish and not request.tokens:
-                check(request)
-        self.started = True
-        await send(
-            {
-                "type": "http.response.start",
-                "status": 200,
-                "headers": [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")],
-            }
-        )
-
-        async def event(data):
-            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
-
+    async def _events(self) -> AsyncIterator[bytes]:
+        """Server-sent events; a failure after the first token is the last of them."""
         try:
             async for chunk in self._chunks():
-                await event(chunk)
-            await event(b"[DONE]")
-        except ApiError as error:  # too late for a status
-            await event(error.response().body)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                yield b"data: " + chunk + b"\n\n"
+            yield b"data: [DONE]\n\n"
+        except ApiError as error:
+            yield b"data: " + bytes(error.response().body) + b"\n\n"
 
-    async def _chunks(self):
-        blank = {"usage": None} if self.usage_chunk else {}
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        usage = {"usage": None} if self.include_usage else {}
         for index in range(len(self.requests)):
-            if opening := self.shape.opening(index):
-                yield self._json([opening], **blank)
-        left = list(range(len(self.requests)))
-        while left:
-            for index in list(left):
-                text, entries, finish = self.news[index]()
-                if text or entries:
-                    yield self._json([self.shape.piece(index, text, entries, None)], **blank)
-                if finish:
-                    check(self.requests[index])
-                    yield self._json([self.shape.piece(index, "", None, finish)], **blank)
-                    left.remove(index)
-            if left:
-                await self._move()
-        if self.usage_chunk:
+            first_chunk = self.format.first_chunk(index)
+            if first_chunk is not None:
+                yield self._json([first_chunk], **usage)
+        running = list(range(len(self.requests)))
+        while running:
+            for index in list(running):
+                delta = self.trackers[index].next()
+                if delta.text or delta.tokens:
+                    yield self._json([self.format.chunk(index, delta._replace(finish=None))], **usage)
+                if delta.finish:
+                    raise_if_failed(self.requests[index])
+                    yield self._json([self.format.chunk(index, Delta("", None, delta.finish))], **usage)
+                    running.remove(index)
+            if running:
+                await self._wait_for_progress()
+        if self.include_usage:
             yield self._json([], usage=self._usage())
 
-    def _json(self, choices, **more):
-        return self.shape.answer(**self.head, choices=choices, **more).model_dump_json(exclude_unset=True).encode()
+    def _json(self, choices: list[Any], **fields: Any) -> bytes:
+        response = self.format.schema(**self.head, choices=choices, **fields)
+        return response.model_dump_json(exclude_unset=True).encode()
 
-    def _usage(self):
-        prompts = {id(request.ids): request for request in self.requests}.values()  # n answers share their prompt
-        read, written = sum(len(r.ids) for r in prompts), sum(len(r.tokens) for r in self.requests)
+    def _usage(self) -> Usage:
+        prompts = {id(request.ids): request for request in self.requests}.values()  # n choices share their prompt
+        prompt_tokens = sum(len(request.ids) for request in prompts)
+        completion_tokens = sum(len(request.tokens) for request in self.requests)
         return Usage(
-            prompt_tokens=read,
-            completion_tokens=written,
-            total_tokens=read + written,
-            prompt_tokens_details=CachedTokens(cached_tokens=sum(r.reused for r in prompts)),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(request.cached_tokens for request in prompts)),
         )
 
 
-def check(request):
-    """ApiError when there is no answer to tell: a deadline that came while it was written is an answer cut short."""
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`; None, with `work` cancelled, when the client disconnects first."""
+    working = asyncio.create_task(work)
+    disconnect = asyncio.create_task(wait_for_disconnect(receive))
+    try:
+        await asyncio.wait((working, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        disconnect.cancel()
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def raise_if_failed(request: Request) -> None:
+    """ApiError when a request ended without an answer; one cut short by its deadline is an answer."""
     if request.finish == "error":
         raise ApiError(500, request.error)
     if request.finish == "cancelled":

@@ -1,4 +1,4 @@
-"""A page of Streamlit, a headless Chromium, and what a person does and sees in it.
+"""A Streamlit page in a headless Chromium, with the actions of a user and what they see.
 
 Screenshots go to output/screenshots, or where SCREENSHOTS says.
 """
@@ -40,7 +40,7 @@ return [...(find(document.body, arguments[0]) || [])];
 
 
 def need(condition, what):
-    """In CI a missing browser is a failure; elsewhere the test is left out, and says why."""
+    """In CI a missing browser is a failure; elsewhere the test is skipped, with the reason."""
     if not condition:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
             f"{what} is missing: apt-get install chromium chromium-driver fonts-noto-cjk; pip install selenium"
@@ -105,7 +105,7 @@ def open_browser(profile, language="en-US"):
 
 
 def wait(condition, seconds=20, report=lambda: ""):
-    """Poll until the condition holds, and return what it gave; elements may be redrawn while we look at them."""
+    """Poll until the condition holds, and return its value; elements may be redrawn meanwhile."""
     from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
 
     end = time.monotonic() + seconds
@@ -155,12 +155,12 @@ class Page:
         """Wait until the page shows all of these."""
         wait(lambda: all(text in self.text() for text in texts), report=lambda: f"{texts} in {self.text()}")
 
-    def say(self, text):
+    def send(self, text):
         """Send a message as if it were pasted: Chromium's driver types no character beyond 16 bits."""
         wait(self.ended)
         before = len(self.messages())
 
-        def sent():  # the page may be drawn anew, with an empty box, at any moment
+        def sent():  # the page may be redrawn, with an empty box, at any moment
             box = self.all('[data-testid="stChatInput"] textarea')[0]
             if len(self.messages()) > before:
                 return True
@@ -175,7 +175,7 @@ class Page:
 
     def ask(self, text):
         """Send a message and wait for the whole answer."""
-        self.say(text)
+        self.send(text)
         self.idle()
 
     def messages(self):
@@ -194,10 +194,11 @@ class Page:
         wait(lambda: self.ended() and any(map(self.button, again)), report=self.text)
 
     def button(self, name):
-        return next((b for b in self.all("button") if b.text.strip().endswith(name)), None)
+        ours = self.all('button:not([data-testid="stBaseButton-header"])')  # Streamlit's own Stop is in the header
+        return next((button for button in ours if button.text.strip().endswith(name)), None)
 
     def click(self, name):
-        """Click it by the mouse, scrolled away from the message box: a growing answer pushes it there."""
+        """Click it by the mouse, scrolled away from the message box: a growing answer moves it there."""
 
         def clicked():
             found = self.button(name)

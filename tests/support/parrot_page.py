@@ -1,7 +1,7 @@
-"""run_model.py over runs whose model is planted: it answers a message with the message itself.
+"""run_model.py over runs whose model is replaced by one that repeats the message.
 
-So a test decides what "the model" writes, while the page, the engine and the tokenizer are the real ones. What it was
-asked for is a line of `asked.jsonl` in the home folder.
+So a test decides what the model generates, while the page, the engine and the tokenizer are the real ones. Each call of
+`ChatModel.generate` is a line of `calls.jsonl` in the home folder.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.inference import chat
+from engine.runs.registry import LoadedRun
 from model.basemodel import BaseModel, BaseModelArgs
 from tests.support.payloads import MARKUP
 from utils.tokenizer import load_tokenizer
@@ -19,17 +20,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Parrot(BaseModel):
-    """Its logits point to the next token of the last message; it reports two loads of experts, and reads no state."""
+    """Its logits point to the next token of the last message; it reports two expert loads and takes no state."""
 
     def __init__(self, tokenizer):
         super().__init__(BaseModelArgs(tokenizer.vocab_size, 4096))
-        self.tokenizer, self.anchor = tokenizer, torch.nn.Parameter(torch.zeros(1))
+        self.tokenizer = tokenizer
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
         self.role = len(tokenizer.encode("user\n")), len(tokenizer.encode("assistant\n"))
 
     def forward(self, input_ids, targets=None):
         logits = torch.zeros(*input_ids.shape, self.args.vocab_size)
-        for row, ids in enumerate(input_ids.tolist()):
-            logits[row, :, self.next(ids)] = 20
+        for index, ids in enumerate(input_ids.tolist()):
+            logits[index, :, self.next(ids)] = 20
         return logits, None, {"moe/load": torch.ones(2, 3), f"moe/load {MARKUP}": torch.ones(2, 3)}
 
     def next(self, ids):
@@ -42,18 +44,20 @@ class Parrot(BaseModel):
         return message[written] if written < len(message) else self.tokenizer.im_end_id
 
 
-class Listening(chat.Speaker):
-    def answer(self, messages, **settings):
-        with open(Path.home() / "asked.jsonl", "a") as file:
+class RecordingChatModel(chat.ChatModel):
+    def generate(self, messages, **settings):
+        with open(Path.home() / "calls.jsonl", "a") as file:
             file.write(json.dumps([messages, settings]) + "\n")
-        return super().answer(messages, **settings)
+        return super().generate(messages, **settings)
 
 
 def open_parrot(path, *_):
-    return Listening(
-        Parrot(load_tokenizer(Path(path) / "tokenizer")).eval(), load_tokenizer(Path(path) / "tokenizer"), "sft"
+    path = Path(path)
+    tokenizer = load_tokenizer(path / "tokenizer")
+    return RecordingChatModel(
+        LoadedRun(Parrot(tokenizer).eval(), tokenizer, {"stage": "sft"}, path, path / "final", "")
     )
 
 
-chat.open_speaker = open_parrot
+chat.open_chat_model = open_parrot
 runpy.run_path(str(ROOT / "run_model.py"))

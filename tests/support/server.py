@@ -10,22 +10,22 @@ from pathlib import Path
 import openai
 import torch
 
-from engine.inference.chat import Speaker
-from engine.inference.worker import Service
+from engine.inference.chat import ChatModel
+from engine.runs.registry import LoadedRun
 from engine.serving.app import make_app
-from engine.serving.server import listen, make_server
+from engine.serving.server import make_server, open_socket
 from model import get_model_and_args
 from serve import ServeConfig
 from tests.support.models import CHAT_MODEL
 from tests.support.small_runs import SIZES, poem_tokenizer
 
 NAME, MODEL = "sft_tiny", CHAT_MODEL
-LONGEST = 128
+MAX_SEQ_LEN = 128
 
 
 @functools.cache
-def make_speaker(name=MODEL, stage="sft"):
-    """A Speaker whose model is far from uniform, so that its likeliest token is no matter of rounding."""
+def make_run(name=MODEL, stage="sft"):
+    """A LoadedRun whose model is far from uniform, so that its likeliest token does not depend on rounding."""
     tokenizer = poem_tokenizer(Path(tempfile.mkdtemp(prefix="serving_")) / "tokenizer")
     Model, ModelArgs = get_model_and_args(name)
     known = ModelArgs.__dataclass_fields__
@@ -33,7 +33,7 @@ def make_speaker(name=MODEL, stage="sft"):
     model = Model(
         ModelArgs(
             vocab_size=tokenizer.vocab_size,
-            max_seq_len=LONGEST,
+            max_seq_len=MAX_SEQ_LEN,
             **{key: value for key, value in SIZES.items() if key in known},
         )
     )
@@ -41,14 +41,18 @@ def make_speaker(name=MODEL, stage="sft"):
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.3)
-    return Speaker(model.eval(), tokenizer, stage)
+    return LoadedRun(model.eval(), tokenizer, {"stage": stage}, Path(NAME), Path(NAME) / "final", "")
 
 
-class Running:
+class RunningServer:
     """A server that answers: its address, and what it is made of."""
 
-    def __init__(self, url, service, config, speaker):
-        self.url, self.service, self.config, self.speaker = url, service, config, speaker
+    def __init__(self, url, chat_model, config):
+        self.url = url
+        self.config = config
+        self.model = chat_model.model
+        self.tokenizer = chat_model.tokenizer
+        self.scheduler = chat_model.worker.scheduler
 
     def client(self, kind=openai.OpenAI, **more):
         return kind(
@@ -61,26 +65,25 @@ class Running:
             }
         )
 
-    def until_idle(self):
-        """Wait until nobody is being answered; fails when that takes long."""
+    def wait_until_idle(self):
+        """Wait until no request is left; fails after 20 s."""
         end = time.monotonic() + 20
-        while self.service.batch.busy:
+        while self.scheduler.busy:
             assert time.monotonic() < end, "a request is still there"
             time.sleep(0.01)
 
 
 @contextlib.contextmanager
-def serving(speaker=None, **settings):
-    """Start a server on a free port and stop it behind."""
-    speaker = speaker or make_speaker()
+def serving(run=None, **settings):
+    """Start a server on a free port, and stop it at the end."""
     config = ServeConfig(**{"port": 0, "max_new_tokens": 16, "temperature": 1.0, "top_p": 1.0, **settings})
-    listener = listen(config.host, config.port)
-    with Service(speaker.model, config.max_batch_size, config.max_queue) as service:
-        server = make_server(make_app(NAME, speaker, service, config), service)
+    listener = open_socket(config.host, config.port)
+    with ChatModel(run or make_run(), slots=config.max_batch_size, max_queue=config.max_queue) as chat_model:
+        server = make_server(make_app(NAME, chat_model, config), chat_model.close)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, config, speaker)
+            yield RunningServer(f"http://127.0.0.1:{listener.getsockname()[1]}", chat_model, config)
         finally:
             server.should_exit = True
             thread.join(30)
