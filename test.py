@@ -17,6 +17,8 @@ from utils.config import convert, opt, parse
 from utils.errors import UserError, run_script
 from utils.logo import print_logo
 from utils.terminal import line_history, paint, prompt, strip_control_chars, use_utf8
+from web.stats import stats_line
+from web.texts import TEXTS
 
 if typing.TYPE_CHECKING:  # torch takes seconds to import
     from engine.inference.chat import ChatModel
@@ -173,7 +175,8 @@ class Session:
         print()
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": generation.text}]
         if sys.stderr.isatty():
-            print(paint(describe(generation.stats()), "dim", stream=sys.stderr), file=sys.stderr)
+            line = "  " + stats_line(TEXTS["English"], generation.stats())
+            print(paint(line, "dim", stream=sys.stderr), file=sys.stderr)
 
     def _opening(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.config.system}] if self.config.system else []
@@ -181,24 +184,6 @@ class Session:
 
 def note(text: str) -> None:
     print(paint(text, "dim"))
-
-
-def describe(stats: dict[str, typing.Any]) -> str:
-    """Return the line below an answer."""
-    parts = [
-        f"{stats['tokens']} tokens",
-        f"{stats['tokens_per_s']:.1f} tokens/s",
-        f"first after {1000 * stats['first_seconds']:.0f} ms",
-    ]
-    if stats.get("drafted"):
-        parts.append(f"{100 * stats['accepted'] / stats['drafted']:.0f}% of {stats['drafted']} drafted tokens accepted")
-    if stats["finish"] == "length":
-        parts.append("cut off at the limit")
-    elif stats["finish"] == "stopped":
-        parts.append("stopped")
-    if stats["dropped"]:
-        parts.append(f"the oldest {stats['dropped']} messages no longer fit")
-    return "  " + " · ".join(parts)
 
 
 if __name__ == "__main__":

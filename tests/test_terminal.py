@@ -301,7 +301,7 @@ def test_a_chat_on_a_terminal(terminal, tmp_path):
     chat.say("背一首春晓")
     chat.until(CHAT["背一首春晓"].split("\n")[1])
     figures = chat.until("› ")
-    assert re.search(r"\d+ tokens · [\d.]+ tokens/s · first after \d+ ms", figures)
+    assert re.search(r"\d+ tokens · [\d.]+ tokens/s · first token after \d+ ms", figures)
     chat.say("谁写的")
     chat.until(CHAT["谁写的"])
     chat.say(f"/save {tmp_path / 'chat.jsonl'}")

@@ -1,1 +1,1 @@
-"""The parts of the page in the browser (run_model.py): what a person or a model wrote is markup in none of them."""
+"""The browser page of run_model.py. Texts of users and models are never interpreted as markup."""

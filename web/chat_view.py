@@ -16,6 +16,7 @@ from utils.terminal import strip_control_chars
 from web.exchange import Answer, Exchange, history
 from web.export import show_export
 from web.inspect_view import N_TOP, show_inspection
+from web.stats import stats_line
 from web.texts import Texts
 
 if TYPE_CHECKING:  # torch comes with it, and takes seconds
@@ -182,20 +183,6 @@ def update_answer(
         screen[0].caption(t["thinking"] if cursor and not content else t["reasoning"])
     screen[1].text(strip_control_chars(content) + cursor)
     answer.update({"content": content, "reasoning": reasoning, "stats": stats, "tokens": tokens, "ids": ids})
-
-
-def stats_line(t: Texts, stats: dict[str, Any]) -> str:
-    """The line below an answer. It holds numbers and our own texts only, because st.caption reads Markdown."""
-    parts = [
-        f"{stats['tokens']} {t['tokens']}",
-        f"{stats['tokens_per_s']:.1f} {t['tokens_per_s']}",
-        f"{t['first_token']} {1000 * stats['first_seconds']:.0f} ms",
-    ]
-    if stats["finish"] != "stop":
-        parts.append(t[stats["finish"]])
-    if stats["dropped"]:
-        parts.append(t["dropped"])
-    return " · ".join(parts)
 
 
 def show_error(title: str, error: object) -> None:
