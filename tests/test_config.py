@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import paths
+from utils import files
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
 
@@ -125,7 +125,7 @@ def test_output_lies_in_the_project_wherever_the_command_is_typed(tmp_path, monk
         data_path: str = opt("output/data", "where", path=True)
         name: str = opt("output/x", "no path")
 
-    monkeypatch.setattr(paths, "PROJECT", tmp_path)
+    monkeypatch.setattr(files, "PROJECT", tmp_path)
     (tmp_path / "deep").mkdir()
     monkeypatch.chdir(tmp_path)
     assert parse(Paths, []).data_path == "output/data"  # in the project itself a path stays as it was typed

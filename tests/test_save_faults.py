@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.runs import checkpoint_manager
-from engine.runs.checkpoint import damage, find_checkpoints, load_training_state, newest_checkpoint, step_of
+from engine.runs.checkpoint import find_checkpoints, load_training_state, newest_checkpoint, step_of, verify_checkpoint
 from engine.runs.checkpoint_manager import CheckpointManager
 from tests.support.checkpoints import CONFIG, save, trained, two_checkpoints
 from tests.support.faulty_disk import Died, FaultyOS, mount_small
@@ -69,7 +69,7 @@ def test_every_flipped_bit_and_truncation_is_found(example, tmp_path, capsys):
     run, chance = shutil.copytree(example[0], tmp_path / "run"), random.Random(0)
     newest, before = find_checkpoints(run)
     files = sorted(newest.iterdir())
-    assert damage(newest) is None and len(files) == 4
+    assert verify_checkpoint(newest) is None and len(files) == 4
     for number, path in zip(range(FLIPS), itertools.cycle(files)):
         content = bytearray(path.read_bytes())
         if number % 3 == 2:
@@ -77,10 +77,10 @@ def test_every_flipped_bit_and_truncation_is_found(example, tmp_path, capsys):
         else:
             at = chance.randrange(len(content))
             path.write_bytes(content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :])
-        assert damage(newest), (number, path.name)
+        assert verify_checkpoint(newest), (number, path.name)
         assert number % 50 or newest_checkpoint(run) == before
         path.write_bytes(content)
-    assert damage(newest) is None and newest.name in capsys.readouterr().err
+    assert verify_checkpoint(newest) is None and newest.name in capsys.readouterr().err
 
 
 def test_a_checkpoint_with_a_missing_file_is_skipped(example, tmp_path):
@@ -135,7 +135,7 @@ def test_a_disk_that_is_really_full(tmp_path, monkeypatch, capsys):
             except OSError:
                 pass
             saver.save({"step": 2 + filled, "tokens": 1}, {})
-            assert damage(newest_checkpoint(disk)) is None
+            assert verify_checkpoint(newest_checkpoint(disk)) is None
         assert "could not be saved" in capsys.readouterr().err and saver.retry_at > 190
         (disk / "other").unlink()
         saver.save({"step": 999, "tokens": 1}, {})

@@ -19,7 +19,7 @@ from engine.runs.registry import find_runs, load_run, newest_run
 from tests.support.models import BASE_MODEL
 from tests.support.paths import ROOT
 from tests.support.token_files import stage_files
-from utils import paths
+from utils import files
 from utils.errors import UserError
 
 NAME = BASE_MODEL
@@ -41,13 +41,13 @@ def stages(tmp_path_factory):
     """A working folder with tokenizer, data, and one pretraining run."""
     folder = tmp_path_factory.mktemp("stages")
     stage_files(folder / "output")
-    before, project = os.getcwd(), paths.PROJECT
+    before, project = os.getcwd(), files.PROJECT
     os.chdir(folder)
-    paths.PROJECT = folder  # where output/ lies
+    files.PROJECT = folder  # where output/ lies
     pretrain.main([f"--model_name={NAME}", *SMALL])
     yield folder
     os.chdir(before)
-    paths.PROJECT = project
+    files.PROJECT = project
 
 
 def test_from_pretraining_to_a_loaded_chat_model(stages):

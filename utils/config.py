@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from utils.errors import UserError
-from utils.paths import project_path
+from utils.files import project_path
 from utils.version import VERSION
 
 SWITCH = ("auto", "true", "false")  # choices of a setting that may also decide by itself: --compile, --no_compile

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from model import get_model_and_args, list_models
 from utils.errors import UserError
-from utils.json_object import load_json
+from utils.files import load_json
 
 
 def read_json(path: Path) -> dict:

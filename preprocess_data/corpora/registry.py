@@ -8,7 +8,7 @@ from preprocess_data.corpora import idioms, poems
 from preprocess_data.readers.chat import to_messages
 from preprocess_data.readers.files import InvalidRecord, data_files, find_files, read_file
 from utils.errors import UserError
-from utils.paths import project_path
+from utils.files import project_path
 
 CORPORA_PATH = "output/corpora"
 
