@@ -137,12 +137,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        sync_directory(temporary)
+        sync_folder(temporary)
         if path.exists():
             remove(old)
             os.rename(path, old)
         os.rename(temporary, path)
-        sync_directory(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         remove(temporary)
         if old.exists() and not path.exists():
@@ -151,7 +151,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     remove(old)
 
 
-def remove_directory(path: Path) -> None:
+def remove_folder(path: Path) -> None:
     """Delete a directory: rename it first, so that a partly deleted one never has its name."""
     old = hidden(path, "old")
     remove(old)
@@ -169,7 +169,7 @@ def hidden(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}")
 
 
-def sync_directory(directory: Path) -> None:
+def sync_folder(directory: Path) -> None:
     """Flush the names in a directory to the disk; Windows cannot open directories and does it by itself."""
     if os.name == "nt":
         return
@@ -191,7 +191,7 @@ def sync_files(directory: Path) -> None:
                 os.close(handle)
 
 
-def directory_bytes(directory: Path) -> int:
+def folder_bytes(directory: Path) -> int:
     """The size of all files below a directory in bytes; 0 when it does not exist."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 

@@ -21,7 +21,7 @@ from engine.runs.checkpoint import (
     verify_checkpoint,
     weights_bytes,
 )
-from utils.atomic import directory_bytes, remove, remove_directory
+from utils.atomic import folder_bytes, remove, remove_folder
 from utils.errors import UserError
 from utils.log import format_bytes, warn
 
@@ -154,7 +154,7 @@ class CheckpointManager:
         metadata = {**self.metadata, "step": state["step"], "tokens": state["tokens"], **measured}
         save_checkpoint(target, self.model, optimizer, state, metadata, weights)
         if optimizer and process_group.is_main():
-            self.bytes = directory_bytes(target)
+            self.bytes = folder_bytes(target)
             prune_checkpoints(self.run, self.config.keep_last, self.config.keep_every, self.config.keep_best, target)
 
 
@@ -181,7 +181,7 @@ def prune_checkpoints(
     for folder in find_checkpoints(run):
         if folder not in keep:
             try:
-                remove_directory(folder)
+                remove_folder(folder)
             except OSError as error:
                 warn(f"{folder} could not be deleted ({error})")
     for leftover in (run / "checkpoints").glob(".step-*"):  # of saves that a crash interrupted
@@ -258,7 +258,7 @@ def room_for_checkpoints(
 def disk_free(run: Path) -> int:
     """Bytes that a run may fill: the free bytes of its disk, and what its own checkpoints occupy already."""
     existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    return shutil.disk_usage(existing).free + directory_bytes(run / "checkpoints") + directory_bytes(run / "final")
+    return shutil.disk_usage(existing).free + folder_bytes(run / "checkpoints") + folder_bytes(run / "final")
 
 
 def ensure_room(
