@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, tied weights, verify_checkpoint, runs."""
+"""Checkpoints: complete or absent, tied weights, damage, nothing executed."""
 
 import json
 import os

@@ -48,7 +48,7 @@ def opt(
     """Return a dataclass field of a config.
 
     neutral: the setting does not affect the result, so that resuming ignores it. path: a file or a folder, which
-    `parse` resolves by `utils.paths.project_path`. bounds: any of ge, gt, le, lt; `check_bounds` tests them, for a
+    `parse` resolves by `utils.files.project_path`. bounds: any of ge, gt, le, lt; `check_bounds` tests them, for a
     tuple in each of its elements.
     """
     metadata = {"help": help, "choices": choices, "neutral": neutral, "path": path, "bounds": bounds}

@@ -103,7 +103,7 @@ def match_names(path: Path, model: torch.nn.Module, shapes: Mapping[str, torch.S
     unknown = sorted(set(shapes) - set(targets))
     if unknown:
         raise UserError(
-            f"{path} holds {unknown[0]}, which this model has not: the architecture or its file has changed"
+            f"{path} holds {unknown[0]}, which this model does not have: the architecture or its file has changed"
         )
     source = {name: name if name in shapes else names[name] for name in targets}
     for name, target in targets.items():

@@ -119,7 +119,7 @@ class RunLog:
             self.failing = False
         except OSError as error:
             if not self.failing:
-                warn(f"{self.folder}: its curves cannot be written ({error}); the run goes on")
+                warn(f"{self.folder}: its curves cannot be written ({error}); the run continues")
             self.failing = True
 
     def _add(self, name: str, value: torch.Tensor, step: int) -> None:
