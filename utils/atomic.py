@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
+
 BUFFER_BYTES = 2**20  # small writes are collected up to this size
 
 
@@ -72,6 +74,45 @@ class NewFile:
             raise
 
 
+class GrowingFile:
+    """Appends to the hidden sibling of `path`, of which the first `size` bytes are kept; UserError if it has fewer.
+
+    Unbuffered: after `sync` the bytes are on the disk, so that a killed process can continue from there.
+    """
+
+    def __init__(self, path: Path, size: int = 0):
+        self.path = path
+        beside = partial(path)
+        if size and not (beside.is_file() and beside.stat().st_size >= size):
+            raise UserError(f"{beside} does not hold the {size} bytes that a stopped run wrote")
+        self._file = open(beside, "r+b" if size else "wb", buffering=0)
+        self._file.truncate(size)
+        self._file.seek(size)
+
+    def write(self, data: bytes) -> None:
+        """Append bytes; OSError with the path when they cannot be written."""
+        view = memoryview(data).cast("B")
+        with attach_path(self.path):
+            while view:
+                view = view[self._file.write(view) :]
+
+    def sync(self) -> int:
+        """Flush to the disk; returns the size."""
+        with attach_path(self.path):
+            os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file; it keeps its hidden name."""
+        self._file.close()
+
+    def blocks(self) -> Iterator[bytes]:
+        """The contents, from the beginning."""
+        with open(partial(self.path), "rb") as file:
+            while block := file.read(4 * BUFFER_BYTES):
+                yield block
+
+
 def write_file(path: Path, fill: Callable[[NewFile], object]) -> dict[str, Any]:
     """Write a file by fill(file) and return its manifest entry {"name", "size", "sha256"}.
 
@@ -114,7 +155,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     For libraries that take a path. The content is not fsynced.
     """
-    temporary = hidden(path, "partial")
+    temporary = partial(path)
     with attach_path(path):
         try:
             yield temporary
@@ -167,6 +208,11 @@ def remove(directory: Path) -> None:
 def hidden(path: Path, kind: str) -> Path:
     """The hidden sibling of a path that is being written ("tmp", "partial") or deleted ("old")."""
     return path.with_name(f".{path.name}.{kind}")
+
+
+def partial(path: Path) -> Path:
+    """The hidden sibling that a file is while it grows."""
+    return hidden(path, "partial")
 
 
 def sync_folder(directory: Path) -> None:
