@@ -25,6 +25,7 @@ class ExportConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Export or import, as the command line says."""
     config = parse(ExportConfig, join_format(sys.argv[1:] if argv is None else argv))
     if bool(config.to_hf) == bool(config.from_hf):
         raise UserError("give one of --to hf DIR (with --run RUN) and --from hf DIR (with --out RUN)")
@@ -46,7 +47,8 @@ def join_format(argv: list[str]) -> list[str]:
     settings = []
     for word in words:
         if word in ("--to", "--from"):
-            format_, folder = next(words, ""), next(words, "")
+            format_ = next(words, "")
+            folder = next(words, "")
             if format_ not in FORMATS or not folder:
                 raise UserError(f"{word} takes a format ({', '.join(FORMATS)}) and a folder, as in {word} hf DIR")
             word = f"{word}_{format_}={folder}"

@@ -81,7 +81,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate the run, write demo.json into its folder, and return its content."""
     run = Path(config.run)
     loaded = load_run(run, device=find_device(config.device))
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model = loaded.model
+    tokenizer = loaded.tokenizer
     held_out, documents, training_verses = poems.load_poems(Path(config.corpora_path) / "poems.jsonl")
     asked = poems.choose_titles(held_out, config.poems, config.seed)
     texts = write_poems(model, tokenizer, asked, config)
