@@ -25,9 +25,9 @@ class ToyConfig:
 
     model_name: str = opt("toy", "which model")
     model: dict = opt({}, "architecture")
-    max_lr: float = opt(0.1, "peak rate")
+    max_lr: float = opt(0.1, "peak rate", group="Optimizer")
     steps: int = opt(5, "how many")
-    verbose: bool = opt(False, "say more")
+    verbose: bool = opt(False, "log more")
     compile: str = opt("auto", "compile", choices=("auto", "true", "false"))
     betas: tuple[float, float] = opt((0.9, 0.95), "moments")
     limit: int | None = opt(None, "perhaps a limit")
@@ -103,6 +103,7 @@ def test_help_lists_everything(capsys):
     assert ended.value.code == 0
     for part in ("--max_lr=0.1", "peak rate", "--betas=0.9,0.95", "--model.n_layers=2", "[auto|true|false]"):
         assert part in text
+    assert text.index("--model_name") < text.index("Optimizer:") < text.index("--max_lr")
 
 
 def test_run_script_prints_one_line(capsys):
