@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.errors import UserError
+
 BLOCK = 2**20  # small writes are gathered up to so many bytes
 
 
@@ -177,3 +179,45 @@ def atomic_write(path: Path) -> Iterator[Path]:
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
+
+
+def partial(path: Path) -> Path:
+    """The hidden sibling that a file is while it grows."""
+    return path.with_name(f".{path.name}.partial")
+
+
+class GrowingFile:
+    """Appends to the hidden sibling of `path`, of which the first `size` bytes are kept; UserError if it has fewer.
+
+    Unbuffered: after `sync` the bytes are on the disk, so that a killed process can continue from there.
+    """
+
+    def __init__(self, path: Path, size: int = 0):
+        self.path = path
+        beside = partial(path)
+        if size and not (beside.is_file() and beside.stat().st_size >= size):
+            raise UserError(f"{beside} does not hold the {size} bytes that a stopped run wrote")
+        self._file = open(beside, "r+b" if size else "wb", buffering=0)
+        self._file.truncate(size)
+        self._file.seek(size)
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data).cast("B")
+        with attach_path(self.path):
+            while view:
+                view = view[self._file.write(view) :]
+
+    def sync(self) -> int:
+        """Flush to the disk; returns the size."""
+        with attach_path(self.path):
+            os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def blocks(self) -> Iterator[bytes]:
+        """The contents, from the beginning."""
+        with open(partial(self.path), "rb") as file:
+            while block := file.read(4 * BLOCK):
+                yield block
