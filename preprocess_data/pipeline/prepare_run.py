@@ -146,7 +146,7 @@ class PrepareRun:
         write_text(self._progress_path, self.progress.to_json())
 
     def publish(self) -> dict[str, dict[str, Any]]:
-        """Rename the files, the meta files last, and return the metas; after a kill in between the next run repeats it."""
+        """Rename the files, the meta files last, and return the metas; after a kill in between the next run does it."""
         metas = [self.folder / f"{name}.meta.json" for name in self.names.values()]
         for meta in metas:
             if partial(meta).exists():
