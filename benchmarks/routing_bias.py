@@ -43,8 +43,8 @@ class Config:
 
 def main() -> None:
     config = parse(Config)
-    runs = {}
-    figures = {}
+    runs: dict[str, torch.Tensor] = {}
+    figures: dict[str, dict[str, Any]] = {}
     for name, speed in (("with the update", None), ("without", 0.0)):
         loads, loss = train(config, speed)
         relative = smooth(loads / loads.mean(dim=-1, keepdim=True))  # (steps, L, E), 1 = the mean load

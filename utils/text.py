@@ -19,7 +19,7 @@ HELD_OUT_ONE_IN = 50
 
 
 def clean_text(text: str) -> str:
-    """The canonical form of a text: NFC, newlines as \\n, no control characters, no whitespace at its ends. Idempotent."""
+    """The canonical form of a text: NFC, newlines as \\n, no control characters, no surrounding spaces. Idempotent."""
     if _is_clean(text):
         return text
     text = _NEWLINE.sub("\n", text)
