@@ -58,7 +58,7 @@ class ChunkEncoder:
         raise NotImplementedError
 
     def encode(self, contents: list, positions: np.ndarray) -> EncodedDocuments:
-        """Encode the contents of documents, which stand at `positions` of the chunk."""
+        """Encode the contents of documents; positions: (D,) their positions in the chunk."""
         raise NotImplementedError
 
     def __call__(self, chunk: Chunk, limit: int | None = None) -> EncodedChunk:
