@@ -183,7 +183,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def partial(path: Path) -> Path:
     """The hidden sibling that a file is while it grows."""
-    return path.with_name(f".{path.name}.partial")
+    return hidden(path, "partial")
 
 
 class GrowingFile:
@@ -219,5 +219,5 @@ class GrowingFile:
     def blocks(self) -> Iterator[bytes]:
         """The contents, from the beginning."""
         with open(partial(self.path), "rb") as file:
-            while block := file.read(4 * BLOCK):
+            while block := file.read(1 << 22):
                 yield block
