@@ -61,10 +61,14 @@ class PrepareRun:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / ".preprocess.lock")
         self._acquire()
-        self.progress = self._load_progress(fingerprint)
         self.writers: dict[str, TokenWriter] = {}
-        if not self.progress.complete:
-            self._open_files(tokenizer)
+        try:
+            self.progress = self._load_progress(fingerprint)
+            if not self.progress.complete:
+                self._open_files(tokenizer)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _acquire(self) -> None:
         try:
