@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from utils import paths
-from utils.config import opt, parse
+from utils.config import check_bounds, opt, parse
 from utils.errors import UserError, run_script
 
 
@@ -94,6 +94,19 @@ def test_preset_errors(tmp_path):
     with pytest.raises(UserError, match="not valid YAML") as caught:
         toy(f"--config={preset}")
     assert "\n" not in str(caught.value)
+
+
+def test_bounds_are_checked_and_named():
+    @dataclass
+    class Bounded:
+        share: float = opt(0.5, "a share", gt=0, le=1)
+        betas: tuple[float, float] = opt((0.9, 0.95), "moments", ge=0, lt=1)
+
+    check_bounds(Bounded(share=1.0, betas=(0.0, 0.99)))
+    with pytest.raises(UserError, match="--share=0: must be above 0 and at most 1"):
+        check_bounds(Bounded(share=0))
+    with pytest.raises(UserError, match="--betas=.0.9, 1.0.: must be at least 0 and below 1"):
+        check_bounds(Bounded(betas=(0.9, 1.0)))
 
 
 def test_help_lists_everything(capsys):
