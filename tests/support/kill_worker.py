@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its tokenizers.py hides the library
 
 import matplotlib.figure  # noqa: E402, F401
 import torch.utils.tensorboard  # noqa: E402, F401
