@@ -39,6 +39,7 @@ class NewFile:
         return len(view)
 
     def flush(self) -> None:
+        """Write what is buffered to the file, without an fsync."""
         self._write(memoryview(bytes(self._buffer)))
         self._buffer.clear()
 

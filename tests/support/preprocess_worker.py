@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # in place of this folder: its tokenizers.py is no library
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its tokenizers.py hides the library
     from preprocess_data import preprocess_data
     from preprocess_data.pipeline import prepare
     from preprocess_data.readers import records
