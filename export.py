@@ -1,7 +1,7 @@
-"""Take a trained model to transformers, or start from a published one.
+"""Export a trained model to transformers, or import a published checkpoint as a run.
 
 python export.py --run output/sft_MODEL --to hf DIR             a folder that AutoModelForCausalLM loads
-python export.py --from hf DIR --out output/imported_NAME       a run folder: python sft.py --init_from=...
+python export.py --from hf DIR --out output/imported_NAME       a run folder, for python sft.py --init_from=...
 """
 
 import sys
@@ -18,21 +18,22 @@ FORMATS = ("hf",)
 class ExportConfig:
     __doc__ = __doc__
     run: str = opt("", "run folder to export", path=True)
-    to_hf: str = opt("", "folder to write; also spelled --to hf DIR", path=True)
-    from_hf: str = opt("", "folder of a checkpoint, config.json and safetensors; also spelled --from hf DIR", path=True)
-    out: str = opt("", "run folder to make of it", path=True)
+    to_hf: str = opt("", "folder to write; the same as --to hf DIR", path=True)
+    from_hf: str = opt("", "folder of a checkpoint, config.json and safetensors; the same as --from hf DIR", path=True)
+    out: str = opt("", "run folder to write", path=True)
     max_seq_len: int = opt(0, "with --from: tokens that the model is built for; 0: what the checkpoint says")
 
 
-def main(argv=None):
-    config = parse(ExportConfig, spelled(sys.argv[1:] if argv is None else argv))
+def main(argv: list[str] | None = None) -> None:
+    """Export or import, as the command line says."""
+    config = parse(ExportConfig, join_format(sys.argv[1:] if argv is None else argv))
     if bool(config.to_hf) == bool(config.from_hf):
-        raise UserError("say one of --to hf DIR (with --run RUN) and --from hf DIR (with --out RUN)")
+        raise UserError("give one of --to hf DIR (with --run RUN) and --from hf DIR (with --out RUN)")
     if config.to_hf and not config.run:
         raise UserError("which run? add --run output/...")
     if config.from_hf and not config.out:
         raise UserError("where to? add --out output/imported_NAME")
-    from engine.interchange.hf import export_hf, import_hf  # torch comes with it
+    from engine.interchange.hf import export_hf, import_hf  # imports torch
 
     if config.to_hf:
         export_hf(Path(config.run), Path(config.to_hf))
@@ -40,17 +41,19 @@ def main(argv=None):
         import_hf(Path(config.from_hf), Path(config.out), config.max_seq_len)
 
 
-def spelled(argv: list[str]) -> list[str]:
-    """`--to hf DIR` and `--from hf DIR` as the settings --to_hf=DIR and --from_hf=DIR."""
-    words, out = list(argv), []
-    while words:
-        word = words.pop(0)
+def join_format(argv: list[str]) -> list[str]:
+    """Rewrite `--to hf DIR` and `--from hf DIR`, which have two values, to --to_hf=DIR and --from_hf=DIR."""
+    words = iter(argv)
+    settings = []
+    for word in words:
         if word in ("--to", "--from"):
-            if len(words) < 2 or words[0] not in FORMATS:
+            format_ = next(words, "")
+            folder = next(words, "")
+            if format_ not in FORMATS or not folder:
                 raise UserError(f"{word} takes a format ({', '.join(FORMATS)}) and a folder, as in {word} hf DIR")
-            word = f"{word}_{words.pop(0)}={words.pop(0)}"
-        out.append(word)
-    return out
+            word = f"{word}_{format_}={folder}"
+        settings.append(word)
+    return settings
 
 
 if __name__ == "__main__":

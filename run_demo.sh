@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # From a bare clone to a model that writes classical Chinese poems:  bash run_demo.sh [MODEL] [--quick]
 #
-# MODEL is any architecture of model/ (default: mini_deepseekv3). --quick goes through every stage in about three
-# minutes, with too little training to be good; its files are in output/quick/. PYTHON=... chooses the interpreter.
-# A second run skips what is done; a changed argument, preset or architecture file does its stage, and all after it, again.
+# MODEL is any architecture of model/ (default: mini_deepseekv3). --quick runs every stage in about three minutes,
+# with too little training to be good; its files are in output/quick/. PYTHON=... chooses the interpreter.
+# A second run skips the stages that are done; a changed argument, preset or architecture file repeats its stage and
+# those after it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . scripts/venv.sh
 
 usage() {
-    sed -n '2,6s/^# \{0,1\}//p' run_demo.sh
+    sed -n '2,7s/^# \{0,1\}//p' run_demo.sh
 }
 
 model= quick=
@@ -25,7 +26,7 @@ for argument in "$@"; do
     esac
 done
 model=${model:-mini_deepseekv3}
-# before anything is installed: a name that no file in model/ gives is a typing mistake
+# checked before anything is installed
 if ! grep -qF -e "\"$model\"" -e "'$model'" model/*.py; then
     names=$(sed -nE "s/^ +model_name = [\"'](mini_[a-z0-9_]+)[\"'].*/\1/p" model/*.py | sort | tr '\n' ' ')
     die "unknown model $model: there are ${names% } (a new one is a new file in model/)"
@@ -44,8 +45,8 @@ fi
 
 export PYTHONUTF8=1 PYTHONUNBUFFERED=1 # Chinese text whatever the locale; progress at once, also into a pipe
 marks=output/.demo times=$out/demo_times.json
-run_path=$marks/run_path # where the last training stage says which folder it trained in
-chain= # a hash over all that the stages so far were made from
+run_path=$marks/run_path # the last training stage writes its run folder there
+chain= # a hash of the commands and inputs of the stages so far
 
 elapsed() {
     printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60))
@@ -59,8 +60,8 @@ sha256() {
     fi
 }
 
-# stage NAME RESULT COMMAND...: run the command, unless RESULT, a file, is still as this command made it after these same
-# stages before it. Its inputs that are no stage's result are in $inputs. Sets $result.
+# stage NAME RESULT COMMAND...: run the command, unless the file RESULT is still as this command, after the same stages,
+# wrote it. $inputs has the inputs that no stage writes. Sets $result.
 inputs= of_model= skipped=
 stage() {
     local name=$1 mark start=$SECONDS known
@@ -90,7 +91,7 @@ stage() {
     "$python" demo/times.py "$times" "$name" $((SECONDS - start)) $of_model
 }
 
-# The summary of the run that the last stage wrote, if it finished.
+# The path of the last stage's summary.json, if its run finished.
 finished_run() {
     local summary
     summary=$(cat "$run_path" 2>/dev/null)/summary.json

@@ -1,15 +1,15 @@
-"""How fast does preprocessing turn jsonl into tokens, and how much memory does it take?
+"""Speed and memory of preprocessing, from jsonl to token files.
 
-    python benchmarks/preprocess.py                   both parts: about 12 minutes of two CPU cores
-    python benchmarks/preprocess.py --parts=speed     one of them: what the other found is kept
+    python benchmarks/preprocess.py                   both parts: about 12 minutes on two CPU cores
+    python benchmarks/preprocess.py --parts=speed     one of them: the results of the other are kept
 
-speed: the poems as jsonl to .bin + .docs.npy + .meta.json, whole processes from start to end, one contender after the
-other in every round, the median counts. Against ours, with the fast encoder and with the reference, stand two scripts
-as a careful user writes them, neither of which cleans, splits, checks or hashes: one encodes batches by
-`encode_batch_fast` on all cores, the other line by line. Ours includes the data report. Beside the seconds stand those
-of cores, user and system, of all processes of a run: other work on the machine changes them less.
-memory: the highest sum of resident memory of all processes of a run, looked at every 20 ms, on the poems and on a
-corpus of --large_gb made by varying them, which is deleted afterwards.
+speed: the poems as jsonl to .bin + .docs.npy + .meta.json, from process start to end, all contenders in each round; the
+median is reported. Ours, with the fast encoder and with the reference, is compared with two short scripts that do not
+clean, split, verify or hash: one encodes batches with `encode_batch_fast` on all cores, the other line by line. Ours
+includes the data report. CPU seconds, user and system, of all processes of a run are reported too: other work on the
+machine affects them less.
+memory: the maximum of the resident memory of all processes of a run, sampled every 20 ms, on the poems and on a corpus
+of --large_gb derived from them, which is deleted afterwards.
 Writes benchmarks/results/preprocess.json and prints the tables.
 """
 
@@ -32,12 +32,15 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from preprocess_data.corpora.poems import document  # noqa: E402
-from preprocess_data.pipeline.encode import available_cores  # noqa: E402
-from preprocess_data.pipeline.write_tokens import write_atomically  # noqa: E402
+from preprocess_data.pipeline.workers import available_cores  # noqa: E402
+from utils.atomic import write_text  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import UserError, run_script  # noqa: E402
 
-OURS, REFERENCE, BATCHES, LINES = "ours", "ours, --encoder=tokenizers", "encode_batch_fast", "line by line"
+OURS = "ours"
+REFERENCE = "ours, --encoder=tokenizers"
+BATCHES = "encode_batch_fast"
+LINES = "line by line"
 LIBRARIES = ("tokenizers", "gigatoken", "orjson", "numpy")
 PLAIN = """
 import json, sys
@@ -78,25 +81,26 @@ class Config:
     __doc__ = __doc__
     corpus: str = opt("output/corpora/poems.jsonl", "what preprocess_data.py fetch poems writes", path=True)
     tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer", path=True)
-    parts: list[str] = opt(["speed", "memory"], "what is measured")
-    lines: int = opt(0, "of the poems, for the speed; 0: all")
+    parts: list[str] = opt(["speed", "memory"], "speed, memory")
+    lines: int = opt(0, "number of poems for the speed; 0: all")
     rounds: int = opt(5, "runs of each contender")
     large_gb: float = opt(2.0, "GB of the large corpus")
-    results: str = opt(str(ROOT / "benchmarks/results/preprocess.json"), "the figures")
+    results: str = opt(str(ROOT / "benchmarks/results/preprocess.json"), "file to write")
 
 
 def make_corpus(poems: Path, out: Path, size: float = 0) -> None:
-    """Documents of the poems as jsonl {"text"}, whole; up to `size` bytes again, with other Chinese characters."""
+    """The poems as jsonl {"text"}, repeated up to `size` bytes with other Chinese characters."""
     with open(poems, encoding="utf-8") as lines:
-        rows = [json.dumps({"text": document(json.loads(line))}, ensure_ascii=False) + "\n" for line in lines]
-    codes = np.frombuffer("".join(rows).encode("utf-32-le"), "<u4")
-    usual = np.flatnonzero(np.bincount(codes)[:0x9FA6])
-    usual = usual[usual >= 0x4E00]
-    others, shift = np.arange(codes.max() + 1, dtype="<u4"), 0
+        records = [json.dumps({"text": document(json.loads(line))}, ensure_ascii=False) + "\n" for line in lines]
+    codes = np.frombuffer("".join(records).encode("utf-32-le"), "<u4")
+    common = np.flatnonzero(np.bincount(codes)[:0x9FA6])
+    common = common[common >= 0x4E00]
+    mapping = np.arange(codes.max() + 1, dtype="<u4")
+    shift = 0
     with open(out, "wb") as file:
         while file.tell() < size or not shift:
-            others[usual] = np.roll(usual, shift)
-            file.write(others[codes].tobytes().decode("utf-32-le").encode())
+            mapping[common] = np.roll(common, shift)
+            file.write(mapping[codes].tobytes().decode("utf-32-le").encode())
             shift += 7
 
 
@@ -110,19 +114,21 @@ def command(contender: str, source: Path, tokenizer_path: str, out: Path) -> lis
 
 
 def run(contender: str, source: Path, tokenizer_path: str, watch: bool = False) -> dict:
-    """One run, start to end: seconds, tokens, the encoder that it chose, and with `watch` the peak memory in MB."""
+    """One run: seconds, tokens, the chosen encoder, and with `watch` the peak memory in MB."""
     with tempfile.TemporaryDirectory(dir=source.parent) as out:
-        began, peak = time.perf_counter(), 0
+        start = time.perf_counter()
+        peak = 0
         argv = command(contender, source, tokenizer_path, Path(out))
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while watch and (now := resident(process.pid)):
             peak = max(peak, now)
             time.sleep(0.02)
-        said = process.stdout.read()
+        assert process.stdout is not None
+        output = process.stdout.read()
         _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         if status:
-            raise UserError(f"{contender} failed: {said.strip().splitlines()[-1]}")
+            raise UserError(f"{contender} failed: {output.strip().splitlines()[-1]}")
         metas = [json.loads(path.read_text()) for path in Path(out).glob("*.meta.json")]
     tokens, documents = (sum(meta[key] for meta in metas) for key in ("tokens", "documents"))
     return {
@@ -136,11 +142,11 @@ def run(contender: str, source: Path, tokenizer_path: str, watch: bool = False) 
 
 
 def resident(pid: int) -> int:
-    """Bytes of resident memory of a process and all that it started, summed; what two share counts twice."""
+    """Bytes of resident memory of a process and its descendants, summed; shared memory counts twice."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except (OSError, IndexError):  # it has just ended
+    except (OSError, IndexError):  # the process has just ended
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE") + sum(resident(int(child)) for child in children)
 
@@ -148,25 +154,28 @@ def resident(pid: int) -> int:
 def speed(source: Path, config: Config) -> dict:
     contenders = (OURS, BATCHES, REFERENCE, LINES)
     if config.lines:
-        whole, source = source, source.with_name("part.jsonl")
-        with open(whole, "rb") as lines, open(source, "wb") as part:
+        full = source
+        source = source.with_name("part.jsonl")
+        with open(full, "rb") as lines, open(source, "wb") as part:
             part.writelines(itertools.islice(lines, config.lines))
     runs: dict[str, list[dict]] = {name: [] for name in contenders}
     megabytes = source.stat().st_size / 1e6
     for number in range(config.rounds):
         for name in contenders:
             runs[name].append(run(name, source, config.tokenizer_path))
-            found = runs[name][-1]
-            took = f"{found['seconds']:.1f} s, {found['core_seconds']:.1f} of cores"
-            print(f"round {number + 1}: {name} {took}", flush=True)
-    middle = {name: statistics.median(found["seconds"] for found in runs[name]) for name in contenders}
+            last = runs[name][-1]
+            print(
+                f"round {number + 1}: {name} {last['seconds']:.1f} s, {last['core_seconds']:.1f} CPU seconds",
+                flush=True,
+            )
+    median = {name: statistics.median(found["seconds"] for found in runs[name]) for name in contenders}
     rows = {
         name: {
             "seconds": [round(found["seconds"], 2) for found in runs[name]],
             "core_seconds": [round(found["core_seconds"], 2) for found in runs[name]],
-            "mb_per_second": round(megabytes / middle[name], 2),
-            "times_line_by_line": round(middle[LINES] / middle[name], 2),
-            "times_encode_batch_fast": round(middle[BATCHES] / middle[name], 2),
+            "mb_per_second": round(megabytes / median[name], 2),
+            "times_line_by_line": round(median[LINES] / median[name], 2),
+            "times_encode_batch_fast": round(median[BATCHES] / median[name], 2),
             **{key: runs[name][0][key] for key in ("tokens", "documents", "encoder")},
         }
         for name in contenders
@@ -215,7 +224,8 @@ def main(argv: list[str] | None = None) -> None:
                     "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
                     **measure(source, config),
                 }
-                write_atomically(path, (json.dumps(results, ensure_ascii=False, indent=2) + "\n").encode())
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, json.dumps(results, ensure_ascii=False, indent=2) + "\n")
     print(f"wrote {path}")
 
 

@@ -1,10 +1,10 @@
-"""Does the bias keep the experts evenly loaded? The same pretraining with and without its update.
+"""Expert load with and without the update of the routing bias, in otherwise equal pretraining runs.
 
     python benchmarks/routing_bias.py                  the demo's corpus and CPU preset, 2 runs of 500 steps
-    python benchmarks/routing_bias.py --steps=50       a look
+    python benchmarks/routing_bias.py --steps=50       a quick run
 
-Writes docs/routing_load.png and benchmarks/routing_bias.json, and prints the largest load of every layer, as a multiple
-of the mean (DeepSeek-V3, section 2.1.2). The learning rate stays at its peak: nothing settles by itself.
+Writes docs/routing_load.png and benchmarks/routing_bias.json, and prints the largest load per layer, as a multiple
+of the mean (DeepSeek-V3, section 2.1.2). The learning rate is constant, so that its decay does not stabilize the load.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,7 +25,7 @@ from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
 
 MODEL = "mini_deepseekv3"
-SMOOTH = 20  # steps of a moving mean: one step routes a few thousand tokens, and its largest load is partly chance
+SMOOTH = 20  # steps of the moving mean: one step routes only a few thousand tokens, so its largest load is noisy
 LIMIT = 1.5
 
 
@@ -36,15 +37,16 @@ class Config:
     data_path: str = opt("output/data/pretrain_train.bin", "training tokens", path=True)
     tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer", path=True)
     device: str = opt("auto", "where to train")
-    picture: str = opt(str(ROOT / "docs/routing_load.png"), "the picture")
-    results: str = opt(str(ROOT / "benchmarks/routing_bias.json"), "the figures")
+    picture: str = opt(str(ROOT / "docs/routing_load.png"), "picture to write")
+    results: str = opt(str(ROOT / "benchmarks/routing_bias.json"), "file to write")
 
 
-def main():
+def main() -> None:
     config = parse(Config)
-    runs = {"with the update": train(config, None), "without": train(config, 0.0)}
-    figures = {}
-    for name, (loads, loss) in runs.items():
+    runs: dict[str, torch.Tensor] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    for name, speed in (("with the update", None), ("without", 0.0)):
+        loads, loss = train(config, speed)
         relative = smooth(loads / loads.mean(dim=-1, keepdim=True))  # (steps, L, E), 1 = the mean load
         largest = relative.max(dim=-1).values  # (steps, L)
         runs[name] = relative
@@ -54,7 +56,7 @@ def main():
             "train_loss": round(loss, 4),
         }
         print(
-            f"{name}: largest load a layer {figures[name]['largest_load']}, "
+            f"{name}: largest load per layer {figures[name]['largest_load']}, "
             f"smallest {figures[name]['smallest_load']}, loss {loss:.4f}"
         )
     about = {"steps": config.steps, "smoothed_over": SMOOTH, "preset": Path(config.preset).name, "limit": LIMIT}
@@ -67,16 +69,17 @@ def main():
     )
 
 
-def train(config, bias_update_speed: float | None):
-    """One run; returns the tokens each expert got (steps, L, E), and the smoothed training loss."""
+def train(config: Config, bias_update_speed: float | None) -> tuple[torch.Tensor, float]:
+    """One run; returns the tokens per expert, (steps, L, E), and the smoothed training loss."""
     Model, _ = get_model_and_args(MODEL)
-    loads, hook = [], Model.after_step
+    loads: list[torch.Tensor] = []
+    hook = Model.after_step
 
-    def after_step(self, other_vars):
+    def after_step(self: Any, other_vars: dict[str, torch.Tensor]) -> None:
         loads.append(other_vars["moe/load"].cpu())
         hook(self, other_vars)
 
-    Model.after_step = after_step
+    setattr(Model, "after_step", after_step)  # noqa: B010
     try:
         with tempfile.TemporaryDirectory() as folder:
             summary = pretrain.main(
@@ -97,20 +100,20 @@ def train(config, bias_update_speed: float | None):
                 ]
             )
     finally:
-        Model.after_step = hook
+        setattr(Model, "after_step", hook)  # noqa: B010
     return torch.stack(loads), summary["train_loss"]
 
 
-def smooth(loads):
-    """Mean over the last SMOOTH steps at every step. (steps, L, E) -> same."""
+def smooth(loads: torch.Tensor) -> torch.Tensor:
+    """Moving mean over SMOOTH steps. (steps, L, E) -> (steps, L, E)."""
     total = torch.cat((torch.zeros_like(loads[:1]), loads.cumsum(dim=0)))
     start = (torch.arange(1, len(loads) + 1) - SMOOTH).clamp(min=0)
     end = torch.arange(1, len(loads) + 1)
     return (total[end] - total[start]) / (end - start)[:, None, None]
 
 
-def draw(runs, path: Path):
-    """One panel a layer: the load of the most and the least loaded expert over the steps, of both runs."""
+def draw(runs: dict[str, torch.Tensor], path: Path) -> None:
+    """One panel per layer: the load of the most and the least loaded expert over the steps, of both runs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -124,7 +127,7 @@ def draw(runs, path: Path):
             axes.plot(relative[:, layer].min(dim=-1).values, color=colour, linestyle=":")
         axes.axhline(LIMIT, color="grey", linewidth=0.8)
         axes.axhline(1.0, color="grey", linewidth=0.8, linestyle="--")
-        axes.set(title=f"mixture {layer + 1} of {n_layers}", xlabel="step")
+        axes.set(title=f"MoE layer {layer + 1} of {n_layers}", xlabel="step")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(f"load / mean load, over {SMOOTH} steps")
     panels[0].legend(title="most (solid), least (dotted)")

@@ -1,10 +1,10 @@
-"""Tokenizer training: time and peak memory of ours and of the trainer of `tokenizers`, and whether they write the same.
+"""Tokenizer training: time and peak memory of ours and of the trainer of `tokenizers`, and whether the files are equal.
 
     python benchmarks/tokenizer_training.py                          poems and idioms, 32,000 tokens
     python benchmarks/tokenizer_training.py --sources=my.jsonl       another corpus
 
-Both read the same documents through the same pipeline, each in a process of its own, one after the other, at --compare
-characters; then ours alone at the default of train_tokenizer.py. Writes benchmarks/results/tokenizer_training.json.
+Both read the same documents through the same pipeline, each in a separate process, one after the other, with --compare
+characters; then ours alone with the default of train_tokenizer.py. Writes benchmarks/results/tokenizer_training.json.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -27,12 +28,12 @@ sys.path.insert(0, str(ROOT))
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from tokenizers import Tokenizer as Backend  # noqa: E402
 
-import train_tokenizer as ours  # noqa: E402
 from preprocess_data.corpora.registry import CORPORA_PATH, find_sources  # noqa: E402
+from preprocess_data.pipeline import train_bpe  # noqa: E402
+from train_tokenizer import TokenizerConfig  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
 from utils.log import log  # noqa: E402
-from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS  # noqa: E402
 
 
 @dataclass
@@ -46,40 +47,39 @@ class BenchmarkConfig:
     results_path: str = opt("benchmarks/results/tokenizer_training.json", "file to write", path=True)
 
 
-def reference(texts, vocab_size: int, min_frequency: int = 2, split_han: bool = False) -> Backend:
-    """What train_tokenizer.train does, by the trainer of `tokenizers`."""
+def reference(texts: Iterator[str], vocab_size: int, min_frequency: int = 2, split_han: bool = False) -> Backend:
+    """The same as train_bpe.train, with the trainer of `tokenizers`."""
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = ours.pre_tokenizer(ours._DIGIT, *([ours._HAN] if split_han else []))
+    backend.pre_tokenizer = train_bpe.training_pre_tokenizer(split_han)
     backend.decoder = decoders.ByteLevel()
-    special = [*SPECIAL_TOKENS, *(f"<|reserved_{i}|>" for i in range(N_SPECIAL - len(SPECIAL_TOKENS)))]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         show_progress=False,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in train_bpe.special_tokens()],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     backend.train_from_iterator(texts, trainer)
-    backend.pre_tokenizer = ours.pre_tokenizer()
+    backend.pre_tokenizer = train_bpe.pre_tokenizer()
     return backend
 
 
 def measure(trainer: str, characters: int, config: BenchmarkConfig) -> dict:
-    """Train once, in this process; the peak is of the whole process."""
+    """Train once, in this process; the peak memory is that of the process."""
     sources = find_sources(config.sources, Path(config.corpora_path))
-    read = []
+    lengths = []
 
-    def texts():
-        for text in ours.training_texts(sources, characters):
-            read.append(len(text))
+    def texts() -> Iterator[str]:
+        for text in train_bpe.training_texts(sources, characters):
+            lengths.append(len(text))
             yield text
 
     start = time.monotonic()
-    backend = {"ours": ours.train, "tokenizers": reference}[trainer](texts(), config.vocab_size)
+    backend = {"ours": train_bpe.train, "tokenizers": reference}[trainer](texts(), config.vocab_size)
     return {
         "trainer": trainer,
-        "characters": sum(read),
-        "documents": len(read),
+        "characters": sum(lengths),
+        "documents": len(lengths),
         "seconds": round(time.monotonic() - start, 1),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         "sha256": hashlib.sha256(backend.to_str().encode()).hexdigest(),
@@ -88,7 +88,7 @@ def measure(trainer: str, characters: int, config: BenchmarkConfig) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(BenchmarkConfig, argv)
-    default = ours.TokenizerConfig().max_characters
+    default = TokenizerConfig().max_characters
     runs = [("tokenizers", config.compare), ("ours", config.compare)] * (config.compare > 0) + [("ours", default)]
     rows = []
     for trainer, characters in runs:

@@ -1,10 +1,11 @@
-"""Measures a fine-tuned run on held-out poems and lets it answer: `python demo/evaluate.py --run output/sft_MODEL`."""
+"""Evaluates a fine-tuned run on held-out poems and fixed requests: `python demo/evaluate.py --run output/sft_MODEL`."""
 
 import dataclasses
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -14,14 +15,16 @@ from engine.distributed.process_group import find_device
 from engine.inference.generate import generate
 from engine.inference.options import GenerationOptions
 from engine.runs.registry import load_run
+from model.basemodel import BaseModel
 from preprocess_data.corpora.demo_chat import poem_request
-from utils.atomic import atomic_write
+from utils.atomic import write_text
 from utils.chat_template import encode_chat
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
 from utils.log import Progress, log
+from utils.tokenizer import Tokenizer
 
-# Each of the five tasks of the chat rows, worded as they are there.
+# Each of the five tasks of the chat examples, in their words.
 REQUESTS = [
     poem_request("春夜", "五言绝句"),
     poem_request("江上送别", "七言律诗"),
@@ -34,7 +37,7 @@ REQUESTS = [
 
 @dataclass
 class EvaluateConfig(GenerationOptions):
-    """Evaluates the demo: form, rhyme and copying of poems on held-out titles, and a few answers to read."""
+    """Evaluates the demo: form, rhyme and copied verses of poems on held-out titles, and a few answers to read."""
 
     run: str = opt("", "run folder of the fine-tuned model", path=True)
     pretrain_run: str = opt(
@@ -44,12 +47,12 @@ class EvaluateConfig(GenerationOptions):
     poems: int = opt(100, "poems to sample, equally many of each form")
     bits_poems: int = opt(1500, "held-out poems, of any form, over which bits per character are measured")
     batch_size: int = opt(25, "poems sampled at a time")
-    max_new_tokens: int = opt(96, "longest answer, in tokens")
-    temperature: float = opt(0.8, "0 always takes the likeliest token, higher is more varied")
+    max_new_tokens: int = opt(96, "maximum length of an answer in tokens")
+    temperature: float = opt(0.8, "0 is greedy, higher is more varied")
     seed: int = opt(1, "of the choice of titles and of the sampling")
 
 
-def ask(model, tokenizer, requests: list[str], config: EvaluateConfig, seed: int) -> list[str]:
+def ask(model: BaseModel, tokenizer: Tokenizer, requests: list[str], config: EvaluateConfig, seed: int) -> list[str]:
     """Return the answers of the model to single requests, all sampled in one batch."""
     prompts = [
         encode_chat(tokenizer, [{"role": "user", "content": request}], add_generation_prompt=True)[0]
@@ -59,9 +62,12 @@ def ask(model, tokenizer, requests: list[str], config: EvaluateConfig, seed: int
     return [tokenizer.decode(answer).strip() for answer in answers]
 
 
-def write_poems(model, tokenizer, asked: list[tuple[str, str]], config: EvaluateConfig) -> list[str]:
+def write_poems(
+    model: BaseModel, tokenizer: Tokenizer, asked: list[tuple[str, str]], config: EvaluateConfig
+) -> list[str]:
     """Return one sampled poem for every (title, form) pair."""
-    progress, texts = Progress(len(asked), label="poems"), []
+    progress = Progress(len(asked), label="poems")
+    texts: list[str] = []
     for start in range(0, len(asked), config.batch_size):
         batch = asked[start : start + config.batch_size]
         requests = [poem_request(title, form) for title, form in batch]
@@ -71,17 +77,18 @@ def write_poems(model, tokenizer, asked: list[tuple[str, str]], config: Evaluate
     return texts
 
 
-def evaluate(config: EvaluateConfig) -> dict:
-    """Measure the run, write demo.json into its folder, and return what was measured."""
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate the run, write demo.json into its folder, and return its content."""
     run = Path(config.run)
     loaded = load_run(run, device=find_device(config.device))
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model = loaded.model
+    tokenizer = loaded.tokenizer
     held_out, documents, training_verses = poems.load_poems(Path(config.corpora_path) / "poems.jsonl")
     asked = poems.choose_titles(held_out, config.poems, config.seed)
     texts = write_poems(model, tokenizer, asked, config)
     forms = [form for _, form in asked]
 
-    def counts(of: list[str], wanted: list[str]) -> dict:
+    def counts(of: list[str], wanted: list[str]) -> dict[str, Any]:
         return dataclasses.asdict(poems.count(of, wanted, training_verses))
 
     real, real_forms = poems.real_poems(held_out, each=500, seed=config.seed)
@@ -104,8 +111,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         "poems": [{"title": title, "form": form, "text": text} for (title, form), text in zip(asked, texts)],
         "answers": [{"request": request, "answer": answer} for request, answer in zip(REQUESTS, answers)],
     }
-    with atomic_write(run / "demo.json") as beside:
-        beside.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_text(run / "demo.json", json.dumps(result, ensure_ascii=False, indent=2) + "\n")
     return result
 
 

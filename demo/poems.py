@@ -1,4 +1,4 @@
-"""The held-out poems of the demo corpus, and what is counted over any list of poems."""
+"""The held-out poems of the demo corpus, and the statistics of a list of poems."""
 
 import json
 import random
@@ -14,9 +14,9 @@ from utils.text import is_held_out
 
 @dataclass(frozen=True)
 class Counts:
-    """What was counted over some poems; in_form and rhyming count poems, copied and verses count verses.
+    """Statistics of some poems: in_form and rhyming count poems, copied and verses count verses.
 
-    Verses of fewer than five characters are left out: two characters alike are no copy.
+    Verses of fewer than five characters are not counted: a match of two characters is no copy.
     """
 
     poems: int
@@ -29,7 +29,7 @@ class Counts:
 def load_poems(path: str | Path) -> tuple[dict[str, list[dict]], list[str], set[str]]:
     """Return the held-out poems by form, the documents of all held-out poems, and the verses of the training poems.
 
-    Lists are in the order of the file. A poem of another form is in no list of the first, but in the other two.
+    Lists are in the order of the file. A poem of any other form is missing from the first, and in the other two.
     """
     if not Path(path).exists():
         raise UserError(f"no poems in {path}: run `python preprocess_data.py fetch poems` inside preprocess_data/")
@@ -52,13 +52,14 @@ def load_poems(path: str | Path) -> tuple[dict[str, list[dict]], list[str], set[
 def choose_titles(held_out: dict[str, list[dict]], count: int, seed: int) -> list[tuple[str, str]]:
     """Return (title, form) pairs, equally many of each form, drawn from the held-out poems without repeating a title.
 
-    Titles that no chat row has are left out: some are whole prefaces.
+    Titles that no chat example has are left out: some are prefaces.
     """
     random_ = random.Random(seed)
-    chosen, used = [], set()
+    chosen: list[tuple[str, str]] = []
+    used: set[str] = set()
     for number, (form, poems) in enumerate(held_out.items()):
         wanted = count // len(held_out) + (number < count % len(held_out))
-        titles = dict.fromkeys(poem["title"] for poem in poems)  # a set in the order of the file
+        titles = dict.fromkeys(poem["title"] for poem in poems)  # unique, in the order of the file
         free = [t for t in titles if t not in used and len(t) <= LONGEST_TITLE and "《" not in t]
         if len(free) < wanted:
             raise UserError(f"only {len(free)} held-out titles of the form {form}, {wanted} asked: lower --poems")
@@ -69,9 +70,9 @@ def choose_titles(held_out: dict[str, list[dict]], count: int, seed: int) -> lis
 
 
 def count(texts: list[str], forms: list[str], training_verses: set[str]) -> Counts:
-    """Count, over poems and the forms asked of them, those in form, those in form that rhyme, and copied verses.
+    """Count the poems that have the requested form, those of them that rhyme, and the copied verses.
 
-    A poem that has not the asked form is not counted as rhyming: it has no known even verses.
+    A poem of another form is not counted as rhyming: which of its verses are even is not known.
     """
     poems = [split_verses(text) for text in texts]
     in_form = [verses for verses, form in zip(poems, forms, strict=True) if form_of(verses) == form]
@@ -94,7 +95,7 @@ def real_poems(held_out: dict[str, list[dict]], each: int, seed: int) -> tuple[l
 
 
 def shuffled_poems(texts: list[str], seed: int) -> list[str]:
-    """Return poems of the same shapes whose verses were all thrown together, by length, and dealt out at random."""
+    """Return poems of the same shapes with the verses of all, of each length, in random order."""
     random_ = random.Random(seed)
     poems = [split_verses(text) for text in texts]
     pools: dict[int, list[str]] = {}

@@ -1,7 +1,7 @@
 """Prints the demo's training preset of a model: `python demo/preset.py MODEL [--output_path output]`.
 
-A model with a preset of its own, configs/<model>_cpu.yaml, gets that one. Any other file dropped into model/ gets one
-made here: the training fields of configs/any_cpu.yaml, and small sizes for those fields that its args class has.
+That is configs/<model>_cpu.yaml where it exists. For any other model a preset is written: the training settings of
+configs/any_cpu.yaml, and small sizes for those fields that its args class has.
 """
 
 import argparse
@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import yaml
 
-from model import get_model_and_args
+from model import BaseModel, BaseModelArgs, get_model_and_args
 from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The usual names of sizes, as in model/llama3.py and model/deepseekv3.py. A model gets those that it has.
+# The usual field names of sizes, as in model/llama3.py and model/deepseekv3.py. A model gets those that it has.
 SMALL = {
     "dim": 256, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "inter_dim": 704,
     "q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64,
@@ -28,14 +28,14 @@ SMALL = {
 }  # fmt: skip
 
 
-def small_sizes(Model: type, Args: type) -> dict[str, int]:
-    """Return the small sizes that this model takes; {} with a word on stderr when it cannot be built from them."""
+def small_sizes(Model: type[BaseModel], Args: type[BaseModelArgs]) -> dict[str, int]:
+    """Return the small sizes for this model; {} with a note on stderr when it cannot be built with them."""
     fields = {field.name: field for field in dataclasses.fields(Args)}
     sizes = {name: value for name, value in SMALL.items() if name in fields and _is_plain_int(fields[name])}
     try:
         with torch.device("meta"):
             Model(Args(**sizes))
-    except Exception as error:  # an author's file may raise anything; its own defaults are then the best we have
+    except Exception as error:  # a plugin may raise anything; its defaults are used then
         print(f"note: {Model.model_name} is trained at its default size, since it does not take the small one {sizes}: "
               f"{type(error).__name__}: {error}", file=sys.stderr)  # fmt: skip
         return {}

@@ -1,8 +1,9 @@
-"""What the demo prints at its end, figures, answers and next commands: `python demo/report.py RUN` prints it again."""
+"""The report of the demo: results, answers and next commands. `python demo/report.py RUN` prints it again."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -11,12 +12,12 @@ from utils.terminal import strip_control_chars
 
 
 def share(part: int, whole: int) -> str:
-    """Return '69.4%', or '-' of nothing."""
+    """Return '69.4%', or '-' when whole is 0."""
     return f"{100 * part / whole:.1f}%" if whole else "-"
 
 
-def table(result: dict) -> str:
-    """Return the measured figures as a plain table; rhyme counts only poems that have the asked form."""
+def table(result: dict[str, Any]) -> str:
+    """Return the results as a plain table; rhyme counts only poems that have the requested form."""
     lines = ["", "Poems on held-out titles       poems    exact form   rhyme on even lines   copied verses"]
     rows = {f"  {form}": counts for form, counts in result["by_form"].items()}
     rows |= {
@@ -43,7 +44,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def conversation(result: dict) -> str:
+def conversation(result: dict[str, Any]) -> str:
     """Return the fixed requests and the model's answers."""
     lines = [""]
     for turn in result["answers"]:
@@ -69,14 +70,15 @@ def next_commands(run: str) -> str:
     return "\n".join(["Now you:", *(f"  {command:<{width}}   {what}" for command, what in commands.items())])
 
 
-def report(result: dict) -> str:
-    """Return all of it."""
+def report(result: dict[str, Any]) -> str:
+    """Return the complete report."""
     return "\n".join([table(result), conversation(result), next_commands(result["settings"]["run"])])
 
 
-def main():
+def main() -> None:
+    """Print the report of the run that is the only argument."""
     if len(sys.argv) != 2:
-        raise UserError("whose report? python demo/report.py RUN, the folder of a fine-tuning by run_demo.sh")
+        raise UserError("which run? python demo/report.py RUN, the folder of a fine-tuning by run_demo.sh")
     path = Path(sys.argv[1]) / "demo.json"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))

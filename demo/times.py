@@ -1,7 +1,7 @@
-"""Keeps how long the stages of the demo took, in a JSON file.
+"""Records how long the stages of the demo took, in a JSON file.
 
-`python demo/times.py FILE STAGE SECONDS [MODEL]` notes one; `python demo/times.py FILE MODEL` prints those of a model,
-with the stages that all models share.
+`python demo/times.py FILE STAGE SECONDS [MODEL]` records one; `python demo/times.py FILE MODEL` prints those of a
+model, with the stages that all models share.
 """
 
 import json
@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 
-def note(path: Path, stage: str, seconds: int, model: str = "") -> None:
-    """Write the time of one stage into the file; the last of a stage counts."""
+def record(path: Path, stage: str, seconds: int, model: str = "") -> None:
+    """Write the time of one stage into the file; it replaces an earlier one."""
     times = read(path)
     times[f"{stage} {model}".strip()] = seconds
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,4 +34,4 @@ if __name__ == "__main__":
     if len(words) == 1:
         print(table(read(Path(file)), words[0]))
     else:
-        note(Path(file), words[0], int(words[1]), *words[2:])
+        record(Path(file), words[0], int(words[1]), *words[2:])

@@ -1,11 +1,11 @@
-"""The form and the rhyme of a classical Chinese poem, as the demo counts them.
+"""The form and the rhyme of a classical Chinese poem, as the demo defines them.
 
 Form: the number of verses (lines) and the characters in each. Rhyme: the last characters of all even
 verses belong to one rhyme group of the Zhonghua Tongyun (GF 0022-2019), the rhyme table of modern
 Standard Chinese. Tones are ignored, and so is the medial glide (an, ian, uan and üan rhyme).
 
-Rhymes were chosen by the pronunciation of their time, which modern Chinese has partly lost, so that even the
-poems of the masters reach about 69% by this rule, and lines thrown together at random about 4%.
+Poets rhymed by the pronunciation of their time, which modern Chinese has partly lost: by this rule about 69% of real
+poems rhyme, and about 4% of poems made of random lines.
 """
 
 import re
@@ -32,7 +32,7 @@ def split_verses(text: str) -> list[str]:
 
 
 def form_of(verses: list[str]) -> str | None:
-    """Return the name of the form that the verses have exactly, or None; every character must be a Han character."""
+    """Return the name of the form that the verses have, or None; every character must be a Han character."""
     form = poem_form(verses)
     return form if form in FORMS.values() and _HAN.fullmatch("".join(verses)) else None
 

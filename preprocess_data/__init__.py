@@ -1,1 +1,1 @@
-"""Raw text to token files: readers, named corpora, cleaning, chat rows."""
+"""Raw text to token files: readers per format, named corpora, and the pipeline that cleans and encodes."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Seq-monkey, the open Chinese corpus of Mobvoi, 13 million documents, for pretraining.
 #   from  https://modelscope.cn/datasets/ddzhu123/seq-monkey
-#   to    output/corpora/seq-monkey/   about 12 GB packed (removed after unpacking), 33 GB unpacked
+#   to    output/corpora/seq-monkey/   about 12 GB compressed (removed afterwards), 33 GB decompressed
 #   next  python preprocess_data/preprocess_data.py pretrain --sources=seq-monkey
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/modelscope.sh"
@@ -10,14 +10,14 @@ name=mobvoi_seq_monkey_general_open_corpus.jsonl
 folder=$corpora/seq-monkey
 if [ ! -s "$folder/$name" ]; then
     fetch ddzhu123/seq-monkey seq-monkey "$name.tar.bz2"
-    packed=$(find "$folder" -name "$name.tar.bz2" -print -quit)
-    say "unpacking $packed ..."
-    # Under another name until it is whole, where preprocess_data.py does not look.
-    if ! tar -xjOf "$packed" > "$folder/.$name.partial"; then
-        say "error: $packed cannot be unpacked (cut off, or the disk is full): make room, delete it and run this again"
+    archive=$(find "$folder" -name "$name.tar.bz2" -print -quit)
+    message "decompressing $archive ..."
+    # Under a hidden name until it is complete, which preprocess_data.py ignores.
+    if ! tar -xjOf "$archive" > "$folder/.$name.partial"; then
+        message "error: $archive cannot be decompressed (truncated, or the disk is full): make room, delete it and run this again"
         exit 2
     fi
     mv "$folder/.$name.partial" "$folder/$name"
-    rm -f "$packed"
+    rm -f "$archive"
 fi
-say "done. Next: python preprocess_data/preprocess_data.py pretrain --sources=seq-monkey"
+message "done. Next: python preprocess_data/preprocess_data.py pretrain --sources=seq-monkey"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deepctrl SFT, ten million Chinese chat rows, for supervised fine-tuning.
+# Deepctrl SFT, ten million Chinese chat examples, for supervised fine-tuning.
 #   from  https://modelscope.cn/datasets/deepctrl/deepctrl-sft-data
 #   to    output/corpora/deepctrl-sft/   about 16 GB
 #   next  python preprocess_data/preprocess_data.py sft --sources=deepctrl-sft
@@ -7,4 +7,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/modelscope.sh"
 
 fetch deepctrl/deepctrl-sft-data deepctrl-sft sft_data_zh.jsonl
-say "done. Next: python preprocess_data/preprocess_data.py sft --sources=deepctrl-sft"
+message "done. Next: python preprocess_data/preprocess_data.py sft --sources=deepctrl-sft"

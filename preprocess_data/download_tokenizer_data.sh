@@ -7,4 +7,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/modelscope.sh"
 
 fetch AI-ModelScope/wikipedia-cn-20230720-filtered wikipedia-cn '*.json'
-say "done. Next: python train_tokenizer.py --sources=wikipedia-cn"
+message "done. Next: python train_tokenizer.py --sources=wikipedia-cn"

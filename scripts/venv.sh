@@ -1,6 +1,6 @@
 # Sourced by run_demo.sh and run_tests.sh, after they changed to the root of the project.
-# make_venv WHAT makes .venv when there is none, installs `demo` (what every stage needs) or `test` (that and the test tools)
-# into it, and sets $python.
+# make_venv WHAT creates .venv when there is none, installs `demo` (what every stage needs) or `test` (and the test tools),
+# and sets $python.
 
 die() {
     echo "error: $*" >&2
@@ -26,7 +26,7 @@ find_python() {
 venv_python() {
     local candidate
     for candidate in .venv/bin/python .venv/Scripts/python.exe; do
-        if "$candidate" -c '' 2>/dev/null; then # a .venv that was moved or made by a Python since removed does not start
+        if "$candidate" -c '' 2>/dev/null; then # fails after .venv was moved or its Python was removed
             echo "$PWD/$candidate"
             return
         fi

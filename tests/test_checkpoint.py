@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, tied weights, damage, runs."""
+"""Checkpoints: complete or absent, tied weights, damage, nothing executed."""
 
 import json
 import os
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from engine.runs.checkpoint import (
-    damage,
     load_weights,
     manifest_bytes,
     newest_checkpoint,
     save_checkpoint,
+    verify_checkpoint,
     weights_bytes,
 )
 from tests.support.tiny_model import TinyModel, TinyModelArgs
@@ -64,7 +64,7 @@ def test_weights_of_another_shape_are_named(tmp_path):
 
 def test_damage_is_found_and_skipped(tmp_path, capsys):
     folders = [saved(tmp_path, step) for step in (1, 2, 3, 4)]
-    assert newest_checkpoint(tmp_path) == folders[3] and damage(folders[3]) is None
+    assert newest_checkpoint(tmp_path) == folders[3] and verify_checkpoint(folders[3]) is None
     (folders[3] / "manifest.json").unlink()
     with open(folders[2] / "model.safetensors", "r+b") as file:  # one flipped bit
         file.seek(-3, os.SEEK_END)
@@ -100,4 +100,4 @@ def test_manifest_names_stay_inside_the_folder(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"].append({"name": "../../../etc/passwd"})
     (folder / "manifest.json").write_bytes(manifest_bytes(manifest))
-    assert damage(folder) == "passwd is missing"
+    assert verify_checkpoint(folder) == "passwd is missing"

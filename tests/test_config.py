@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from utils import paths
-from utils.config import opt, parse
+from utils import files
+from utils.config import check_bounds, opt, parse
 from utils.errors import UserError, run_script
 
 
@@ -25,9 +25,9 @@ class ToyConfig:
 
     model_name: str = opt("toy", "which model")
     model: dict = opt({}, "architecture")
-    max_lr: float = opt(0.1, "peak rate")
+    max_lr: float = opt(0.1, "peak rate", group="Optimizer")
     steps: int = opt(5, "how many")
-    verbose: bool = opt(False, "say more")
+    verbose: bool = opt(False, "log more")
     compile: str = opt("auto", "compile", choices=("auto", "true", "false"))
     betas: tuple[float, float] = opt((0.9, 0.95), "moments")
     limit: int | None = opt(None, "perhaps a limit")
@@ -96,6 +96,19 @@ def test_preset_errors(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_bounds_are_checked_and_named():
+    @dataclass
+    class Bounded:
+        share: float = opt(0.5, "a share", gt=0, le=1)
+        betas: tuple[float, float] = opt((0.9, 0.95), "moments", ge=0, lt=1)
+
+    check_bounds(Bounded(share=1.0, betas=(0.0, 0.99)))
+    with pytest.raises(UserError, match="--share=0: must be above 0 and at most 1"):
+        check_bounds(Bounded(share=0))
+    with pytest.raises(UserError, match="--betas=.0.9, 1.0.: must be at least 0 and below 1"):
+        check_bounds(Bounded(betas=(0.9, 1.0)))
+
+
 def test_help_lists_everything(capsys):
     with pytest.raises(SystemExit) as ended:
         toy("--help")
@@ -103,6 +116,7 @@ def test_help_lists_everything(capsys):
     assert ended.value.code == 0
     for part in ("--max_lr=0.1", "peak rate", "--betas=0.9,0.95", "--model.n_layers=2", "[auto|true|false]"):
         assert part in text
+    assert text.index("--model_name") < text.index("Optimizer:") < text.index("--max_lr")
 
 
 def test_run_script_prints_one_line(capsys):
@@ -125,7 +139,7 @@ def test_output_lies_in_the_project_wherever_the_command_is_typed(tmp_path, monk
         data_path: str = opt("output/data", "where", path=True)
         name: str = opt("output/x", "no path")
 
-    monkeypatch.setattr(paths, "PROJECT", tmp_path)
+    monkeypatch.setattr(files, "PROJECT", tmp_path)
     (tmp_path / "deep").mkdir()
     monkeypatch.chdir(tmp_path)
     assert parse(Paths, []).data_path == "output/data"  # in the project itself a path stays as it was typed

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from preprocess_data.corpora import demo_chat, idioms, poems
-from preprocess_data.pipeline.write_tokens import write_jsonl
+from preprocess_data.corpora.fetching import write_jsonl
 from utils.text import clean_text, is_held_out
 
 JINGYE = {"title": "靜夜思", "author": "李白", "paragraphs": ["床前看月光，疑是地上霜。", "舉頭望山月，低頭思故鄉。"]}
@@ -25,7 +25,7 @@ def package(tmp_path, files: dict):
     return path
 
 
-def test_a_poem_becomes_simplified_with_a_couplet_a_line():
+def test_a_poem_becomes_simplified_with_one_couplet_per_line():
     row, reason = poems.make_poem(JINGYE, "唐")
     assert reason == "" and row == {
         "title": "静夜思",
@@ -93,7 +93,7 @@ def test_form_by_shape(lines, characters, form):
         ({"title": "靜□思"}, "missing or strange title or author"),
     ],
 )
-def test_records_that_are_dropped(change, reason):
+def test_records_that_are_filtered(change, reason):
     assert poems.make_poem(JINGYE | change, "唐") == (None, reason)
 
 
@@ -135,7 +135,7 @@ def test_the_package_is_read_by_name_deduplicated_and_ordered(tmp_path):
     assert rows == poems.build_poems(path)[0]
 
 
-def test_idioms_lose_their_broken_quotes(tmp_path):
+def test_unpaired_quotation_marks_are_removed_from_idioms(tmp_path):
     records = [
         {
             "word": "刻舟求剑",
@@ -185,7 +185,7 @@ def make_corpora(folder):
     return poem_rows, idiom_rows
 
 
-def test_chat_rows_keep_to_their_side_of_the_split(tmp_path):
+def test_chat_examples_stay_on_their_side_of_the_split(tmp_path):
     poem_rows, idiom_rows = make_corpora(tmp_path)
     held_out_texts = {row["text"] for row in poem_rows if is_held_out(poems.document(row))}
     held_out_idioms = {row["idiom"] for row in idiom_rows if is_held_out(idioms.document(row))}

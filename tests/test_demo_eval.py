@@ -1,4 +1,4 @@
-"""What the demo counts: forms and rhymes of poems everybody knows, and the sampling of titles."""
+"""The statistics of the demo: forms and rhymes of well-known poems, and the sampling of titles."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def test_counts():
     bad = "床前明月光，疑是地上霜。"
     counted = poems.count([QUIET_NIGHT, NOT_FOUND, bad], ["五言绝句"] * 3, {"床前明月光"})
     assert (counted.poems, counted.in_form, counted.rhyming, counted.verses, counted.copied) == (3, 2, 1, 10, 2)
-    assert poems.count([QUIET_NIGHT], ["七言绝句"], set()).in_form == 0  # right in itself, but not what was asked
+    assert poems.count([QUIET_NIGHT], ["七言绝句"], set()).in_form == 0  # correct, but not the requested form
 
 
 def test_shuffled_poems_keep_shapes_and_verses():
@@ -142,7 +142,7 @@ def test_the_table_has_a_row_for_every_form_and_baseline():
 
 
 def test_bits_per_character_equal_a_loop_over_tokens():
-    """One document after the other, one token after the other, in float64; the batch and its padding change nothing."""
+    """One document and one token at a time, in float64; batching and padding change nothing."""
     run = load_run(small_runs() / "pretrain_mini_deepseekv3")
     model, tokenizer = run.model, run.tokenizer
     documents = [QUIET_NIGHT, "题\n佚名\n" + SPRING_VIEW, POEM, "一"]

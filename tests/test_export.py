@@ -1,4 +1,4 @@
-"""export.py: a trained run to transformers and back, a published checkpoint to a run, and one line for each mistake."""
+"""export.py: export to transformers and import, published checkpoints, and one line for each mistake."""
 
 import contextlib
 import dataclasses
@@ -18,11 +18,12 @@ from engine.data.sequences import DocumentRows, TokenFile
 from engine.inference.chat import open_chat_model
 from engine.runs.registry import load_run
 from engine.training.evaluate import held_out_loss
-from model import get_model_and_args
+from model import ModelError, get_model_and_args
 from model.basemodel import BaseModel
 from tests.support.models import SHIPPED
 from tests.support.token_files import stage_files
 from utils.chat_template import encode_chat
+from utils.errors import UserError
 from utils.tokenizer import SPECIAL_TOKENS, StreamDecoder
 
 transformers = pytest.importorskip("transformers")
@@ -147,8 +148,8 @@ def test_both_render_a_chat_to_the_same_ids(run):
     assert settings.eos_token_id == [ours.eos_id, ours.im_end_id]
 
 
-def test_an_imported_run_goes_on(run, work, tmp_path):
-    """It loads, answers, and is fine-tuned, as a run that was trained here."""
+def test_an_imported_run_can_be_used(run, work, tmp_path):
+    """It loads, answers, and is fine-tuned, like a run that was trained here."""
     _, folder = run
     export.main([f"--from_hf={folder}", f"--out={tmp_path / 'imported'}", "--max_seq_len=48"])
     imported = load_run(tmp_path / "imported")
@@ -173,11 +174,11 @@ def test_an_imported_run_goes_on(run, work, tmp_path):
     assert summary["status"] == "finished"
 
 
-# ---------------------------------------------------------------------------------------- checkpoints of other people
+# ---------------------------------------------------------------------------------------- published checkpoints
 
 
 def foreign_tokenizer(folder, special):
-    """A byte-level tokenizer with somebody else's special tokens behind its 256 bytes."""
+    """A byte-level tokenizer with the special tokens of another project after its 256 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -312,19 +313,19 @@ def changed(folder, target, config=None, tensors=None):
     return target
 
 
-def said(*argv) -> str:
+def error_of(*argv) -> str:
     with pytest.raises(ValueError) as error:
         export.main(list(map(str, argv)))
-    assert error.value.user_error and "\n" not in str(error.value)
+    assert isinstance(error.value, (UserError, ModelError)) and "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_what_cannot_be_imported_is_told(run, tmp_path):
+def test_what_cannot_be_imported_is_one_line(run, tmp_path):
     _, folder = run
 
     def trial(config=None, tensors=None):
-        place = changed(folder, tmp_path / str(len(list(tmp_path.iterdir()))), config, tensors)
-        message = said("--from", "hf", place, "--out", tmp_path / "out")
+        copy = changed(folder, tmp_path / str(len(list(tmp_path.iterdir()))), config, tensors)
+        message = error_of("--from", "hf", copy, "--out", tmp_path / "out")
         assert not (tmp_path / "out").exists() and not (tmp_path / ".out.tmp").exists()
         return message
 
@@ -343,19 +344,19 @@ def test_what_cannot_be_imported_is_told(run, tmp_path):
     (tmp_path / "no_tokenizer").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path / "no_tokenizer")
-    assert "no tokenizer.json" in said("--from", "hf", tmp_path / "no_tokenizer", "--out", tmp_path / "out")
+    assert "no tokenizer.json" in error_of("--from", "hf", tmp_path / "no_tokenizer", "--out", tmp_path / "out")
 
 
 def test_commands_that_cannot_be(run, tmp_path):
     summary, folder = run
-    assert "exists" in said("--run", summary["run"], "--to", "hf", folder)
-    assert "which run" in said("--to", "hf", tmp_path / "x")
-    assert "where to" in said("--from", "hf", folder)
-    assert "--to hf DIR" in said("--run", summary["run"])
-    assert "takes a format" in said("--run", summary["run"], "--to", "gguf", "x")
-    assert "takes a format" in said("--run", summary["run"], "--to", "hf")
-    assert "no run folder" in said("--run", tmp_path, "--to", "hf", tmp_path / "x")
-    assert "config.json" in said("--from", "hf", tmp_path, "--out", tmp_path / "x")
+    assert "exists" in error_of("--run", summary["run"], "--to", "hf", folder)
+    assert "which run" in error_of("--to", "hf", tmp_path / "x")
+    assert "where to" in error_of("--from", "hf", folder)
+    assert "--to hf DIR" in error_of("--run", summary["run"])
+    assert "takes a format" in error_of("--run", summary["run"], "--to", "gguf", "x")
+    assert "takes a format" in error_of("--run", summary["run"], "--to", "hf")
+    assert "no run folder" in error_of("--run", tmp_path, "--to", "hf", tmp_path / "x")
+    assert "config.json" in error_of("--from", "hf", tmp_path, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -366,7 +367,7 @@ def test_a_model_without_a_layout_says_so():
     for call in (lambda: Unpublished(None).to_hf(), lambda: Unpublished.from_hf({}, {})):
         with pytest.raises(ValueError, match="unpublished has no published layout.*docs/interchange.md") as error:
             call()
-        assert error.value.user_error and "\n" not in str(error.value)
+        assert isinstance(error.value, (UserError, ModelError)) and "\n" not in str(error.value)
 
 
 def test_two_names_for_one_tensor_are_found():

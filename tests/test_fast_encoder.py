@@ -1,4 +1,4 @@
-"""gigatoken is taken where its ids are those of tokenizers, and refused by every tokenizer on which they are not."""
+"""gigatoken is used where its ids equal those of tokenizers, and rejected for every tokenizer where they differ."""
 
 import copy
 import json
@@ -75,7 +75,7 @@ OTHERS = {
     "end of word": at("model", "end_of_word_suffix", value="</w>"),
     "an added token": added,
 }
-# Not of the tokenizer's own kind, but harmless on cleaned text: the fast encoder may take them, with the same ids.
+# Changes without an effect on cleaned text: the fast encoder may be used, with the same ids.
 HARMLESS = {
     "nothing": lambda data: None,
     "unk": at("model", "unk_token", value="<unk>"),
@@ -91,7 +91,7 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_tokenizer_on_which_it_differs_is_left_to_the_reference(plain, tmp_path, name):
+def test_a_tokenizer_where_it_differs_is_encoded_by_the_reference(plain, tmp_path, name):
     library, why = choose_encoder(altered(plain, tmp_path, OTHERS[name]), "auto", SENTENCES)
     assert library == REFERENCE and ("gives other ids for" in why or "does not take" in why)
 
@@ -109,30 +109,30 @@ def same(tokenizer, texts):
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_where_it_is_taken_the_ids_are_the_same(tokenizer, tmp_path, name):
+def test_where_it_is_used_the_ids_are_equal(tokenizer, tmp_path, name):
     other = altered(tokenizer, tmp_path, HARMLESS[name])
     assert choose_encoder(other, "auto", SENTENCES)[0] == FAST
     same(other, [text for text in map(clean_text, [*HOSTILE, *SENTENCES]) if text])
 
 
-def test_table_only_where_no_token_joins_a_chinese_character_to_its_neighbour(tokenizer):
-    joining = [i for i in range(tokenizer.vocab_size) if re.search(".[一-龥]|[一-龥].", tokenizer.decode([i]), re.S)]
+def test_the_table_is_used_only_if_no_token_spans_a_chinese_character_and_its_neighbor(tokenizer):
+    spanning = [i for i in range(tokenizer.vocab_size) if re.search(".[一-龥]|[一-龥].", tokenizer.decode([i]), re.S)]
     fast = FastTokenizer(tokenizer)
-    assert (fast._stand_in is None) == bool(joining)
+    assert (fast._placeholder is None) == bool(spanning)
     texts = ["床前", "床a前", "前", "a床前，明月b", "床前\n明月 光", "𠮷床𠮷", "龦前龥一", "床龘龘前龘", "abc"]
     same(tokenizer, [*texts, "前" * 300, *map(chr, range(0x4DF0, 0x9FB0)), "".join(map(chr, range(0x4DF0, 0x9FB0)))])
 
 
-def test_what_the_library_remembers_is_bounded(tokenizer, monkeypatch):
-    monkeypatch.setattr(fast_encoder, "REMEMBERED", 100)
+def test_the_cache_of_the_library_is_bounded(tokenizer, monkeypatch):
+    monkeypatch.setattr(fast_encoder, "CACHED_CHARACTERS", 100)
     fast = FastTokenizer(tokenizer)
     first = fast._fast
     assert [fast.encode_batch([text]) for text in SENTENCES * 5] == [tokenizer.encode_batch([t]) for t in SENTENCES * 5]
     assert fast._fast is not first
 
 
-def test_characters_that_no_pattern_knows(tokenizer):
-    """Emoji teach merges over the bytes of two characters: side by side, unassigned ones show who cuts where."""
+def test_characters_that_no_pattern_matches(tokenizer):
+    """Emoji lead to merges across characters: with adjacent unassigned ones the libraries pre-tokenize differently."""
     strange = [*"\U00032802\U0001fef7\U000570cd\U0001f8d1\ue000\U000f0000\u200d\u200b\u00ad"]
     texts = [a + b for a in strange for b in strange] + ["前" + a + "b" + b for a in strange for b in strange]
     same(tokenizer, [*texts, "x", "".join(strange), *SENTENCES])
@@ -145,7 +145,7 @@ def test_random_texts_have_the_same_ids(tokenizer, texts):
     same(tokenizer, texts or ["x"])
 
 
-def test_random_texts_come_back(tokenizer):
+def test_random_texts_round_trip(tokenizer):
     """Any Unicode for the reference; cleaned, as every document is, for both."""
     random_, fast = random.Random(TEXTS), FastTokenizer(tokenizer)
     for _ in range(TEXTS // 500):
@@ -158,7 +158,7 @@ def test_random_texts_come_back(tokenizer):
         assert [tokenizer.decode(row, skip_special=False) for row in ids] == texts
 
 
-def test_choice_by_documents_by_wish_and_without_the_library(plain, monkeypatch):
+def test_choice_by_documents_by_flag_and_without_the_library(plain, monkeypatch):
     tokenizer = plain
     assert choose_encoder(tokenizer, REFERENCE, []) == (REFERENCE, "asked for")
     real = FastTokenizer.encode_batch
@@ -174,7 +174,7 @@ def test_choice_by_documents_by_wish_and_without_the_library(plain, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_any_workers_and_both_encoders_write_the_same_bytes(tokenizer, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 5000)
+    monkeypatch.setattr("preprocess_data.readers.records.CHUNK_BYTES", 5000)
     texts = [f"{SENTENCES[i % len(SENTENCES)]}{i}{HOSTILE[i % len(HOSTILE)]}" for i in range(3000)]
     rows = [{"text": text} if kind == "pretrain" else {"q": text, "a": text[::-1]} for text in texts]
     source, metas = write_lines(tmp_path / "my.jsonl", [*rows, "{"]), []

@@ -1,4 +1,4 @@
-"""The commands that bring corpora, with stand-ins for the clients: what is done with their success and failure."""
+"""The commands that fetch corpora, with fake clients: how success and failure are handled."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from preprocess_data.corpora import fetching
 from utils.errors import UserError
 
 NAME = "mobvoi_seq_monkey_general_open_corpus.jsonl"
-# Writes the file of the pattern as the client does: beside the place, then renamed. FAKE says how it ends.
+# Writes the file of the pattern as the client does, beside the target, then renamed. FAKE selects the outcome.
 CLIENT = """#!/usr/bin/env bash
 set -eu
 [ "$1 $3 $4 $5 $7" = "download --repo-type dataset --include --local-dir" ] || exit 64
@@ -54,26 +54,26 @@ def script(tmp_path):
     return run
 
 
-def packed(rows: bytes) -> bytes:
+def archive_of(lines: bytes) -> bytes:
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w:bz2") as archive:
         member = tarfile.TarInfo(NAME)
-        member.size = len(rows)
-        archive.addfile(member, io.BytesIO(rows))
+        member.size = len(lines)
+        archive.addfile(member, io.BytesIO(lines))
     return data.getvalue()
 
 
 @pytest.mark.parametrize(
     "which,path", [("tokenizer", "wikipedia-cn/data.json"), ("sft", "deepctrl-sft/sft_data_zh.jsonl")]
 )
-def test_a_file_is_brought_and_the_next_step_named(script, which, path):
+def test_a_file_is_downloaded_and_the_next_command_is_named(script, which, path):
     done = script(which, "ok")
     assert done.returncode == 0 and "Next: python" in done.stderr
     assert (script.corpora / path).read_bytes() == b'{"text": "x"}\n'
 
 
 @pytest.mark.parametrize("fake", ["offline", "damaged", "half"])
-def test_after_a_failure_one_line_says_what_to_do_and_a_rerun_goes_on(script, fake):
+def test_after_a_failure_one_line_says_what_to_do_and_a_rerun_resumes(script, fake):
     done = script("sft", fake)
     errors = [line for line in done.stderr.splitlines() if "could not download deepctrl/deepctrl-sft-data" in line]
     assert done.returncode == 2 and len(errors) == 1 and "run this again" in errors[0] and "done." not in done.stderr
@@ -84,7 +84,7 @@ def test_after_a_failure_one_line_says_what_to_do_and_a_rerun_goes_on(script, fa
 
 def test_a_repository_without_the_file_is_an_error(script):
     done = script("sft", "nothing")
-    assert done.returncode == 2 and "holds no file sft_data_zh.jsonl any more" in done.stderr
+    assert done.returncode == 2 and "no longer has a file sft_data_zh.jsonl" in done.stderr
 
 
 def test_without_the_client_it_says_what_to_install(script, tmp_path):
@@ -96,9 +96,9 @@ def test_without_the_client_it_says_what_to_install(script, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install modelscope" in done.stderr
 
 
-def test_the_packed_corpus_is_unpacked_once(script):
+def test_a_compressed_corpus_is_decompressed_once(script):
     rows = b'{"text": "one"}\n' * 1000
-    assert script("pretrain", "ok", packed(rows)).returncode == 0
+    assert script("pretrain", "ok", archive_of(rows)).returncode == 0
     folder = script.corpora / "seq-monkey"
     assert [path.name for path in folder.iterdir()] == [NAME] and (folder / NAME).read_bytes() == rows
     assert script("pretrain", "offline").returncode == 0  # nothing left to download
@@ -107,13 +107,13 @@ def test_the_packed_corpus_is_unpacked_once(script):
 @pytest.mark.parametrize("damage", ["cut", "changed"])
 def test_a_damaged_archive_leaves_nothing_under_the_final_name(script, damage):
     rows = b"".join(json.dumps({"text": str(i**9)}).encode() + b"\n" for i in range(9000))
-    whole = packed(rows)
-    middle = len(whole) // 2
-    broken = whole[:middle] + (b"" if damage == "cut" else bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
-    done = script("pretrain", "ok", broken)
-    assert done.returncode == 2 and "cannot be unpacked" in done.stderr
+    intact = archive_of(rows)
+    middle = len(intact) // 2
+    damaged = intact[:middle] + (b"" if damage == "cut" else bytes([intact[middle] ^ 255]) + intact[middle + 1 :])
+    done = script("pretrain", "ok", damaged)
+    assert done.returncode == 2 and "cannot be decompressed" in done.stderr
     assert not (script.corpora / "seq-monkey" / NAME).exists()
-    assert script("pretrain", "ok", whole).returncode == 0
+    assert script("pretrain", "ok", intact).returncode == 0
     assert (script.corpora / "seq-monkey" / NAME).read_bytes() == rows
 
 
@@ -130,14 +130,14 @@ def archives(folder):
 
 
 @pytest.mark.parametrize("kind,name", [("npm", "p-1.0.tgz"), ("pip", "p-1.0-py3-none-any.whl")])
-def test_a_kept_package_is_taken_when_whole_and_fetched_again_when_not(tmp_path, monkeypatch, kind, name):
+def test_a_kept_package_is_used_if_intact_and_fetched_again_if_not(tmp_path, monkeypatch, kind, name):
     (tmp_path / "from").mkdir()
-    whole, folder, fetched = archives(tmp_path / "from")[name], tmp_path / "to", []
+    intact, folder, fetched = archives(tmp_path / "from")[name], tmp_path / "to", []
 
     def download(command, where, what):
         assert not (where / name).exists(), "pip keeps a file that is there"
         fetched.append(command[-1])
-        (where / name).write_bytes(whole)
+        (where / name).write_bytes(intact)
 
     monkeypatch.setattr(fetching, "_run", download)
     monkeypatch.setattr(fetching, "_npm", lambda: ["npm"])
@@ -146,10 +146,10 @@ def test_a_kept_package_is_taken_when_whole_and_fetched_again_when_not(tmp_path,
         return fetching.npm_pack("p@1.0", folder) if kind == "npm" else fetching.pip_download("p==1.0", folder)
 
     assert fetch() == fetch() == folder / name and len(fetched) == 1
-    middle = len(whole) // 2
-    for broken in (b"", whole[:middle], whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]):
-        (folder / name).write_bytes(broken)
-        assert fetch().read_bytes() == whole
+    middle = len(intact) // 2
+    for damaged in (b"", intact[:middle], intact[:middle] + bytes([intact[middle] ^ 255]) + intact[middle + 1 :]):
+        (folder / name).write_bytes(damaged)
+        assert fetch().read_bytes() == intact
     assert len(fetched) == 4
 
 

@@ -1,4 +1,4 @@
-"""A disk that takes no more: one line that names the file, and no half of it under its name."""
+"""A full disk: one line that names the file, and no partial file under its name."""
 
 import errno
 import json
@@ -11,13 +11,13 @@ import pytest
 
 from engine.runs.metrics import draw_curve
 from preprocess_data import preprocess_data
+from preprocess_data.corpora.fetching import write_jsonl
 from preprocess_data.pipeline import report
-from preprocess_data.pipeline.tokenizer_report import of_folder, write_report
-from preprocess_data.pipeline.write_tokens import GrowingFile, write_jsonl
+from preprocess_data.pipeline.tokenizer_report import from_tokenizer, write_report
+from preprocess_data.pipeline.train_bpe import save
 from tests.support.texts import SENTENCES, write_lines
 from tests.support.tokenizers import make_tokenizer
-from train_tokenizer import save
-from utils.atomic import write_text
+from utils.atomic import GrowingFile, write_text
 from utils.errors import UserError, run_script
 
 
@@ -46,7 +46,7 @@ def curve(path, tokenizer):
 
 WRITERS = {
     "poems.jsonl": lambda path, _: lambda: write_jsonl(path, [{"text": "明月" * 50}] * 100),
-    "report.md": lambda path, tok: lambda: write_report([of_folder("ours", tok)], SENTENCES, path, "these"),
+    "report.md": lambda path, tok: lambda: write_report([from_tokenizer("ours", tok)], SENTENCES, path, "these"),
     "tokenizer.json": lambda path, tok: lambda: save(tok.backend, path.parent),
     "chat_template.jinja": lambda path, tok: lambda: tok.save(path.parent),
     "summary.json": lambda path, _: lambda: write_text(path, "x" * 9000),

@@ -17,7 +17,6 @@ from engine.distributed import fsdp
 from engine.runs import checkpoint_manager
 from engine.runs.checkpoint import (
     MANIFEST,
-    damage,
     file_sha256,
     find_checkpoints,
     load_training_state,
@@ -26,6 +25,7 @@ from engine.runs.checkpoint import (
     read_manifest,
     restore_weights,
     step_of,
+    verify_checkpoint,
     weights_bytes,
 )
 from engine.runs.registry import load_run
@@ -101,9 +101,9 @@ def test_one_process_reads_its_parts(shared_out):
     for path in (newest / "model-00002-of-00002.safetensors", newest / "optimizer.pt"):
         content = path.read_bytes()
         path.unlink()
-        assert damage(newest) == f"{path.name} is missing" and newest_checkpoint(run) == before
+        assert verify_checkpoint(newest) == f"{path.name} is missing" and newest_checkpoint(run) == before
         path.write_bytes(content)
-    assert damage(newest) is None
+    assert verify_checkpoint(newest) is None
 
 
 @pytest.mark.slow
@@ -289,10 +289,10 @@ def test_every_flipped_bit_and_truncation_is_found(example, tmp_path, capsys):
             if number % 3 == 2
             else content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :]
         )
-        assert damage(newest), (number, path.name)
+        assert verify_checkpoint(newest), (number, path.name)
         assert number % 20 or newest_checkpoint(run) == before
         path.write_bytes(content)
-    assert damage(newest) is None
+    assert verify_checkpoint(newest) is None
 
 
 def safetensors_header(header: bytes):

@@ -1,4 +1,4 @@
-"""Payloads planted in every file of a run and of its data: whatever reads them executes nothing, and says one line."""
+"""Payloads in every file of a run and of its data: reading them executes nothing, and a refusal is one line."""
 
 import json
 import pickle
@@ -21,10 +21,11 @@ from engine.runs.metrics import read_metrics
 from engine.runs.registry import find_runs, load_run
 from engine.training.config import TrainConfig
 from engine.training.optim import build_optimizer
-from model import get_model_and_args
+from model import ModelError, get_model_and_args
 from tests.support.models import BASE_MODEL
 from tests.support.pickles import Payload, raw_pickle, torch_file
 from tests.support.token_files import stage_files
+from utils.errors import UserError
 from utils.tokenizer import load_tokenizer
 
 NAME = BASE_MODEL
@@ -123,7 +124,7 @@ def places(path):
 
 
 def plant(run, name, how):
-    """Put the payload into each file of that name, and make the manifests true again, as an attacker would."""
+    """Put the payload into each file of that name, and update the manifests, as an attacker would."""
     for path in [p for p in run.rglob(name) if "logs" not in p.parts] or [run / name]:
         how(path)
     for folder in [*find_checkpoints(run), run / "final"]:
@@ -136,17 +137,17 @@ def plant(run, name, how):
 
 
 def attempt(reader, *arguments):
-    """Read; return what it said when it refused, which must be one line."""
+    """Read; return the message of a refusal, which must be one line, else None."""
     try:
         reader(*arguments)
     except ValueError as error:
-        assert getattr(error, "user_error", False), repr(error)
+        assert isinstance(error, (UserError, ModelError)), repr(error)
         assert "\n" not in str(error)
         return str(error)
 
 
 def read(path, run):
-    """Go through the readers; return what those said that refused."""
+    """Call every reader; return the messages of those that refused."""
     tokenizer = load_tokenizer(path / "output/tokenizer")
 
     def restore():
@@ -165,11 +166,11 @@ def read(path, run):
         (data, "pretrain_train"),
         (data, "sft_val"),
     ]
-    return [said for said in (attempt(*call) for call in calls) if said]
+    return [message for message in (attempt(*call) for call in calls) if message]
 
 
 def train(path, run):
-    """Give every command that reads a run: the same again, --resume=PATH, fine-tuning; return what they said."""
+    """Run the commands that read a run (the same, --resume=PATH, fine-tuning); return the messages of refusals."""
     calls = [
         (pretrain.main, [*MODEL, *FLAGS, "--max_steps=2", *places(path)]),
         (pretrain.main, [*MODEL, *FLAGS, "--max_steps=3", *places(path), f"--resume={run}"]),
@@ -184,7 +185,7 @@ def train(path, run):
             ],
         ),
     ]
-    return [said for said in (attempt(*call) for call in calls) if said]
+    return [message for message in (attempt(*call) for call in calls) if message]
 
 
 @pytest.mark.parametrize("reader", [read, pytest.param(train, marks=pytest.mark.slow)])
@@ -211,7 +212,7 @@ def test_hostile_data_executes_nothing_and_is_refused(folder, tmp_path, monkeypa
 
 
 def test_the_payload_works(tmp_path, monkeypatch):
-    """Where pickles are run, it does make the folder: the tests above could fail."""
+    """Where pickles are executed, it does create the folder: the tests above could fail."""
     monkeypatch.chdir(tmp_path)
     raw_pickle(tmp_path / "file")
     pickle.loads((tmp_path / "file").read_bytes())

@@ -1,4 +1,4 @@
-"""Hostile records: no crash, every one accounted for, what is kept is what an independent reading of the line gives."""
+"""Hostile records: no crash, every one is counted, and what is kept equals an independent parse of the line."""
 
 import json
 import os
@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from preprocess_data import preprocess_data
+from preprocess_data.pipeline import prepare as prepare_module
 from preprocess_data.preprocess_data import main
 from preprocess_data.readers.chat import to_messages
-from preprocess_data.readers.files import InvalidRecord
+from preprocess_data.readers.records import InvalidRecord
 from tests.support.texts import HOSTILE
 from tests.support.tokenizers import make_tokenizer
 from utils.text import clean_text
@@ -40,7 +40,7 @@ chat_record = st.dictionaries(
 
 
 def lines_of(record):
-    """A record as a line: whole, cut, with bytes in it, or no JSON at all."""
+    """A record as a line: intact, truncated, with random bytes in it, or not JSON at all."""
     written = st.tuples(record, st.booleans()).map(
         lambda pair: json.dumps(pair[0], ensure_ascii=pair[1]).encode("utf-8", "surrogatepass").replace(b"\n", b" ")
     )
@@ -52,14 +52,14 @@ def lines_of(record):
 
 
 def strictly(line: bytes):
-    """The value of a line by the standard's letter, or None."""
+    """The value of a line by the JSON standard, or None."""
 
     def refuse(name):
         raise ValueError(name)
 
     try:
         value = json.loads(line.decode("utf-8"), parse_constant=refuse)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair anywhere
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # no lone surrogate anywhere
         return value
     except (ValueError, RecursionError):
         return None
@@ -88,15 +88,15 @@ def prepare(kind, folder, tokenizer, lines, end=b"\n"):
 
 
 def prepare_quickly(kind, tmp_path_factory, tokenizer, lines):
-    """A new folder, and what `prepare` says of it; without the report."""
+    """A new folder, and what `prepare` returns for it; without the report."""
     folder = tmp_path_factory.mktemp("hostile")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocess_data, "write_report", lambda *_: "none")
+        patch.setattr(prepare_module, "write_report", lambda *_: "none")
         return folder, prepare(kind, folder, tokenizer, lines)
 
 
 def hostile():
-    """Settings for RECORDS records in all, half of them for each kind of row."""
+    """Settings for RECORDS records in all, half of them for each kind of record."""
     return settings(max_examples=max(1, RECORDS // AN_EXAMPLE // 2), deadline=None, phases=[Phase.generate],
                     suppress_health_check=list(HealthCheck))  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_documents(tmp_path_factory, tokenizer, lines):
 
 @hostile()
 @given(lines=st.lists(lines_of(chat_record), min_size=AN_EXAMPLE, max_size=AN_EXAMPLE))
-def test_chat_rows(tmp_path_factory, tokenizer, lines):
+def test_chat_examples(tmp_path_factory, tokenizer, lines):
     _, good = prepare_quickly("sft", tmp_path_factory, tokenizer, lines)
     readable = {number for number, line in enumerate(lines, 2) if strictly(line) is not None}
     assert good == {n for n in readable if not isinstance(to_messages(strictly(lines[n - 2])), InvalidRecord)}

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, among them inside a save: the same command goes on, and nothing differs at the end."""
+"""SIGKILL at random moments, some of them during a save: the same command resumes, and the result is the same."""
 
 import json
 import os
@@ -17,8 +17,8 @@ WORKER = Path(__file__).parent / "support/kill_worker.py"
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("model", SHIPPED)
-def test_killed_runs_equal_the_one_left_in_peace(model, tmp_path):
-    """Metrics but for times, samples, the best checkpoint and the sha256 of the final weights."""
+def test_killed_runs_equal_the_uninterrupted_one(model, tmp_path):
+    """Metrics except times, samples, the best checkpoint and the sha256 of the final weights."""
     command = [sys.executable, str(WORKER), model, str(KILLS), str(tmp_path)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess_data import preprocess_data
+from preprocess_data.pipeline import prepare
+from preprocess_data.pipeline.token_writer import token_dtype
 from preprocess_data.preprocess_data import main
-from preprocess_data.readers.files import InvalidRecord
+from preprocess_data.readers.chat import to_messages
+from preprocess_data.readers.records import InvalidRecord
 from tests.support.texts import HOSTILE, SENTENCES, write_lines
 from tests.support.tokenizers import make_tokenizer
 from utils.chat_template import encode_chat
@@ -71,7 +73,7 @@ def test_texts_come_back_split_as_the_design_says(tokenizer, tmp_path):
 
 
 def test_any_number_of_workers_and_either_encoder_write_the_same_bytes(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 2000)
+    monkeypatch.setattr("preprocess_data.readers.records.CHUNK_BYTES", 2000)
     source = write_lines(tmp_path / "my.jsonl", [{"text": text} for text in some_texts(600)])
     ways = [(1, "tokenizers"), (2, "tokenizers"), (4, "auto"), (1, "auto")]
     for workers, encoder in ways:
@@ -84,7 +86,7 @@ def test_any_number_of_workers_and_either_encoder_write_the_same_bytes(tokenizer
             assert (files[0] == files[2]) == (suffix != ".meta.json")  # which names the encoder
 
 
-def test_what_cannot_be_used_is_counted_by_reason(tokenizer, tmp_path):
+def test_invalid_and_filtered_records_are_counted_by_reason(tokenizer, tmp_path):
     rows = [
         {"text": "好文章"},
         "{broken",
@@ -120,7 +122,7 @@ def test_what_cannot_be_used_is_counted_by_reason(tokenizer, tmp_path):
     assert train["documents"] + val["documents"] == 2
 
 
-def test_every_kind_of_file_gives_the_same_tokens(tokenizer, tmp_path):
+def test_every_format_gives_the_same_tokens(tokenizer, tmp_path):
     texts = ["第一篇。", "第二篇，\n两行。", "third"]
     lines = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
     files = {
@@ -157,7 +159,7 @@ def test_folder_glob_where_and_limit(tokenizer, tmp_path, capsys):
     folder, _ = run("pretrain", tokenizer, tmp_path / "in", tmp_path / "1")
     globbed, _ = run("pretrain", tokenizer, tmp_path / "in" / "*.jsonl", tmp_path / "2")
     assert folder["sha256"] == globbed["sha256"] and len(folder["sources"]) == 2
-    assert "1 files of no known kind are left out (notes.pdf)" in capsys.readouterr().out
+    assert "skipped 1 files of unknown type (notes.pdf)" in capsys.readouterr().out
     with pytest.raises(UserError, match="twice"):
         run("pretrain", tokenizer, f"{tmp_path / 'in'},{tmp_path / 'in' / 'a.jsonl'}", tmp_path / "4")
     run("pretrain", tokenizer, tmp_path / "in", tmp_path / "3", "--where=kind=y", "--max_documents=2")
@@ -174,7 +176,7 @@ def test_a_failure_leaves_the_old_files_and_no_half_ones(tokenizer, tmp_path):
 
 
 def slowly_cleaned(text: str) -> str:
-    """What clean_text promises, one step after another."""
+    """clean_text by its definition, one rule after another."""
     for newline in ("\r\n", "\r", "\x85", "\u2028", "\u2029"):
         text = text.replace(newline, "\n")
     gone = [*range(9), *range(11, 32), *range(127, 133), *range(134, 160), 0xFEFF, *range(0xD800, 0xE000)]
@@ -192,30 +194,30 @@ def test_clean_text_and_its_short_cut(text):
     assert clean_text(text) == slowly_cleaned(text) == clean_text(clean_text(text))
 
 
-def test_too_many_bad_records_stop_the_run_and_an_option_lets_it_go_on(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocess_data.pipeline.resume.JUDGED", 100)
-    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 500)
+def test_too_many_invalid_records_stop_the_run_and_a_higher_ratio_resumes_it(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocess_data.pipeline.counts.MIN_RECORDS", 100)
+    monkeypatch.setattr("preprocess_data.readers.records.CHUNK_BYTES", 500)
     good = [{"text": text} for text in some_texts(1000) if clean_text(text)]
     source = write_lines(tmp_path / "a.jsonl", [*good[:400], "{", "{", *good[400:]])
-    said = "2 of 4.. records are bad, more than --max_bad_ratio=0.001 .2 broken JSON"
-    with pytest.raises(UserError, match=said) as error:
+    message = "2 of 4.. records are invalid, more than --max_bad_ratio=0.001 .2 broken JSON"
+    with pytest.raises(UserError, match=message) as error:
         run("pretrain", tokenizer, source, tmp_path / "out", "--max_bad_ratio=0.001")
     assert "\n" not in str(error.value) and not list((tmp_path / "out").glob("[!.]*"))
     rejects = Path(re.search(r"see (\S+):", str(error.value))[1])
     assert [json.loads(line)["line"] for line in rejects.open()] == [401, 402]
     train, val = run("pretrain", tokenizer, source, tmp_path / "out", "--max_bad_ratio=0.005")
     assert train["documents"] + val["documents"] == len(good) and train["bad"] == {"broken JSON": 2}
-    assert not list((tmp_path / "out").glob(".*"))
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".preprocess.lock"]
     few = write_lines(tmp_path / "few.jsonl", [*good[:9], "{"])  # judged at the end in any case
-    with pytest.raises(UserError, match="1 of 10 records are bad"):
+    with pytest.raises(UserError, match="1 of 10 records are invalid"):
         run("pretrain", tokenizer, few, tmp_path / "few", "--max_bad_ratio=0.001")
     for ratio in ("-1", "2"):
-        with pytest.raises(UserError, match="between 0 and 1"):
+        with pytest.raises(UserError, match="must be at least 0 and at most 1"):
             run("pretrain", tokenizer, few, tmp_path / "few", f"--max_bad_ratio={ratio}")
 
 
 def test_the_limit_is_exact_for_any_workers(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 500)
+    monkeypatch.setattr("preprocess_data.readers.records.CHUNK_BYTES", 500)
     for name in "ab":
         write_lines(tmp_path / f"{name}.jsonl", ["{"] + [{"text": f"{name}{i}"} for i in range(500)])
     sources = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}"
@@ -227,8 +229,6 @@ def test_the_limit_is_exact_for_any_workers(tokenizer, tmp_path, monkeypatch):
 
 
 def test_large_vocabulary_takes_four_bytes():
-    from preprocess_data.pipeline.write_tokens import token_dtype
-
     assert token_dtype(65_536) == np.dtype("<u2") and token_dtype(65_537) == np.dtype("<u4")
 
 
@@ -250,21 +250,15 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("row", LAYOUTS)
 def test_every_layout_gives_the_same_conversation(row):
-    from preprocess_data.readers.chat import to_messages
-
     assert to_messages(row) == (CHAT, None)
 
 
-def test_a_history_nested_without_end_is_one_bad_row():
-    from preprocess_data.readers.chat import to_messages
-
+def test_a_deeply_nested_history_is_one_invalid_record():
     row = {"q": "一", "a": "二", "history": "[" * 200_000}
     assert to_messages(row).reason == "missing or mistyped fields"
 
 
 def test_history_system_and_input_are_kept():
-    from preprocess_data.readers.chat import to_messages
-
     messages, _ = to_messages({"q": "三", "a": "四", "history": [["一", "二"]], "system": "诗人"})
     assert [m["content"] for m in messages] == ["诗人", "一", "二", "三", "四"]
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
@@ -379,7 +373,7 @@ def test_user_errors_in_one_line(tmp_path, tokenizer, argv, words):
 
 
 def test_the_encoder_is_chosen_without_searching_all_of_a_corpus_that_has_no_text(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess_data, "JUDGED", 10)
+    monkeypatch.setattr(prepare, "MIN_RECORDS", 10)
     source = write_lines(tmp_path / "a.jsonl", [{"x": i} for i in range(1000)])
     seen = []
 
@@ -387,7 +381,7 @@ def test_the_encoder_is_chosen_without_searching_all_of_a_corpus_that_has_no_tex
         seen.extend(documents)
         return "tokenizers", "asked for"
 
-    real = preprocess_data.find_sources
+    real = prepare.find_sources
 
     def find(*arguments):
         found = real(*arguments)
@@ -399,8 +393,8 @@ def test_the_encoder_is_chosen_without_searching_all_of_a_corpus_that_has_no_tex
             seen.append(i)
             yield InvalidRecord("no text")
 
-    monkeypatch.setattr(preprocess_data, "choose_encoder", choose)
-    monkeypatch.setattr(preprocess_data, "find_sources", find)
+    monkeypatch.setattr(prepare, "choose_encoder", choose)
+    monkeypatch.setattr(prepare, "find_sources", find)
     with pytest.raises(UserError, match="nothing left to write"):
         run("pretrain", tokenizer, source, tmp_path / "out")
     assert seen == list(range(10))
@@ -419,7 +413,7 @@ def test_a_reject_without_a_record_quotes_nothing(tokenizer, tmp_path):
     assert row["line"] == 4 and "the rest of the file is unread" in row["reason"] and row["record"] == ""
 
 
-def test_missing_tokenizer_is_told_before_any_work(tmp_path):
+def test_missing_tokenizer_is_reported_before_any_work(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
     with pytest.raises(UserError, match="no tokenizer in"):
         main(

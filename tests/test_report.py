@@ -1,4 +1,4 @@
-"""The data report says what is in the token files."""
+"""The data report describes the token files."""
 
 import json
 import re
@@ -34,12 +34,12 @@ def test_counts_samples_and_picture(tokenizer, tmp_path):
     for what in ("documents", "tokens", "characters"):
         assert cells(report, what) == [f"{meta[what]:,}" for meta in metas]
     longest = len(tokenizer.encode("长" * 2000)) + 2
-    assert cells(report, "tokens a document, longest")[0] == f"{longest:,}"
+    assert cells(report, "tokens per document, longest")[0] == f"{longest:,}"
     assert (tmp_path / "pretrain_report.png").read_bytes().startswith(b"\x89PNG")
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in tmp_path.glob(".*")] == [".preprocess.lock"]
     body = report.split("## 10 documents", 1)[1]
     assert len(re.findall(r"^Document \d+", body, re.MULTILINE)) == SAMPLES
-    for line in body.splitlines()[1:]:  # nothing of a document stands where Markdown would read it
+    for line in body.splitlines()[1:]:  # no line of a document is rendered as Markdown
         assert not line or line.startswith(("    ", "Document "))
     again = write_report(tmp_path, "pretrain", tokenizer).read_text(encoding="utf-8")
     other = write_report(tmp_path, "pretrain", tokenizer, seed=2).read_text(encoding="utf-8")
@@ -54,8 +54,8 @@ def test_share_of_loss_and_long_documents(tokenizer, tmp_path):
     assert re.search(r"Document \d+, the first 300 of \d+ tokens:", report)
 
 
-def test_dropped_records_with_file_and_line(tokenizer, tmp_path):
-    assert "## Dropped\n\nNothing.\n" in prepare("pretrain", tmp_path, tokenizer, [{"text": "好"}])
+def test_filtered_and_invalid_records_with_file_and_line(tokenizer, tmp_path):
+    assert "## Filtered and invalid records\n\nNone.\n" in prepare("pretrain", tmp_path, tokenizer, [{"text": "好"}])
     meta = json.loads((tmp_path / "pretrain_train.meta.json").read_text())
     meta |= {"dropped": {"too short": 12_345}, "bad": {"broken JSON": 7}}
     (tmp_path / "pretrain_train.meta.json").write_text(json.dumps(meta))

@@ -1,4 +1,4 @@
-"""Preprocessing killed, out of disk, or beside another run: the final files are those of an undisturbed run."""
+"""Preprocessing killed, on a full disk, or beside another run: the files equal those of an uninterrupted run."""
 
 import errno
 import json
@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from preprocess_data import preprocess_data
-from preprocess_data.pipeline import resume, write_tokens
-from preprocess_data.pipeline.resume import Run
-from preprocess_data.pipeline.write_tokens import GrowingFile
+from preprocess_data.pipeline import prepare
+from preprocess_data.pipeline.prepare_run import PrepareRun
 from preprocess_data.preprocess_data import main
 from tests.support.texts import HOSTILE, SENTENCES, write_lines
 from tests.support.tokenizers import make_tokenizer
+from utils.atomic import GrowingFile
 from utils.errors import UserError
 
 WORKER = Path(__file__).parent / "support/preprocess_worker.py"
@@ -32,8 +31,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    """What is tested is finished before the report."""
-    monkeypatch.setattr(preprocess_data, "write_report", lambda *_: "none")
+    """What is tested happens before the report."""
+    monkeypatch.setattr(prepare, "write_report", lambda *_: "none")
 
 
 def make_source(path: Path, count: int) -> Path:
@@ -49,7 +48,9 @@ def command(kind, source, tokenizer, out, *flags) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if "report" not in path.name}
+    """The files of a run, without its report and its lock."""
+    paths = [path for path in folder.iterdir() if "report" not in path.name and path.suffix != ".lock"]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 @pytest.mark.slow
@@ -63,13 +64,13 @@ def test_killed_at_any_moment_a_plain_rerun_gives_the_same_files(tokenizer, tmp_
 
     began = time.time()
     assert start(tmp_path / "whole", 2).wait() == 0
-    seconds, expected, went_on = time.time() - began, contents(tmp_path / "whole"), 0
+    seconds, expected, resumed = time.time() - began, contents(tmp_path / "whole"), 0
     assert len(expected) == 7 and not any(name.startswith(".") for name in expected)
     while True:
         process = start(tmp_path / "out", random_.choice([1, 2]))
         try:
             assert process.wait(random_.uniform(0.2, seconds) if kills < KILLS else None) == 0
-            went_on += "going on after" in process.stdout.read()
+            resumed += "resuming after" in process.stdout.read()
             assert contents(tmp_path / "out") == expected
             if kills == KILLS:
                 break
@@ -86,7 +87,7 @@ def test_killed_at_any_moment_a_plain_rerun_gives_the_same_files(tokenizer, tmp_
                 break
         else:
             pytest.fail("workers were left behind")
-    print(f"{kills} kills, {went_on} complete runs went on from where another was killed")
+    print(f"{kills} kills, {resumed} complete runs resumed a killed one")
 
 
 class Crash(BaseException):
@@ -95,8 +96,8 @@ class Crash(BaseException):
 
 def test_a_crash_at_every_step_of_writing(tokenizer, tmp_path, monkeypatch):
     """Each call that changes the folder in turn is the last one that a run makes."""
-    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 3000)
-    monkeypatch.setattr(preprocess_data, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("preprocess_data.readers.records.CHUNK_BYTES", 3000)
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", -1.0)
     source, left = make_source(tmp_path / "a.jsonl", 120), None
 
     def counted(owner, name, half=None):
@@ -115,8 +116,8 @@ def test_a_crash_at_every_step_of_writing(tokenizer, tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, call)
 
     counted(GrowingFile, "write", lambda real, file, data: real(file, bytes(data)[: len(data) // 2]))
-    counted(write_tokens.os, "fsync")
-    counted(write_tokens.os, "replace")
+    counted(os, "fsync")
+    counted(os, "replace")
     counted(Path, "unlink")
 
     def attempt(out, kind, steps=None):
@@ -141,9 +142,9 @@ def test_a_crash_at_every_step_of_writing(tokenizer, tmp_path, monkeypatch):
     assert steps > 50
 
 
-def test_full_disk_is_one_line_and_a_rerun_goes_on(tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 3000)
-    monkeypatch.setattr(preprocess_data, "SAVE_SECONDS", -1.0)
+def test_full_disk_is_one_line_and_a_rerun_resumes(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("preprocess_data.readers.records.CHUNK_BYTES", 3000)
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", -1.0)
     source, real, room = make_source(tmp_path / "a.jsonl", 400), GrowingFile.write, 20_000
 
     def write(file, data):
@@ -161,15 +162,15 @@ def test_full_disk_is_one_line_and_a_rerun_goes_on(tokenizer, tmp_path, monkeypa
     assert "\n" not in str(error.value) and all(name.startswith(".") for name in contents(tmp_path / "out"))
     monkeypatch.setattr(GrowingFile, "write", real)
     main(command("pretrain", source, tokenizer, tmp_path / "out", "--workers=1"))
-    assert "going on after" in capsys.readouterr().out
+    assert "resuming after" in capsys.readouterr().out
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_other_settings_or_input_begin_anew(tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 3000)
-    monkeypatch.setattr(preprocess_data, "SAVE_SECONDS", -1.0)
+def test_other_settings_or_input_start_again(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("preprocess_data.readers.records.CHUNK_BYTES", 3000)
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", -1.0)
     source = make_source(tmp_path / "a.jsonl", 400)
-    real, adds = Run.add, 0
+    real, adds = PrepareRun.add, 0
 
     def add(*args):
         nonlocal adds
@@ -181,10 +182,10 @@ def test_other_settings_or_input_begin_anew(tokenizer, tmp_path, monkeypatch, ca
     def stopped():
         nonlocal adds
         adds = 0
-        monkeypatch.setattr(Run, "add", add)
+        monkeypatch.setattr(PrepareRun, "add", add)
         with pytest.raises(Crash):
             main(command("pretrain", source, tokenizer, tmp_path / "out", "--workers=1"))
-        monkeypatch.setattr(Run, "add", real)
+        monkeypatch.setattr(PrepareRun, "add", real)
         capsys.readouterr()
 
     for change in ("--max_characters=30", "input", "neutral"):
@@ -194,25 +195,26 @@ def test_other_settings_or_input_begin_anew(tokenizer, tmp_path, monkeypatch, ca
             with open(source, "ab") as file:
                 file.write(b'{"text": "one more"}\n')
         main(command("pretrain", source, tokenizer, tmp_path / "out", "--workers=1", *flags))
-        assert ("going on after" in capsys.readouterr().out) == (change == "neutral")
+        assert ("resuming after" in capsys.readouterr().out) == (change == "neutral")
         main(command("pretrain", source, tokenizer, tmp_path / "new", "--workers=1", *flags))
         assert contents(tmp_path / "out") == contents(tmp_path / "new")
     stopped()
     (tmp_path / "out" / ".pretrain_train.bin.partial").write_bytes(b"")
-    with pytest.raises(UserError, match="is not what the stopped run left: delete .pretrain_progress.json"):
+    with pytest.raises(
+        UserError, match="does not hold the .* bytes .*: delete .*.pretrain_progress.json to start again"
+    ):
         main(command("pretrain", source, tokenizer, tmp_path / "out", "--workers=1"))
 
 
 def test_one_run_at_a_time(tokenizer, tmp_path):
-    with Run(tmp_path, "pretrain", tokenizer, "a"):
+    with PrepareRun(tmp_path, "pretrain", tokenizer, "a"):
         with pytest.raises(UserError, match="another run is writing"):
-            Run(tmp_path, "pretrain", tokenizer, "a")
-    assert resume.fcntl
-    Run(tmp_path, "pretrain", tokenizer, "a").__exit__(None, None, None)
+            PrepareRun(tmp_path, "pretrain", tokenizer, "a")
+    PrepareRun(tmp_path, "pretrain", tokenizer, "a").__exit__(None, None, None)
 
 
 def test_duplicates_are_dropped_in_the_order_of_the_input(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocess_data.readers.files.BLOCK", 2000)
+    monkeypatch.setattr("preprocess_data.readers.records.CHUNK_BYTES", 2000)
     random_ = random.Random(1)
     long = ["".join(chr(random_.randrange(0x4E00, 0x9FA0)) for _ in range(200)) for _ in range(40)]
     near = [text + "。尾" for text in long]

@@ -1,4 +1,4 @@
-"""run_demo.sh and its helpers, over stand-ins for the stages: what is skipped, what is done again, what stops it."""
+"""run_demo.sh and its helpers, with placeholders for the stages: which stages are skipped, repeated, and stop it."""
 
 import os
 import shutil
@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
-# A stage that notes its call and writes what the real one would.
-STAND_IN = """
+# A stage that logs its call and writes the files of the real one.
+PLACEHOLDER = """
 import json, os, sys
 from pathlib import Path
 flags = dict(a[2:].split("=", 1) for a in sys.argv[1:] if a.startswith("--") and "=" in a)
@@ -54,7 +54,7 @@ def project(tmp_path):
     for name in ("run_demo.sh", "scripts/venv.sh", "demo/times.py"):
         shutil.copy(ROOT / name, root / name)
     for name in ("pretrain", "sft", "train_tokenizer", "preprocess_data/preprocess_data", "demo/evaluate"):
-        (root / f"{name}.py").write_text(STAND_IN, encoding="utf-8")
+        (root / f"{name}.py").write_text(PLACEHOLDER, encoding="utf-8")
     (root / "demo/preset.py").write_text("import sys; print(f'configs/{sys.argv[1]}_cpu.yaml')\n", encoding="utf-8")
     (root / "demo/report.py").write_text("print('the report')\n", encoding="utf-8")
     (root / "model/__init__.py").write_text("def model_file(name): return f'model/{name}.py'\n", encoding="utf-8")
@@ -119,10 +119,10 @@ def test_quick_has_an_output_folder_of_its_own(project):
         ("model/one.py", ["pretrain", "sft", "evaluate"]),
         ("configs/one_cpu.yaml", ["pretrain", "sft", "evaluate"]),
         ("configs/sft_cpu.yaml", ["sft", "evaluate"]),
-        ("output/tokenizer/tokenizer.json", ["train_tokenizer"]),  # another one in its place: ours is made again
+        ("output/tokenizer/tokenizer.json", ["train_tokenizer"]),  # replaced by another: ours is made again
     ],
 )
-def test_what_changed_is_done_again_and_what_follows(project, changed, again):
+def test_a_change_repeats_its_stage_and_those_after_it(project, changed, again):
     demo(project, "one")
     before = (project / changed).read_text(encoding="utf-8")
     (project / changed).write_text(before + "# changed\n", encoding="utf-8")
@@ -135,7 +135,7 @@ def test_what_changed_is_done_again_and_what_follows(project, changed, again):
         assert called == [] and "output/pretrain_one/" in done.stdout  # and found again when all is as it was
 
 
-def test_an_interrupted_training_stops_the_demo_and_goes_on_the_next_time(project):
+def test_an_interrupted_training_stops_the_demo_and_resumes_the_next_time(project):
     done, called = demo(project, STOP="pretrain")
     assert done.returncode == 2 and called[-1] == "pretrain" and "same command again" in done.stderr
     done, called = demo(project)
@@ -147,10 +147,10 @@ def test_fine_tuning_starts_from_the_run_that_the_stage_before_names(project):
     demo(project, "one")
     (project / "output/pretrain_one_2").mkdir()
     (project / "output/pretrain_one_2/summary.json").write_text('{"status": "finished"}', encoding="utf-8")
-    stand_in = (project / "pretrain.py").read_text(encoding="utf-8")
-    first = stand_in.replace('while (folder / "summary.json").exists()', "while False")
+    placeholder = (project / "pretrain.py").read_text(encoding="utf-8")
+    first = placeholder.replace('while (folder / "summary.json").exists()', "while False")
     (project / "pretrain.py").write_text(first, encoding="utf-8")  # finds its run finished, under the first name
-    (project / "configs/one_cpu.yaml").write_text("max_lr: 1  # said otherwise\n", encoding="utf-8")
+    (project / "configs/one_cpu.yaml").write_text("max_lr: 1  # another comment\n", encoding="utf-8")
     done, called = demo(project, "one")
     assert called == ["pretrain", "sft", "evaluate"] and "--init_from=output/pretrain_one " in done.stdout
 
@@ -171,7 +171,7 @@ def test_user_errors_are_one_line(project):
         "error: one model at a time, not one and two: bash run_demo.sh [MODEL] [--quick]"
     ]
     shutil.rmtree(project / ".venv")
-    done, _ = demo(project, "mini_deepseekv4")  # said before a .venv is made
+    done, _ = demo(project, "mini_deepseekv4")  # before a .venv is made
     assert (
         done.returncode == 2
         and done.stdout == ""

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.runs import checkpoint_manager
-from engine.runs.checkpoint import damage, find_checkpoints, load_training_state, newest_checkpoint, step_of
+from engine.runs.checkpoint import find_checkpoints, load_training_state, newest_checkpoint, step_of, verify_checkpoint
 from engine.runs.checkpoint_manager import CheckpointManager
 from tests.support.checkpoints import CONFIG, save, trained, two_checkpoints
 from tests.support.faulty_disk import Died, FaultyOS, mount_small
@@ -35,7 +35,8 @@ def count_calls(example, tmp_path):
 def test_every_kind_of_call_is_seen(example, tmp_path):
     names = count_calls(example, tmp_path)
     assert {"open", "write", "fsync", "close", "rename", "mkdir", "rmdir", "unlink"} <= set(names)
-    assert names.count("fsync") == 6  # four files, the folder, and the folder it is in
+    files = list(find_checkpoints(tmp_path / "counted")[0].iterdir())
+    assert names.count("fsync") == len(files) + 2  # and the folder, and the folder it is in
 
 
 @pytest.mark.parametrize("fault", ["fails", "full", "short", "dies", "dies after", "dies within"])
@@ -69,7 +70,7 @@ def test_every_flipped_bit_and_truncation_is_found(example, tmp_path, capsys):
     run, chance = shutil.copytree(example[0], tmp_path / "run"), random.Random(0)
     newest, before = find_checkpoints(run)
     files = sorted(newest.iterdir())
-    assert damage(newest) is None and len(files) == 4
+    assert verify_checkpoint(newest) is None and len(files) == 4
     for number, path in zip(range(FLIPS), itertools.cycle(files)):
         content = bytearray(path.read_bytes())
         if number % 3 == 2:
@@ -77,10 +78,10 @@ def test_every_flipped_bit_and_truncation_is_found(example, tmp_path, capsys):
         else:
             at = chance.randrange(len(content))
             path.write_bytes(content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :])
-        assert damage(newest), (number, path.name)
+        assert verify_checkpoint(newest), (number, path.name)
         assert number % 50 or newest_checkpoint(run) == before
         path.write_bytes(content)
-    assert damage(newest) is None and newest.name in capsys.readouterr().err
+    assert verify_checkpoint(newest) is None and newest.name in capsys.readouterr().err
 
 
 def test_a_checkpoint_with_a_missing_file_is_skipped(example, tmp_path):
@@ -93,7 +94,7 @@ def test_a_checkpoint_with_a_missing_file_is_skipped(example, tmp_path):
         path.write_bytes(content)
 
 
-def test_pruning_counts_whole_checkpoints_only_and_never_the_one_just_written(example, tmp_path):
+def test_pruning_counts_valid_checkpoints_only_and_keeps_the_one_just_written(example, tmp_path):
     run = shutil.copytree(example[0], tmp_path / "run")
     flip = run / "checkpoints/step-00000002/model.safetensors"
     flip.write_bytes(flip.read_bytes()[:-1] + b"x")
@@ -135,7 +136,7 @@ def test_a_disk_that_is_really_full(tmp_path, monkeypatch, capsys):
             except OSError:
                 pass
             saver.save({"step": 2 + filled, "tokens": 1}, {})
-            assert damage(newest_checkpoint(disk)) is None
+            assert verify_checkpoint(newest_checkpoint(disk)) is None
         assert "could not be saved" in capsys.readouterr().err and saver.retry_at > 190
         (disk / "other").unlink()
         saver.save({"step": 999, "tokens": 1}, {})

@@ -16,10 +16,11 @@ import serve
 import sft
 from engine.runs import checkpoint
 from engine.runs.registry import find_runs, load_run, newest_run
+from model import ModelError
 from tests.support.models import BASE_MODEL
 from tests.support.paths import ROOT
 from tests.support.token_files import stage_files
-from utils import paths
+from utils import files
 from utils.errors import UserError
 
 NAME = BASE_MODEL
@@ -41,13 +42,13 @@ def stages(tmp_path_factory):
     """A working folder with tokenizer, data, and one pretraining run."""
     folder = tmp_path_factory.mktemp("stages")
     stage_files(folder / "output")
-    before, project = os.getcwd(), paths.PROJECT
+    before, project = os.getcwd(), files.PROJECT
     os.chdir(folder)
-    paths.PROJECT = folder  # where output/ lies
+    files.PROJECT = folder  # where output/ lies
     pretrain.main([f"--model_name={NAME}", *SMALL])
     yield folder
     os.chdir(before)
-    paths.PROJECT = project
+    files.PROJECT = project
 
 
 def test_from_pretraining_to_a_loaded_chat_model(stages):
@@ -74,8 +75,8 @@ def test_a_dry_run_writes_nothing(stages, capsys):
     ):
         assert about["steps"] == 2 and 0 < about["memory"]["predicted"]
     assert {path: path.stat().st_mtime_ns for path in stages.rglob("*")} == before
-    said = capsys.readouterr().out
-    assert f"pretrain {NAME}\n  parameters" in said and f"sft {NAME}\n  parameters" in said
+    out = capsys.readouterr().out
+    assert f"pretrain {NAME}\n  parameters" in out and f"sft {NAME}\n  parameters" in out
 
 
 def test_a_run_can_move(stages, tmp_path):
@@ -88,9 +89,11 @@ def test_a_run_can_move(stages, tmp_path):
 def test_a_checkpoint_can_be_named_instead_of_its_run(stages, tmp_path, capsys):
     run = shutil.copytree(stages / f"output/pretrain_{NAME}", tmp_path / "run")
     step = run / "checkpoints/step-00000002"
-    whole, named, final = load_run(run), load_run(step), load_run(run / "final")
-    assert (whole.path, named.path) == (run, run) and (whole.checkpoint, named.checkpoint) == (run / "final", step)
-    for name, value in whole.model.state_dict().items():
+    newest = load_run(run)
+    named = load_run(step)
+    final = load_run(run / "final")
+    assert (newest.path, named.path) == (run, run) and (newest.checkpoint, named.checkpoint) == (run / "final", step)
+    for name, value in newest.model.state_dict().items():
         assert torch.equal(value, named.model.state_dict()[name])
         assert torch.equal(value, final.model.state_dict()[name])
     sft.main([f"--init_from={step}", *SMALL[:5], f"--output_path={tmp_path}"])
@@ -224,7 +227,11 @@ def test_user_errors_are_one_line(stages, script, flags, says, monkeypatch):
         (stages / "foreign.bin").write_bytes(bytes([1, 0, 255, 255] * 400))  # id 65535, no meta file
     with pytest.raises(ValueError) as caught:
         script.main([*(SMALL if script is pretrain else SMALL[:5]), *flags])
-    assert caught.value.user_error and says in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        isinstance(caught.value, (UserError, ModelError))
+        and says in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_a_published_bin_file_without_a_meta_file_trains_as_if_it_had_one(stages, capsys):

@@ -11,14 +11,14 @@ import time
 
 import pytest
 
-import train_tokenizer
 from benchmarks import tokenizer_training
 from preprocess_data.corpora.registry import find_sources
-from preprocess_data.pipeline.tokenizer_report import known_tokenizers, of_folder, write_report
+from preprocess_data.pipeline import train_bpe
+from preprocess_data.pipeline.tokenizer_report import from_tokenizer, known_tokenizers, write_report
+from preprocess_data.pipeline.train_bpe import train
 from tests.support.texts import HOSTILE, SENTENCES, random_text, write_lines
 from tests.support.tokenizers import make_tokenizer
 from train_tokenizer import main as train_main
-from train_tokenizer import train
 from utils.errors import UserError
 from utils.text import is_held_out
 from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS, StreamDecoder, load_tokenizer
@@ -116,7 +116,7 @@ def test_a_full_disk_while_counting_is_one_line(monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(train_tokenizer, "write_words", full)
+    monkeypatch.setattr(train_bpe, "write_words", full)
     with pytest.raises(UserError, match="No space left on device: make room.* TMPDIR"):
         train(iter(["a"]), 500)
 
@@ -125,10 +125,10 @@ def test_ctrl_c_does_not_wait_for_the_library():
     start = time.monotonic()
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        train_tokenizer.interruptible(lambda: time.sleep(20))
+        train_bpe.interruptible(lambda: time.sleep(20))
     assert time.monotonic() - start < 15
     with pytest.raises(ZeroDivisionError):
-        train_tokenizer.interruptible(lambda: 1 // 0)
+        train_bpe.interruptible(lambda: 1 // 0)
 
 
 def test_the_benchmark_measures_both_trainers(tmp_path, capsys):
@@ -142,7 +142,7 @@ def test_the_benchmark_measures_both_trainers(tmp_path, capsys):
 
 def test_the_report_against_counts_by_hand(tmp_path, tokenizer):
     texts = [*SENTENCES, "\u3007𠮷", *HOSTILE]
-    write_report([of_folder("ours", tokenizer)], texts, tmp_path / "report.md", "these")
+    write_report([from_tokenizer("ours", tokenizer)], texts, tmp_path / "report.md", "these")
     ids = [i for text in texts for i in tokenizer.encode(text)]
     lone = 0
     for i in ids:  # a lone byte above 127 is no character
@@ -174,8 +174,8 @@ def test_chinese_stands_apart_from_punctuation(tmp_path, split_han):
 
 
 @pytest.mark.parametrize("split_han", [False, True])
-def test_what_is_finer_in_training_stays_apart(tmp_path, split_han):
-    """The file splits more coarsely than the training did: digits and, if asked, Han are single all the same."""
+def test_what_training_splits_is_never_merged(tmp_path, split_han):
+    """The file splits more coarsely than the training: digits and, with split_han, Han are single nevertheless."""
     tokenizer, random_ = make_tokenizer(tmp_path, 700, split_han), random.Random(5)
     han = [chr(code) for code in (*range(0x3400, 0x4DC0), *range(0x4E00, 0xA000), *range(0x20000, 0x20100))]
     single = "0123456789" + "明月光霜床前思故乡" * split_han
@@ -224,7 +224,7 @@ def test_command_trains_on_a_users_file_and_reports(tmp_path, capsys):
          "--max_bad_ratio=0.004"]
     )  # fmt: skip
     said = capsys.readouterr().out
-    assert "round trip exact" in said and "left out 1 bad of 301 records: 1 broken JSON" in said
+    assert "round trip exact" in said and "skipped 1 invalid of 301 records: 1 broken JSON" in said
     assert "my.jsonl" in (tmp_path / "out" / "report.md").read_text()
     assert load_tokenizer(tmp_path / "out").vocab_size == 400
 
@@ -240,16 +240,16 @@ def test_reading_ends_at_the_limit_of_characters(tmp_path):
     texts = ["abcd" + "床前明月"[i % 4] * 6 for i in range(40)]
     sources = find_sources(str(write_lines(tmp_path / "my.jsonl", [{"text": text} for text in texts])), tmp_path)
     kept = [text for text in texts if not is_held_out(text)]
-    assert list(train_tokenizer.training_texts(sources, 25)) == kept[:2]
-    assert list(train_tokenizer.training_texts(sources, 10**6)) == kept
+    assert list(train_bpe.training_texts(sources, 25)) == kept[:2]
+    assert list(train_bpe.training_texts(sources, 10**6)) == kept
 
 
-def test_too_many_bad_records_are_one_line_with_counts(tmp_path):
+def test_too_many_invalid_records_are_one_line_with_counts(tmp_path):
     rows = [{"text": SENTENCES[i % len(SENTENCES)] + str(i)} for i in range(30)]
     bad = ["not json", "{", {"other": "1"}, {"text": " "}, b'{"text": "\xff"}']
     folder = tmp_path / "out"
     flags = [f"--sources={write_lines(tmp_path / 'my.jsonl', rows + bad)}", f"--tokenizer_path={folder}"]
-    with pytest.raises(UserError, match="5 of 35 records are bad, more than --max_bad_ratio=0.001 ") as stopped:
+    with pytest.raises(UserError, match="5 of 35 records are invalid, more than --max_bad_ratio=0.001 ") as stopped:
         train_main(["--vocab_size=400", *flags])
     for reason in ("2 broken JSON", "1 empty", "1 not UTF-8", "1 no text in the field 'text'"):
         assert reason in str(stopped.value)
@@ -258,13 +258,13 @@ def test_too_many_bad_records_are_one_line_with_counts(tmp_path):
     assert load_tokenizer(folder).vocab_size == 400
 
 
-def test_a_corpus_of_bad_records_is_not_read_to_its_end(tmp_path):
+def test_a_corpus_of_invalid_records_is_not_read_to_its_end(tmp_path):
     path = write_lines(tmp_path / "my.jsonl", ["not json"] * 30_000)
-    with pytest.raises(UserError, match="10000 of 10000 records are bad"):
+    with pytest.raises(UserError, match="10000 of 10000 records are invalid"):
         train_main([f"--sources={path}", f"--tokenizer_path={tmp_path / 'out'}"])
 
 
 @pytest.mark.parametrize("flag", ["--vocab_size=1e12", "--min_frequency=-1", "--max_characters=0", "--max_bad_ratio=2"])
-def test_settings_that_no_trainer_takes_are_refused_by_name(flag):
+def test_settings_out_of_bounds_are_rejected_by_name(flag):
     with pytest.raises(UserError, match=flag.partition("=")[0]):
         train_main([flag])

@@ -305,7 +305,7 @@ def test_the_numbers_of_a_step_are_read_when_the_next_one_is_on_its_way(world, m
 
 
 def test_resume_modes(world, capsys):
-    with pytest.raises(UserError, match="no run to go on with: .* does not exist"):
+    with pytest.raises(UserError, match="no run to resume: .* does not exist"):
         world.run(resume="must")
     first = world.run()
     capsys.readouterr()

@@ -1,44 +1,50 @@
-"""Writing that a crash cannot tear: a file or a folder is there whole, or not at all.
+"""Atomic writes: after a crash a file or a directory is complete, or it does not exist under its name.
 
-A save makes each of its system calls in sight (os.open, os.write, os.fsync, os.rename and the like, nothing inside a
-library), so that the tests can let every single one fail, or let the process die there.
+A save makes every system call here, by name (os.open, os.write, os.fsync, os.rename, ...), and none inside a library,
+so that the tests can let each of them fail, or end the process there.
 """
 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-BLOCK = 2**20  # small writes are gathered up to so many bytes
+from utils.errors import UserError
+
+BUFFER_BYTES = 2**20  # small writes are collected up to this size
 
 
 class NewFile:
-    """A file that is being written: counts and hashes what passes, and is on the disk itself once it is closed."""
+    """A file being written, which counts and hashes its content; `close` flushes it to the disk."""
 
     def __init__(self, path: Path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-        self.handle = os.open(path, flags, 0o666)
-        self.size, self.sha256, self.error = 0, hashlib.sha256(), None
-        self.gathered = bytearray()
+        self.handle: int | None = os.open(path, flags, 0o666)
+        self.size = 0
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+        self._buffer = bytearray()
 
-    def write(self, data) -> int:
-        """Take bytes, or anything with a buffer; OSError as os.write raises it, and from then on at every call."""
+    def write(self, data: Any) -> int:
+        """Write bytes, or any object with a buffer; after an OSError every further call raises it again."""
         view = memoryview(data).cast("B")
-        if len(self.gathered) + len(view) < BLOCK:
-            self.gathered += view
+        if len(self._buffer) + len(view) < BUFFER_BYTES:
+            self._buffer += view
         else:
             self.flush()
-            self._put(view)
+            self._write(view)
         return len(view)
 
     def flush(self) -> None:
-        self._put(memoryview(bytes(self.gathered)))
-        self.gathered.clear()
+        """Write what is buffered to the file, without an fsync."""
+        self._write(memoryview(bytes(self._buffer)))
+        self._buffer.clear()
 
     def close(self) -> None:
-        """Bring what is written to the disk. Safe to call again."""
+        """Flush the content to the disk and close the file; a second call does nothing."""
         if self.handle is None:
             return
         try:
@@ -48,27 +54,72 @@ class NewFile:
             self.abandon()
 
     def abandon(self) -> None:
-        """Close without finishing the file, after an error."""
-        handle, self.handle = self.handle, None
+        """Close the file without completing it, after an error."""
+        handle = self.handle
+        self.handle = None
         if handle is not None:
             os.close(handle)
 
-    def _put(self, view: memoryview) -> None:
-        if self.error is not None:  # torch.save goes on after an error, and reports another one at its end
+    def _write(self, view: memoryview) -> None:
+        if self.error is not None:  # torch.save continues after an error, and raises a different one at its end
             raise self.error
+        assert self.handle is not None
         try:
             while len(view):
-                taken = os.write(self.handle, view)
-                self.sha256.update(view[:taken])
-                self.size += taken
-                view = view[taken:]
+                count = os.write(self.handle, view)
+                self.sha256.update(view[:count])
+                self.size += count
+                view = view[count:]
         except OSError as error:
             self.error = error
             raise
 
 
-def write_file(path: Path, fill) -> dict:
-    """Write a file through fill(file), and return its {"name", "size", "sha256"}; OSError when it cannot be written."""
+class GrowingFile:
+    """Appends to the hidden sibling of `path`, of which the first `size` bytes are kept; UserError if it has fewer.
+
+    Unbuffered: after `sync` the bytes are on the disk, so that a killed process can continue from there.
+    """
+
+    def __init__(self, path: Path, size: int = 0):
+        self.path = path
+        beside = partial(path)
+        if size and not (beside.is_file() and beside.stat().st_size >= size):
+            raise UserError(f"{beside} does not hold the {size} bytes that a stopped run wrote")
+        self._file = open(beside, "r+b" if size else "wb", buffering=0)
+        self._file.truncate(size)
+        self._file.seek(size)
+
+    def write(self, data: bytes) -> None:
+        """Append bytes; OSError with the path when they cannot be written."""
+        view = memoryview(data).cast("B")
+        with attach_path(self.path):
+            while view:
+                view = view[self._file.write(view) :]
+
+    def sync(self) -> int:
+        """Flush to the disk; returns the size."""
+        with attach_path(self.path):
+            os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file; it keeps its hidden name."""
+        self._file.close()
+
+    def blocks(self) -> Iterator[bytes]:
+        """The contents, from the beginning."""
+        with open(partial(self.path), "rb") as file:
+            while block := file.read(4 * BUFFER_BYTES):
+                yield block
+
+
+def write_file(path: Path, fill: Callable[[NewFile], object]) -> dict[str, Any]:
+    """Write a file by fill(file) and return its manifest entry {"name", "size", "sha256"}.
+
+    Not atomic by itself: the caller gives the file, or the directory it is in, its name afterwards. OSError with the
+    path when it cannot be written.
+    """
     with attach_path(path):
         file = NewFile(path)
         try:
@@ -82,98 +133,126 @@ def write_file(path: Path, fill) -> dict:
     return {"name": path.name, "size": file.size, "sha256": file.sha256.hexdigest()}
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Create or replace a file atomically; readers never see a part of it."""
+    temporary = hidden(path, "tmp")
+    write_file(temporary, lambda file: file.write(data))
+    os.replace(temporary, path)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one move, so that a reader never sees half of it."""
-    beside = path.with_name(f".{path.name}.tmp")
-    write_file(beside, lambda file: file.write(text.encode("utf-8")))
-    os.replace(beside, path)
+    """Create or replace a UTF-8 file atomically."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Copy a small file in one move."""
-    beside = path.with_name(f".{path.name}.tmp")
-    write_file(beside, lambda file: file.write(source.read_bytes()))
-    os.replace(beside, path)
+    """Copy a small file atomically."""
+    write_bytes(path, source.read_bytes())
 
 
 @contextmanager
-def atomic_directory(folder: Path):
-    """Yield a folder beside `folder` to write into; it takes its place when the block ends, or vanishes with an error.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a hidden sibling to write; it replaces `path` when the block ends, and is removed after an error.
 
-    A process that dies leaves hidden folders at most, which the next call for the same `folder` clears away.
+    For libraries that take a path. The content is not fsynced.
     """
-    place, old = hidden(folder, "tmp"), hidden(folder, "old")
-    remove(place)
-    place.mkdir(parents=True)
+    temporary = partial(path)
+    with attach_path(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a hidden sibling directory to fill; it replaces `path` when the block ends, and is removed after an error.
+
+    The caller fsyncs the files in it, by `write_file` or `sync_files`. A process that dies leaves hidden directories
+    only, which the next call for the same `path` removes.
+    """
+    temporary = hidden(path, "tmp")
+    old = hidden(path, "old")
+    remove(temporary)
+    temporary.mkdir(parents=True)
     try:
-        yield place
-        sync_folder(place)
-        if folder.exists():
+        yield temporary
+        sync_folder(temporary)
+        if path.exists():
             remove(old)
-            os.rename(folder, old)
-        os.rename(place, folder)
-        sync_folder(folder.parent)
+            os.rename(path, old)
+        os.rename(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
-        remove(place)
-        if old.exists() and not folder.exists():
-            os.rename(old, folder)
+        remove(temporary)
+        if old.exists() and not path.exists():
+            os.rename(old, path)
         raise
     remove(old)
 
 
-def remove_folder(folder: Path) -> None:
-    """Delete a folder: first its name, in one move, then what is in it, so that nobody sees half of it."""
-    old = hidden(folder, "old")
+def remove_folder(path: Path) -> None:
+    """Delete a directory: rename it first, so that a partly deleted one never has its name."""
+    old = hidden(path, "old")
     remove(old)
-    os.rename(folder, old)
+    os.rename(path, old)
     remove(old)
 
 
-def hidden(folder: Path, kind: str) -> Path:
-    return folder.with_name(f".{folder.name}.{kind}")
+def remove(directory: Path) -> None:
+    """Delete a hidden directory; what cannot be deleted now is deleted the next time."""
+    shutil.rmtree(directory, ignore_errors=True)
 
 
-def remove(folder: Path) -> None:
-    """Delete a hidden folder; what cannot be deleted now is cleared away the next time."""
-    shutil.rmtree(folder, ignore_errors=True)
+def hidden(path: Path, kind: str) -> Path:
+    """The hidden sibling of a path that is being written ("tmp", "partial") or deleted ("old")."""
+    return path.with_name(f".{path.name}.{kind}")
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk; a system that opens no folders (Windows) keeps them in its own time."""
+def partial(path: Path) -> Path:
+    """The hidden sibling that a file is while it grows."""
+    return hidden(path, "partial")
+
+
+def sync_folder(directory: Path) -> None:
+    """Flush the names in a directory to the disk; Windows cannot open directories and does it by itself."""
     if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def folder_bytes(folder: Path) -> int:
-    """The bytes of all files below a folder; 0 when there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def sync_files(directory: Path) -> None:
+    """Flush every file below a directory to the disk, for files that a library has written."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            handle = os.open(path, os.O_RDWR)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def folder_bytes(directory: Path) -> int:
+    """The size of all files below a directory in bytes; 0 when it does not exist."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 @contextmanager
 def attach_path(path: Path) -> Iterator[None]:
-    """Within the block an OSError without a path, as a write raises it on a full disk, gets this one; so does one with
-    two, as of a copy, whose first is what it read."""
+    """Add `path` to an OSError of the block that names no file, such as a write to a full disk.
+
+    It also replaces the two paths of a failed copy, of which the first is the source.
+    """
     try:
         yield
     except OSError as error:
         if error.filename is None or error.filename2 is not None:
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
+            error.filename2 = None
         raise
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a hidden sibling to write, which takes the place of `path` when the block ends, or goes with an error."""
-    beside = path.with_name(f".{path.name}.partial")
-    with attach_path(path):
-        try:
-            yield beside
-            os.replace(beside, path)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise

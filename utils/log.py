@@ -1,23 +1,24 @@
-"""What a stage says while it works: lines by the main process only, and a progress bar on a terminal."""
+"""Logging of the main process, a progress bar, and the formats of numbers in both."""
 
 import os
 import sys
 import time
+from typing import Any
 
 
 def is_main_process() -> bool:
-    """True in the one process that speaks and writes (torchrun sets RANK)."""
+    """True in the process that logs and writes (torchrun sets RANK)."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def log(message: str = "") -> None:
-    """Print a line, once whatever the number of processes."""
+    """Print a line, on the main process only."""
     if is_main_process():
         print(message, flush=True)
 
 
 def warn(message: str) -> None:
-    """Print a warning line on stderr, once whatever the number of processes."""
+    """Print a warning line on stderr, on the main process only."""
     if is_main_process():
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
@@ -47,20 +48,24 @@ def format_bytes(number: float) -> str:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere (a log file, CI) plain lines with the same text.
+    """A progress bar on a terminal; elsewhere (a log file, CI) lines with the same text.
 
-    `update(done, text)` moves to `done` of `total`; off a terminal a line is printed only when `text` is given.
+    `update(done, text)` moves to `done` of `total`; without a terminal it prints a line only when `text` is given.
     """
 
     def __init__(self, total: int, initial: int = 0, label: str = ""):
-        self.total, self.initial, self.label, self.start = total, initial, label, time.time()
-        self.bar = None
+        self.total = total
+        self.initial = initial
+        self.label = label
+        self.start = time.time()
+        self.bar: Any = None
         if is_main_process() and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, initial=initial, desc=label, dynamic_ncols=True, leave=True)
 
     def update(self, done: int, text: str | None = None) -> None:
+        """Move to `done`, and show `text`."""
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
             if text is not None:
@@ -77,5 +82,6 @@ class Progress:
             log(message)
 
     def close(self) -> None:
+        """Leave the bar as it is."""
         if self.bar is not None:
             self.bar.close()

@@ -1,10 +1,10 @@
-"""Cleaning of raw text: the same few rules for every corpus, so that a text has one form and one hash."""
+"""Cleaning of raw text: the same rules for every corpus, so that a text has one canonical form and one hash."""
 
 import hashlib
 import re
 import unicodedata
 
-# Everything that is not text: C0 and C1 controls except newline and tab, BOM, lone surrogates, non-characters.
+# Removed: C0 and C1 controls except newline and tab, BOM, lone surrogates, non-characters.
 _NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ufeff\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 _NOT_CLEAN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -19,7 +19,7 @@ HELD_OUT_ONE_IN = 50
 
 
 def clean_text(text: str) -> str:
-    """The canonical form of a text: NFC, newlines as \\n, no control characters, no blank edges. Idempotent."""
+    """The canonical form of a text: NFC, newlines as \\n, no control characters, no surrounding spaces. Idempotent."""
     if _is_clean(text):
         return text
     text = _NEWLINE.sub("\n", text)
@@ -28,7 +28,7 @@ def clean_text(text: str) -> str:
 
 
 def _is_clean(text: str) -> bool:
-    """Whether `clean_text` has nothing to do, told in a quarter of its time: so it is with most documents."""
+    """Whether a text is unchanged by `clean_text`, as most are; takes a quarter of its time."""
     return not (
         _NOT_CLEAN.search(text)
         or "\n\n\n" in text
@@ -41,7 +41,7 @@ def _is_clean(text: str) -> bool:
 
 
 def has_surrogates(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, which no UTF-8 can write."""
+    """Whether a text contains a lone surrogate, which cannot be encoded in UTF-8."""
     return not text.isascii() and _SURROGATE.search(text) is not None
 
 

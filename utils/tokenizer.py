@@ -1,44 +1,42 @@
-"""The tokenizer: text to ids with special tokens switched off, ids to text without half characters."""
+"""The tokenizer: text to ids with special tokens switched off, ids to text without partial characters."""
 
 import codecs
 import hashlib
 import json
-import shutil
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
-from utils.atomic import atomic_write
+from utils.atomic import copy_file
 from utils.chat_template import CHAT_TEMPLATE
 from utils.errors import UserError
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-N_SPECIAL = 16  # the rest of these ids are reserved slots, so that a later stage can take one and no id moves
+N_SPECIAL = 16  # the other ids are reserved: a later stage can use one without changing any id
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class Tokenizer:
-    """A trained tokenizer folder. Text is data: `</s>` in a text becomes ordinary tokens, never the special one."""
+    """A trained tokenizer folder. `</s>` in a text is encoded as ordinary tokens, never as the special one."""
 
     def __init__(self, path: Path, backend: Backend):
-        self.path, self.backend = path, backend
-        self.backend.encode_special_tokens = True  # the library's name for: do not recognise them in the text
+        self.path = path
+        self.backend = backend
+        self.backend.encode_special_tokens = True  # this library's name for encoding them as ordinary text
         self.backend.no_truncation()
         self.backend.no_padding()
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.fingerprint = hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()
-        (
-            self.unk_id,
-            self.bos_id,
-            self.eos_id,
-            self.pad_id,
-            self.im_start_id,
-            self.im_end_id,
-            self.think_id,
-            self.end_think_id,
-        ) = map(self._special_id, SPECIAL_TOKENS)
+        self.unk_id = self._special_id("<unk>")
+        self.bos_id = self._special_id("<s>")
+        self.eos_id = self._special_id("</s>")
+        self.pad_id = self._special_id("<pad>")
+        self.im_start_id = self._special_id("<|im_start|>")
+        self.im_end_id = self._special_id("<|im_end|>")
+        self.think_id = self._special_id("<think>")
+        self.end_think_id = self._special_id("</think>")
 
     def _special_id(self, token: str) -> int:
         token_id = self.backend.token_to_id(token)
@@ -58,7 +56,7 @@ class Tokenizer:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
-        """Text of ids; bytes that form no character become U+FFFD. skip_special leaves <s>, <|im_end|>, ... out."""
+        """Text of ids; invalid UTF-8 becomes U+FFFD. skip_special omits <s>, <|im_end|>, ..."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     @cached_property
@@ -66,18 +64,18 @@ class Tokenizer:
         return {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for, not always whole characters; of a special token, its name's."""
+        """The bytes of a token, which may be part of a character; of a special token, those of its name."""
         token = self.backend.id_to_token(token_id) or ""
         return token.encode() if token_id in self.special_ids else bytes(map(BYTE_OF.__getitem__, token))
 
     @cached_property
     def characters(self) -> np.ndarray:
-        """(V,) how many characters begin in each token; the sum over a text's ids is its length, wherever it is cut."""
+        """(V,) how many characters begin in each token; the sum over the ids of a text is its length."""
         vocab = self.backend.get_vocab(with_added_tokens=True)
         counts = np.zeros(1 + max(vocab.values()), np.int64)
         for token, i in vocab.items():
             if i not in self.special_ids:
-                counts[i] = sum(BYTE_OF.get(char, 0) >> 6 != 0b10 for char in token)  # a UTF-8 character's first byte
+                counts[i] = sum(BYTE_OF.get(char, 0) >> 6 != 0b10 for char in token)  # first bytes of UTF-8 characters
         return counts
 
     def save(self, folder: str | Path) -> None:
@@ -87,12 +85,11 @@ class Tokenizer:
         for name in FILES:
             source = self.path / name
             if source.exists() and source.resolve() != (folder / name).resolve():
-                with atomic_write(folder / name) as beside:  # a reader never sees half of it
-                    shutil.copyfile(source, beside)
+                copy_file(source, folder / name)
 
 
 def side_files() -> dict[str, str]:
-    """{name: text} of what transformers reads beside tokenizer.json."""
+    """{name: text} of the files that transformers reads beside tokenizer.json."""
     unk, bos, eos, pad, *_ = SPECIAL_TOKENS
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -117,13 +114,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(f"no tokenizer in {folder}: run python train_tokenizer.py, or pass --tokenizer_path")
     try:
         backend = Backend.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises its own bare Exception
+    except Exception as error:  # the library raises Exception itself
         raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}): train the tokenizer again") from None
     return Tokenizer(folder, backend)
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte that each printable stand-in of the byte-level vocabulary means (the GPT-2 table)."""
+    """{character of the byte-level vocabulary: byte} (the table of GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -133,9 +130,9 @@ BYTE_OF = _byte_alphabet()
 
 
 class StreamDecoder:
-    """Ids one at a time to text: what `push` returns is final, and no character is ever cut in two.
+    """Incremental decoding: what `push` returns is final and never a partial character.
 
-    The outputs joined, with `flush` at the end, equal `tokenizer.decode(ids)`.
+    The concatenated outputs, with `flush` at the end, equal `tokenizer.decode(ids)`.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -143,11 +140,11 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes: often one character, sometimes none, sometimes several."""
+        """The text that this token completes: no, one or several characters."""
         if token_id in self._tokenizer.special_ids:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD when the bytes stop inside a character."""
+        """The rest at the end: U+FFFD when the bytes end inside a character."""
         return self._decoder.decode(b"", final=True)

@@ -1,3 +1,3 @@
-"""The version of Mini-LLM: `--version`, /health and run.json report it, and pyproject.toml reads it here."""
+"""The version of Mini-LLM, for `--version`, /health, run.json and pyproject.toml."""
 
 VERSION = "0.2.0"

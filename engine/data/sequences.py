@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.data.packing import best_fit, one_a_row
 from utils.errors import UserError
-from utils.json_object import load_json
+from utils.files import load_json
 from utils.log import warn
 
 IGNORE = -100  # a target without loss

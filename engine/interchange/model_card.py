@@ -1,20 +1,23 @@
-"""README.md of an exported model: what it is, its figures, and how to load it."""
+"""The model card (README.md) of an exported model: what it is, its results, and how to load it."""
 
 import dataclasses
+from typing import Any
+
+from model.basemodel import BaseModel
 
 FIGURES = {
     "steps": "training steps",
     "tokens": "training tokens",
-    "train_loss": "training loss, nats a token",
-    "val_loss": "held-out loss, nats a token",
-    "val_bpc": "held-out bits a character",
+    "train_loss": "training loss, nats per token",
+    "val_loss": "held-out loss, nats per token",
+    "val_bpc": "held-out bits per character",
 }
 
 
-def model_card(name: str, stage: str, model, config: dict, summary: dict) -> str:
-    """The text of the card. summary: the run's summary.json, or {} when it has none."""
+def model_card(name: str, stage: str, model: BaseModel, config: dict[str, Any], summary: dict[str, Any]) -> str:
+    """Return the text of the card. summary: the run's summary.json, or {} when it has none."""
     counts = model.num_params()
-    rows = {"parameters": f"{counts['total']:,}", "parameters a token uses": f"{counts['active']:,}"}
+    rows = {"parameters": f"{counts['total']:,}", "active parameters per token": f"{counts['active']:,}"}
     for key, label in FIGURES.items():
         if summary.get(key) is not None:
             value = summary[key]
@@ -37,7 +40,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A small {config["architectures"][0]}, {"fine-tuned for conversation" if chat else "pretrained: it goes on from a text"},
+A small {config["architectures"][0]}, {"fine-tuned for conversation" if chat else "pretrained: it continues a text"},
 trained with Mini-LLM. Weights in fp32.
 
 | | |

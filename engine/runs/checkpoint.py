@@ -1,14 +1,17 @@
-"""The file format of a checkpoint folder: complete or absent.
+"""The file format of a checkpoint directory, which is complete or does not exist.
 
-A checkpoint folder is written to a hidden sibling, every file fsynced, `manifest.json` (name, size, sha256 of each
-file, and its own) last, then renamed. Nothing that is read can execute code: safetensors, JSON, and
-`torch.load(weights_only=True)`.
+A checkpoint is written to a hidden sibling, every file is fsynced, `manifest.json` (name, size and sha256 of each file,
+and its own sha256) comes last, then the directory is renamed. Nothing that is read can execute code: safetensors, JSON,
+and `torch.load(weights_only=True)`.
 """
 
+import functools
 import hashlib
 import json
 import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any, Protocol, cast
 
 import safetensors.torch
 import torch
@@ -23,25 +26,46 @@ from utils.log import warn
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 
+Entry = dict[str, Any]  # of a manifest: {"name", "size", "sha256"}
+
+
+class Optimizer(Protocol):
+    """What a checkpoint needs of an optimizer, ours or one of torch.optim."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class TrainOptimizer(Optimizer, Protocol):
+    """The optimizer of a training, which holds one or more of torch.optim."""
+
+    @property
+    def all(self) -> Sequence[torch.optim.Optimizer]: ...
+
+
+# ------------------------------------------------------------------------------------------------------- weights
+
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:
-    """{name in the state dict: the name its storage is saved under}: tied weights share one entry."""
-    first, names = {}, {}
+    """Return {name in the state dict: name it is saved under}; tied weights share the first of their names."""
+    first: dict[Any, str] = {}
+    names = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        plain = tensor.numel() and not is_dtensor(tensor)
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if plain else id(tensor)
+        has_storage = tensor.numel() and not is_dtensor(tensor)
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if has_storage else id(tensor)
         names[name] = first.setdefault(key, name)
     return names
 
 
 def weights_bytes(model: torch.nn.Module) -> bytes:
-    """The content of model.safetensors: fp32 (integers as they are), one copy of tied weights.
+    """Return the content of model.safetensors: fp32 (integers unchanged), one copy of tied weights.
 
-    Of a model that is shared out all processes ask for it, and only the main one gets it.
+    All processes call it for a sharded model, and the main one alone gets the tensors.
     """
-    kept, tensors = set(canonical_names(model).values()), {}
+    saved = set(canonical_names(model).values())
+    tensors = {}
     for name, tensor in model.state_dict().items():
-        if name in kept:
+        if name in saved:
             dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
             tensor = full_tensor(tensor.detach())
             if is_main() or not is_sharded(model):
@@ -56,32 +80,33 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from None
-    source = matching(path, model, {name: tensor.shape for name, tensor in tensors.items()})
+    source = match_names(path, model, {name: tensor.shape for name, tensor in tensors.items()})
     for name, target in model.state_dict().items():
         target.copy_(shard_like(tensors[source[name]], target))
 
 
 def restore_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Copy the weights of a checkpoint folder, in one file or in parts, into the model; UserError as `load_weights`."""
+    """Copy the weights of a checkpoint directory, in one file or sharded, into the model; errors as `load_weights`."""
     if (folder / WEIGHTS).is_file():
         return load_weights(model, folder / WEIGHTS)
-    from engine.runs.sharded_checkpoint import load_parts, stored  # slow to import, and few runs need it
+    from engine.runs.sharded_checkpoint import load_sharded, saved_shapes  # slow to import, and seldom needed
 
-    source = matching(folder, model, stored(folder, "model."))
-    own = {f"model.{source[name]}": tensor.detach() for name, tensor in model.state_dict().items()}
-    load_parts(folder, own, together=is_sharded(model))
+    source = match_names(folder, model, saved_shapes(folder, "model."))
+    targets = {f"model.{source[name]}": tensor.detach() for name, tensor in model.state_dict().items()}
+    load_sharded(folder, targets, collective=is_sharded(model))
 
 
-def matching(path: Path, model: torch.nn.Module, shapes: dict) -> dict[str, str]:
-    """{name in the state dict: the name in a file that holds these shapes}; UserError when they do not fit."""
-    own, names = model.state_dict(), canonical_names(model)
-    unknown = sorted(set(shapes) - set(own))
+def match_names(path: Path, model: torch.nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, str]:
+    """Return {name in the state dict: name in the file}; UserError when the file's `shapes` do not fit the model."""
+    targets = model.state_dict()
+    names = canonical_names(model)
+    unknown = sorted(set(shapes) - set(targets))
     if unknown:
         raise UserError(
-            f"{path} holds {unknown[0]}, which this model has not: the architecture or its file has changed"
+            f"{path} holds {unknown[0]}, which this model does not have: the architecture or its file has changed"
         )
-    source = {name: name if name in shapes else names[name] for name in own}
-    for name, target in own.items():
+    source = {name: name if name in shapes else names[name] for name in targets}
+    for name, target in targets.items():
         shape = shapes.get(source[name])
         if shape is None:
             raise UserError(f"{path} lacks {name}: the architecture or its file has changed")
@@ -93,65 +118,96 @@ def matching(path: Path, model: torch.nn.Module, shapes: dict) -> dict[str, str]
     return source
 
 
-def save_checkpoint(folder: Path, model, optimizer, state: dict, about: dict, weights: bytes | None = None) -> None:
-    """Write one checkpoint; OSError when it cannot be written, and then nothing is left behind.
+# ------------------------------------------------------------------------------------------------------- writing
 
-    optimizer: None for the weights alone. state: plain numbers and tensors. about: goes into the manifest. weights: the
-    content of model.safetensors where it has been gathered already. The main process alone calls it, but all of them
-    for model and optimizer of a model that is shared out: each writes its part.
+
+def save_checkpoint(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: Optimizer | None,
+    state: dict[str, Any],
+    metadata: dict[str, Any],
+    weights: bytes | None = None,
+) -> None:
+    """Write one checkpoint; OSError when it cannot be written, and then nothing is left of it.
+
+    optimizer: None saves the weights only. state: plain values and tensors, for trainer_state.pt. metadata: further
+    keys of the manifest. weights: the content of model.safetensors, when it has been gathered already. The main process
+    calls it alone; for a sharded model with its optimizer all processes do, and each writes its shards.
     """
-
-    def write_rest(place, files, optimizer_state):
-        if optimizer_state is not None:
-            files.append(write_file(place / "optimizer.pt", lambda file: torch.save(optimizer_state, file)))
-        files.append(write_file(place / "trainer_state.pt", lambda file: torch.save(state, file)))
-        write_file(place / MANIFEST, lambda file: file.write(manifest_bytes({**about, "files": files})))
-
     if optimizer is not None and is_sharded(model):
-        from engine.runs.sharded_checkpoint import save_parts, without_parts
+        from engine.runs.sharded_checkpoint import save_sharded, split_optimizer_state
 
-        plain, parts = without_parts(optimizer.state_dict())
-        own, kept = model.state_dict(), set(canonical_names(model).values())
-        parts |= {f"model.{name}": tensor for name, tensor in own.items() if name in kept}
-        return save_parts(folder, parts, lambda place, files: write_rest(place, files, plain))
-    with atomic_directory(folder) as place:
-        files = [write_file(place / WEIGHTS, lambda file: file.write(weights or weights_bytes(model)))]
-        write_rest(place, files, None if optimizer is None else optimizer.state_dict())
+        optimizer_state, shards = split_optimizer_state(optimizer.state_dict())
+        tensors = model.state_dict()
+        saved = set(canonical_names(model).values())
+        shards |= {f"model.{name}": tensor for name, tensor in tensors.items() if name in saved}
+        finish = functools.partial(_write_rest, optimizer_state=optimizer_state, state=state, metadata=metadata)
+        return save_sharded(folder, shards, finish)
+    with atomic_directory(folder) as directory:
+        content = weights or weights_bytes(model)
+        entry = write_file(directory / WEIGHTS, lambda file: file.write(content))
+        _write_rest(directory, [entry], None if optimizer is None else optimizer.state_dict(), state, metadata)
 
 
-def manifest_bytes(about: dict) -> bytes:
-    """The content of a manifest: `about` and its sha256, so that a bit that flips in here is found as well."""
-    about = {key: value for key, value in about.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    return json.dumps({**about, "sha256": digest}, indent=1).encode()
+def _write_rest(
+    directory: Path,
+    weights: list[Entry],
+    optimizer_state: dict[str, Any] | None,
+    state: dict[str, Any],
+    metadata: dict[str, Any],
+) -> None:
+    """Write optimizer.pt, trainer_state.pt and, last, the manifest of a directory that has its `weights` files."""
+    entries = list(weights)
+    if optimizer_state is not None:
+        entries.append(
+            write_file(directory / "optimizer.pt", lambda file: torch.save(optimizer_state, cast(IO[bytes], file)))
+        )
+    entries.append(write_file(directory / "trainer_state.pt", lambda file: torch.save(state, cast(IO[bytes], file))))
+    manifest = manifest_bytes({**metadata, "files": entries})
+    write_file(directory / MANIFEST, lambda file: file.write(manifest))
+
+
+# ------------------------------------------------------------------------------------------ manifest and verification
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """Return the content of manifest.json, with its own sha256, so that a flipped bit in it is found as well."""
+    manifest = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1).encode()
 
 
 def file_sha256(path: Path) -> str:
+    """sha256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(folder: Path) -> dict | None:
-    """The manifest, or None when there is none that is as it was written."""
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest, or None when it is missing or not as it was written."""
     try:
         content = (folder / MANIFEST).read_bytes()
         manifest = json.loads(content)
-        plain = isinstance(manifest, dict) and all(isinstance(entry, dict) for entry in manifest["files"])
-        return manifest if plain and manifest_bytes(manifest) == content else None
+        well_formed = isinstance(manifest, dict) and all(isinstance(entry, dict) for entry in manifest["files"])
+        return manifest if well_formed and manifest_bytes(manifest) == content else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def damage(folder: Path, sizes_only: bool = False) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every byte is as it was written."""
+def verify_checkpoint(folder: Path, sizes_only: bool = False) -> str | None:
+    """Return what is wrong with a checkpoint directory, or None when every byte is as it was written.
+
+    sizes_only: compare the sizes of the files and do not hash them.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         return "it has no readable manifest.json"
-    files = {Path(str(entry.get("name"))).name: entry for entry in manifest["files"]}
-    if "trainer_state.pt" not in files or not weights_files(manifest):
+    entries = {Path(str(entry.get("name"))).name: entry for entry in manifest["files"]}
+    if "trainer_state.pt" not in entries or not weights_entries(manifest):
         return "its manifest.json names no weights"
     try:
-        for name, entry in files.items():
+        for name, entry in entries.items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -162,54 +218,59 @@ def damage(folder: Path, sizes_only: bool = False) -> str | None:
     return None
 
 
-def weights_files(manifest: dict) -> list[dict]:
-    """The entries of a manifest that are weights: one file, or one a process."""
+def weights_entries(manifest: dict[str, Any]) -> list[Entry]:
+    """The entries of a manifest that are weights: one file, or one per process."""
     return [entry for entry in manifest["files"] if str(entry.get("name")).startswith("model")]
 
 
 def weights_sha256(folder: Path) -> str:
-    """What tells the weights of a valid checkpoint from any others."""
-    sums = [entry["sha256"] for entry in weights_files(read_manifest(folder))]
+    """The fingerprint of the weights of a valid checkpoint, from its manifest: no file is hashed."""
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    sums = [entry["sha256"] for entry in weights_entries(manifest)]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
+# ---------------------------------------------------------------------------------------------- finding and restoring
+
+
 def step_of(folder: Path) -> int:
-    """The step of a step checkpoint, by its name."""
+    """The step of a step checkpoint, from its name."""
     return int(folder.name.removeprefix("step-"))
 
 
 def find_checkpoints(run: Path) -> list[Path]:
-    """Step checkpoints of a run, newest first, valid or not."""
+    """List the step checkpoints of a run, newest first, valid or not."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(folders, key=step_of, reverse=True)
 
 
 def newest_checkpoint(run: Path, final: bool = False) -> Path | None:
-    """The newest valid checkpoint; damaged ones are named and skipped. `final`: prefer the run's final weights."""
+    """Return the newest valid checkpoint, or None; damaged ones are named in a warning. `final`: prefer final/."""
     for folder in ([run / "final"] if final and (run / "final").exists() else []) + find_checkpoints(run):
-        problem = damage(folder)
+        problem = verify_checkpoint(folder)
         if problem is None:
             return folder
         warn(f"skipping damaged checkpoint {folder}: {problem}")
     return None
 
 
-def load_training_state(folder: Path, model, optimizer) -> dict:
-    """Restore model and optimizer in place and return the trainer's state, from a checkpoint found valid."""
+def load_training_state(folder: Path, model: torch.nn.Module, optimizer: TrainOptimizer) -> dict[str, Any]:
+    """Restore model and optimizer in place from a valid checkpoint, and return the content of trainer_state.pt."""
     if not (folder / "optimizer.pt").is_file():
-        raise UserError(f"{folder} has no optimizer state to go on from: give a run folder that has checkpoints/")
+        raise UserError(f"{folder} has no optimizer state to resume from: give a run folder that has checkpoints/")
     restore_weights(model, folder)
-    # to the cpu first: load_state_dict then puts each tensor beside its parameter
+    # to the CPU first: load_state_dict then moves each tensor to the device of its parameter
     try:
         saved = read_plain(folder / "optimizer.pt")
         if is_sharded(model) or not (folder / WEIGHTS).is_file():
-            from engine.runs.sharded_checkpoint import with_parts
+            from engine.runs.sharded_checkpoint import merge_optimizer_state
 
-            saved = with_parts(saved, optimizer, folder, together=is_sharded(model))
+            saved = merge_optimizer_state(saved, optimizer, folder, collective=is_sharded(model))
         optimizer.load_state_dict(saved)
+    except UserError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        if getattr(error, "user_error", False):
-            raise
         raise UserError(
             f"{folder}/optimizer.pt does not fit this optimizer ({error}): --optimizer and the "
             "architecture must stay as they were"
@@ -217,8 +278,8 @@ def load_training_state(folder: Path, model, optimizer) -> dict:
     return read_plain(folder / "trainer_state.pt")
 
 
-def read_plain(path: Path) -> dict:
-    """A dict of plain values and tensors from torch.save; UserError for anything else, and nothing in it is run."""
+def read_plain(path: Path) -> dict[str, Any]:
+    """Read a dict of plain values and tensors written by torch.save; UserError for anything else, never executed."""
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError) as error:

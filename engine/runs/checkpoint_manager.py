@@ -1,71 +1,97 @@
-"""When a checkpoint is saved, what becomes of a save that fails, which checkpoints stay, and room for them all."""
+"""Checkpoint policy: schedule, retry after a failed save, retention, and disk space."""
 
 import errno
 import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from engine.distributed import process_group
 from engine.distributed.fsdp import is_sharded, local
 from engine.runs.checkpoint import (
+    TrainOptimizer,
     canonical_names,
-    damage,
     find_checkpoints,
     read_manifest,
     save_checkpoint,
     step_of,
+    verify_checkpoint,
     weights_bytes,
 )
 from utils.atomic import folder_bytes, remove, remove_folder
 from utils.errors import UserError
 from utils.log import format_bytes, warn
 
-PAUSE_SECONDS = 2.0  # before a failed save is tried again: what filled the disk may be a passing thing
+MEASURED: tuple[str, ...] = ("val_loss", "val_targets")  # what the manifest says of an evaluation
+PAUSE_SECONDS = 2.0  # before a failed save is tried again: the cause may pass
+
+
+class RetentionSettings(Protocol):
+    """The settings of a training that decide which checkpoints are saved and kept."""
+
+    save_interval: int
+    keep_last: int
+    keep_every: int
+    keep_best: bool
 
 
 class CheckpointManager:
-    """Saves the checkpoints of a run. Every process calls its methods; the main one writes.
+    """Saves the checkpoints of a run. Every process calls its methods; the main process writes.
 
-    Of a model that is shared out each process writes its part of a step checkpoint, but final/ is one whole file.
+    Of a sharded model each process writes its shards of a step checkpoint, but final/ is one file.
     """
 
-    def __init__(self, run: Path, config, model, optimizer, about: dict):
-        self.run, self.config, self.model, self.optimizer, self.about = run, config, model, optimizer, about
+    def __init__(
+        self,
+        run: Path,
+        config: RetentionSettings,
+        model: torch.nn.Module,
+        optimizer: TrainOptimizer,
+        metadata: dict[str, Any],
+    ):
+        self.run = run
+        self.config = config
+        self.model = model
+        self.optimizer = optimizer
+        self.metadata = metadata  # further keys of the manifest
         self.weights_bytes, self.bytes = checkpoint_bytes(model, optimizer)
-        self.retry_at, self.delay = 0, 1  # the step at which a failed save is tried again, and how many steps that was
+        self.retry_at = 0  # the step at which a failed save is tried again
+        self.delay = 1  # steps until then
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after so many steps: by --save_interval, or because the last one failed."""
+        """Whether a checkpoint is due after `step` steps: by --save_interval, or because the last save failed."""
         interval = self.config.save_interval
         return (interval > 0 and step % interval == 0) or step == self.retry_at
 
-    def save(self, state: dict, val: dict, must: bool = False) -> None:
-        """Save a step checkpoint; one that fails is tried again 1, 2, 4, ... steps later, `must`: it is a UserError.
+    def save(self, state: dict[str, Any], val: dict[str, Any], must: bool = False) -> None:
+        """Save a step checkpoint. A failed save is tried again 1, 2, 4, ... steps later.
 
-        val: the last held-out evaluation, with its step.
+        val: the last evaluation, with its step. must: a failed save is a UserError.
         """
         step = state["step"]
-        measured = {key: val[key] for key in ("val_loss", "val_targets")} if val.get("step") == step else {}
+        measured = {key: val[key] for key in MEASURED} if val.get("step") == step else {}
         problem = self._save(self.run / "checkpoints" / f"step-{step:08d}", self.optimizer, state, measured)
         if not problem:
-            self.retry_at, self.delay = 0, 1
+            self.retry_at = 0
+            self.delay = 1
         elif must:
             raise UserError(
-                f"step {step} could not be saved ({problem}): make room; the same command then goes on "
+                f"step {step} could not be saved ({problem}): make room; the same command then resumes "
                 "from the checkpoint before"
             )
         else:
-            self.retry_at, self.delay = step + self.delay, self.delay * 2
+            self.retry_at = step + self.delay
+            self.delay *= 2
             warn(
                 f"step {step}: the checkpoint could not be saved ({problem}); the one before is kept, "
                 f"the next try is at step {self.retry_at}"
             )
 
-    def save_final(self, state: dict, val: dict) -> None:
-        """Save the weights alone, as final/; UserError when that fails, or when there is nothing worth the name."""
+    def save_final(self, state: dict[str, Any], val: dict[str, Any]) -> None:
+        """Save the weights as final/; UserError when that fails, when no step was taken or the loss is non-finite."""
         if state["step"] and state["skipped"] >= state["step"]:
             raise UserError(
                 f"not one of {state['step']} steps could be taken, so there are no final weights: "
@@ -76,12 +102,12 @@ class CheckpointManager:
                 f"the held-out loss is {val['val_loss']}, so there are no final weights: lower --max_lr, "
                 "use --precision=fp32, or look at the model"
             )
-        measured = {key: val[key] for key in ("val_loss", "val_targets") if key in val}
+        measured = {key: val[key] for key in MEASURED if key in val}
         problem = self._save(self.run / "final", None, state, measured)
         if problem:
             raise UserError(
                 f"{self.run / 'final'} could not be saved ({problem}): make room; the same command then "
-                "goes on from the last checkpoint"
+                "resumes from the last checkpoint"
             )
 
     def best(self) -> str | None:
@@ -89,12 +115,15 @@ class CheckpointManager:
         best = best_of(find_checkpoints(self.run))
         return best.name if best else None
 
-    def _save(self, target: Path, optimizer, state: dict, measured: dict) -> str | None:
-        """What went wrong on the main process, told to all, or None. A failed save is tried a second time."""
-        refuse_broken(self.model, state["step"])
-        problem, together = None, is_sharded(self.model) and optimizer is not None
+    def _save(
+        self, target: Path, optimizer: TrainOptimizer | None, state: dict[str, Any], measured: dict[str, Any]
+    ) -> str | None:
+        """Save, trying twice; returns the main process's error on all processes, or None."""
+        refuse_nan(self.model, state["step"])
+        problem = None
+        collective = is_sharded(self.model) and optimizer is not None
         weights = weights_bytes(self.model) if is_sharded(self.model) and optimizer is None else None
-        if process_group.is_main() or together:
+        if process_group.is_main() or collective:
             try:
                 self._write(target, optimizer, state, measured, weights)
             except OSError as error:  # the same on all processes that write together
@@ -106,16 +135,24 @@ class CheckpointManager:
                     self._write(target, optimizer, state, measured, weights)
                 except OSError as again:
                     problem = str(again)
-        return process_group.broadcast_object(problem)  # the others wait here until it is written
+        return process_group.broadcast_object(problem)  # the other processes wait here until it is written
 
-    def _write(self, target: Path, optimizer, state: dict, measured: dict, weights: bytes | None) -> None:
-        need, free = self.bytes if optimizer else self.weights_bytes, shutil.disk_usage(self.run).free
+    def _write(
+        self,
+        target: Path,
+        optimizer: TrainOptimizer | None,
+        state: dict[str, Any],
+        measured: dict[str, Any],
+        weights: bytes | None,
+    ) -> None:
+        need = self.bytes if optimizer else self.weights_bytes
+        free = shutil.disk_usage(self.run).free
         if is_sharded(self.model) and optimizer:
-            free = process_group.broadcast_object(free)  # one answer for all
+            free = process_group.broadcast_object(free)  # the same decision on all processes
         if free < need:
             raise OSError(errno.ENOSPC, f"{format_bytes(need)} needed, {format_bytes(free)} free on the disk")
-        about = {**self.about, "step": state["step"], "tokens": state["tokens"], **measured}
-        save_checkpoint(target, self.model, optimizer, state, about, weights)
+        metadata = {**self.metadata, "step": state["step"], "tokens": state["tokens"], **measured}
+        save_checkpoint(target, self.model, optimizer, state, metadata, weights)
         if optimizer and process_group.is_main():
             self.bytes = folder_bytes(target)
             prune_checkpoints(self.run, self.config.keep_last, self.config.keep_every, self.config.keep_best, target)
@@ -124,21 +161,22 @@ class CheckpointManager:
 def prune_checkpoints(
     run: Path, keep_last: int, keep_every: int = 0, keep_best: bool = False, written: Path | None = None
 ) -> None:
-    """Delete step checkpoints but the newest `keep_last`, those at multiples of `keep_every`, and the best.
+    """Delete step checkpoints except the newest `keep_last`, those at multiples of `keep_every`, and the best.
 
-    written: the one just saved, which always stays. Those beyond it go: the run came from before them because they were
-    damaged. A damaged one never counts as one of the newest: each that counts is read through. With no valid checkpoint
+    written: the one just saved, which always stays. Later ones are deleted: the run resumed from before them, because
+    they were damaged. Only valid checkpoints, which are read completely, count as the newest. Without a valid one
     nothing is deleted.
     """
-    folders, whole = find_checkpoints(run), []
+    folders = find_checkpoints(run)
     if written is not None:
         folders = [folder for folder in folders if step_of(folder) <= step_of(written)]
+    newest: list[Path] = []
     for folder in folders:
-        if len(whole) < keep_last and (folder == written or damage(folder) is None):
-            whole.append(folder)
-    if not whole:
+        if len(newest) < keep_last and (folder == written or verify_checkpoint(folder) is None):
+            newest.append(folder)
+    if not newest:
         return
-    keep = {*whole, best_of(folders) if keep_best else None}
+    keep = {*newest, best_of(folders) if keep_best else None}
     keep |= {folder for folder in folders if keep_every and step_of(folder) % keep_every == 0}
     for folder in find_checkpoints(run):
         if folder not in keep:
@@ -146,29 +184,29 @@ def prune_checkpoints(
                 remove_folder(folder)
             except OSError as error:
                 warn(f"{folder} could not be deleted ({error})")
-    for leftover in (run / "checkpoints").glob(".step-*"):  # of saves that a crash cut short
+    for leftover in (run / "checkpoints").glob(".step-*"):  # of saves that a crash interrupted
         remove(leftover)
 
 
 def best_of(folders: list[Path]) -> Path | None:
-    """The checkpoint with the lowest held-out loss, among those measured on as much data as the first of them."""
+    """The checkpoint with the lowest held-out loss, of those measured on as much data as the first of them."""
     measured = []
     for folder in folders:
-        about = read_manifest(folder) or {}
-        loss = about.get("val_loss")
-        if loss is not None and math.isfinite(loss) and damage(folder, sizes_only=True) is None:
-            measured.append((folder, loss, about.get("val_targets")))
+        manifest = read_manifest(folder) or {}
+        loss = manifest.get("val_loss")
+        if loss is not None and math.isfinite(loss) and verify_checkpoint(folder, sizes_only=True) is None:
+            measured.append((folder, loss, manifest.get("val_targets")))
     return min((m for m in measured if m[2] == measured[0][2]), key=lambda m: m[1])[0] if measured else None
 
 
 @torch.no_grad()
-def refuse_broken(model, step: int) -> None:
-    """UserError when the weights or a saved buffer hold a NaN: they must not take a good checkpoint's place."""
+def refuse_nan(model: torch.nn.Module, step: int) -> None:
+    """UserError when a weight or a saved buffer holds a NaN: it must not replace a good checkpoint."""
     tensors = {name: local(tensor) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    broken = {name: torch.isnan(tensor).any().float() for name, tensor in tensors.items()}
-    if is_sharded(model):  # a process sees its own part only, and all must say the same
-        broken = process_group.sum_tensors(broken)
-    for name, count in broken.items():
+    counts = {name: torch.isnan(tensor).any().float() for name, tensor in tensors.items()}
+    if is_sharded(model):  # a process sees its own shards only, and all must decide the same
+        counts = process_group.sum_tensors(counts)
+    for name, count in counts.items():
         if count:
             raise UserError(
                 f"step {step}: {name} holds a NaN, so this state is not saved: lower --max_lr or use "
@@ -176,13 +214,16 @@ def refuse_broken(model, step: int) -> None:
             )
 
 
-def checkpoint_bytes(model, optimizer) -> tuple[int, int]:
-    """About how many bytes the weights alone and a whole checkpoint take: fp32, and the moments of the optimizer."""
-    kept = set(canonical_names(model).values())
+# ---------------------------------------------------------------------------------------------------- disk space
+
+
+def checkpoint_bytes(model: torch.nn.Module, optimizer: TrainOptimizer) -> tuple[int, int]:
+    """Estimate the bytes of (the weights, a checkpoint): fp32 weights, and with the moments of the optimizer."""
+    saved = set(canonical_names(model).values())
     weights = sum(
         tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
         for name, tensor in model.state_dict().items()
-        if name in kept
+        if name in saved
     )
     moments = sum(
         parameter.numel() * 4 * (2 if isinstance(part, torch.optim.AdamW) else 1)
@@ -193,33 +234,39 @@ def checkpoint_bytes(model, optimizer) -> tuple[int, int]:
     return weights, weights + moments
 
 
-def process_bytes(model, optimizer) -> tuple[int, int, int]:
-    """Bytes of weights and saved buffers, of gradients, and of the optimizer's moments that this process holds."""
-    weights, whole = checkpoint_bytes(model, optimizer)
+def process_bytes(model: torch.nn.Module, optimizer: TrainOptimizer) -> tuple[int, int, int]:
+    """Bytes on this process of (weights and saved buffers, gradients, moments of the optimizer)."""
+    weights, checkpoint = checkpoint_bytes(model, optimizer)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    mine, all_of_them = (sum(of(p).numel() for p in parameters) for of in (local, lambda p: p))
-    share = mine / all_of_them
-    return round(weights * share), 4 * mine, round((whole - weights) * share)
+    own = sum(local(p).numel() for p in parameters)
+    total = sum(p.numel() for p in parameters)
+    share = own / total
+    return round(weights * share), 4 * own, round((checkpoint - weights) * share)
 
 
-def room_for_checkpoints(config, model, optimizer, total_steps: int) -> tuple[int, int]:
-    """Return (checkpoints that a run keeps at its end, bytes for them, the one being written and the final weights)."""
-    weights, whole = checkpoint_bytes(model, optimizer)
+def room_for_checkpoints(
+    config: RetentionSettings, model: torch.nn.Module, optimizer: TrainOptimizer, total_steps: int
+) -> tuple[int, int]:
+    """Return (checkpoints at the end of a run, bytes for them, for the one being written and for final/)."""
+    weights, checkpoint = checkpoint_bytes(model, optimizer)
     saves = total_steps // config.save_interval + 1 if config.save_interval else 1
     every = total_steps // config.keep_every if config.keep_every else 0
     kept = min(saves, config.keep_last + config.keep_best + every)
-    return kept, (kept + 1) * whole + weights
+    return kept, (kept + 1) * checkpoint + weights
 
 
 def disk_free(run: Path) -> int:
-    """Bytes that a run may fill: the free ones of its disk, and those that its own checkpoints take already."""
-    there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free + folder_bytes(run / "checkpoints") + folder_bytes(run / "final")
+    """Bytes that a run may fill: the free bytes of its disk, and what its own checkpoints occupy already."""
+    existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free + folder_bytes(run / "checkpoints") + folder_bytes(run / "final")
 
 
-def ensure_room(run: Path, config, model, optimizer, total_steps: int) -> None:
-    """UserError when the disk cannot hold the checkpoints that the run is going to keep, and the one being written."""
-    (kept, need), free = room_for_checkpoints(config, model, optimizer, total_steps), disk_free(run)
+def ensure_room(
+    run: Path, config: RetentionSettings, model: torch.nn.Module, optimizer: TrainOptimizer, total_steps: int
+) -> None:
+    """UserError when the disk cannot hold the checkpoints that the run will keep, and the one being written."""
+    kept, need = room_for_checkpoints(config, model, optimizer, total_steps)
+    free = disk_free(run)
     if free < need:
         raise UserError(
             f"{run} needs about {format_bytes(need)} for {kept} checkpoints, the one being written and the "

@@ -8,18 +8,18 @@ import torch
 
 from engine.runs.checkpoint import (
     MANIFEST,
-    damage,
     find_checkpoints,
     newest_checkpoint,
     read_manifest,
     restore_weights,
+    verify_checkpoint,
     weights_sha256,
 )
 from model import get_model_and_args
 from model.basemodel import BaseModel
 from utils.config import load_yaml, typed_model_values
 from utils.errors import UserError
-from utils.json_object import load_json
+from utils.files import load_json
 from utils.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -90,7 +90,7 @@ def resolve_checkpoint(path: Path) -> tuple[Path, Path]:
     if (path / MANIFEST).is_file():
         run = path.parent if path.name == "final" else path.parent.parent
         _require_config(run)
-        problem = damage(path)
+        problem = verify_checkpoint(path)
         if problem is not None:
             raise UserError(f"{path} is damaged, {problem}: choose another checkpoint, or the run itself")
         return run, path

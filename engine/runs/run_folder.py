@@ -1,4 +1,4 @@
-"""The folder of a run: which one this command means, and the small files that say what the run is."""
+"""The directory of a run: which one a command means, its lock, and the small files that describe the run."""
 
 import hashlib
 import json
@@ -8,139 +8,192 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import yaml
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder go unnoticed there
-    fcntl = None
+from filelock import FileLock, Timeout
 
 from engine.distributed import process_group
-from engine.runs.checkpoint import damage, find_checkpoints, newest_checkpoint
+from engine.runs.checkpoint import find_checkpoints, newest_checkpoint, verify_checkpoint
+from model.basemodel import BaseModel
 from utils.atomic import copy_file, write_text
 from utils.config import load_yaml, to_dict
 from utils.errors import UserError
-from utils.json_object import load_json
+from utils.files import load_json
 from utils.log import log
+from utils.tokenizer import Tokenizer
+from utils.version import VERSION
+
+Fingerprint = dict[str, Any]  # JSON values; see run_fingerprint
+
+
+class RunSettings(Protocol):
+    """The settings of a training that decide its run directory."""
+
+    output_path: str
+    run_name: str
+    model_name: str
+    resume: str
+    dry_run: bool
+    write_run_path: str
+    seed: int
 
 
 @dataclass
-class Place:
-    """Where the run goes: its folder, the checkpoint to go on from, and its summary when it is finished already."""
+class RunDirectory:
+    """Where a run goes."""
 
     folder: Path
-    checkpoint: Path | None = None
-    summary: dict | None = None
+    checkpoint: Path | None = None  # the checkpoint to resume from
+    summary: dict[str, Any] | None = None  # summary.json of a run that has finished
 
 
-def identity(config, facts: dict) -> dict:
-    """Everything that decides the numbers of a run: settings that are not neutral, and fingerprints of the inputs.
+# ------------------------------------------------------------------------------------------ which directory it is
 
-    Two commands with the same identity are the same run: the second goes on with the first, or finds it finished.
+
+def run_fingerprint(config: Any, facts: dict[str, Any]) -> Fingerprint:
+    """Return everything that affects the result of a run: its settings and the fingerprints of its inputs.
+
+    config: a dataclass; its neutral fields do not affect the result and are left out. Two commands with the same
+    fingerprint are the same run: the second resumes the first, or finds it finished. run.json has it as "identity".
     """
     decisive = {f.name for f in fields(config) if not f.metadata.get("neutral")}
     settings = {key: value for key, value in to_dict(config).items() if key in decisive}
     return json.loads(json.dumps({**settings, **facts}))
 
 
-def choose_place(config, stage: str, who: dict) -> Place:
-    """Resolve --resume to a folder (the main process decides, the others hear of it); a --dry_run looks for nothing."""
+def choose_run_directory(config: RunSettings, stage: str, fingerprint: Fingerprint) -> RunDirectory:
+    """Resolve --resume to a run directory on the main process, and broadcast it.
+
+    A --dry_run does not look for an earlier run. UserError: --resume names nothing to resume from.
+    """
     if config.dry_run:
-        return Place(Path(config.output_path) / (config.run_name or f"{stage}_{config.model_name}"))
-    place = error = None
+        return RunDirectory(_first_directory(config, stage))
+    chosen = error = None
     if process_group.is_main():
         try:
-            place = _choose(config, stage, who)
+            chosen = _choose(config, stage, fingerprint)
         except UserError as caught:
             error = caught
-    place, error = process_group.broadcast_object((place, error))
+    chosen, error = process_group.broadcast_object((chosen, error))
     if error is not None:
         raise error
+    assert chosen is not None
     if config.write_run_path and process_group.is_main():
         file = Path(config.write_run_path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, f"{place.folder}\n")
-    return place
+        write_text(file, f"{chosen.folder}\n")
+    return chosen
 
 
-def _choose(config, stage: str, who: dict) -> Place:
-    first = Path(config.output_path) / (config.run_name or f"{stage}_{config.model_name}")
+def _choose(config: RunSettings, stage: str, fingerprint: Fingerprint) -> RunDirectory:
     if config.resume not in ("auto", "never", "must"):
-        folder = Path(config.resume)
-        if not (folder / "run.json").is_file():
-            raise UserError(f"--resume={folder}: that is no run folder; use auto, never, must or the path of one")
-        theirs = _identity_of(folder)
-        if theirs.get("stage") != who["stage"]:
-            raise UserError(
-                f"--resume={folder}: that run is of the stage {theirs.get('stage')}, not {who['stage']}; "
-                "--resume goes on with a run of the same script"
-            )
-        if theirs.get("tokenizer") != who["tokenizer"]:
-            raise UserError(f"--resume={folder}: that run has another tokenizer; give the same --tokenizer_path")
-        if theirs.get("model") != who["model"]:
-            raise UserError(f"--resume={folder}: that run has another architecture; give the same --model.* fields")
-        checkpoint = newest_checkpoint(folder)
-        if checkpoint is None:
-            raise UserError(f"--resume={folder}: no valid checkpoint there to go on from")
-        return Place(folder, checkpoint)
-
-    reasons, vacant = [], None
-    for folder in _numbered(first):
-        if is_empty(folder) and not _is_locked(folder):  # a start that was cut short before its first step
-            vacant = vacant or folder
-            continue
-        if config.resume == "never" or not (folder / "run.json").is_file():
-            continue
-        theirs = _identity_of(folder)
-        if theirs == who:
-            if (folder / "final").is_dir() and damage(folder / "final") is None:
-                try:
-                    return Place(folder, summary=load_json(folder / "summary.json", ""))
-                except UserError:  # it died just before its summary, which is written again
-                    pass
-            checkpoint = newest_checkpoint(folder)
-            if checkpoint is not None or config.resume != "must":
-                return Place(folder, checkpoint)
-        else:
-            differ = [key for key in who if theirs.get(key) != who[key]]
-            reasons.append(f"{folder} differs in {', '.join(differ[:4])}")
+        return _explicit_resume(Path(config.resume), fingerprint)
+    first = _first_directory(config, stage)
+    same, reasons = (None, []) if config.resume == "never" else _find_same_run(first, fingerprint, config.resume)
+    if same is not None:
+        return same
     if config.resume == "must":
-        raise UserError(
-            "--resume=must, but there is no run to go on with: " + ("; ".join(reasons) or f"{first} does not exist")
-        )
-    folder = vacant or next(f for f in _numbered(first, free=True))
+        found = "; ".join(reasons) or f"{first} does not exist"
+        raise UserError(f"--resume=must, but there is no run to resume: {found}")
+    folder = _find_vacant(first)
     for reason in reasons:
         log(f"{reason}: this run goes to {folder}")
-    return Place(folder)
+    return RunDirectory(folder)
 
 
-def _numbered(first: Path, free: bool = False):
-    """The folders name, name_2, name_3 ... that exist, or (free) the first that does not."""
-    number, folder = 1, first
+def _explicit_resume(folder: Path, fingerprint: Fingerprint) -> RunDirectory:
+    """The run that --resume=PATH names; UserError when this command cannot resume it."""
+    if not (folder / "run.json").is_file():
+        raise UserError(f"--resume={folder}: that is no run folder; use auto, never, must or the path of one")
+    other = _read_fingerprint(folder)
+    if other.get("stage") != fingerprint["stage"]:
+        raise UserError(
+            f"--resume={folder}: that run is of the stage {other.get('stage')}, not {fingerprint['stage']}; "
+            "--resume takes a run of the same script"
+        )
+    if other.get("tokenizer") != fingerprint["tokenizer"]:
+        raise UserError(f"--resume={folder}: that run has another tokenizer; give the same --tokenizer_path")
+    if other.get("model") != fingerprint["model"]:
+        raise UserError(f"--resume={folder}: that run has another architecture; give the same --model.* fields")
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        raise UserError(f"--resume={folder}: no valid checkpoint there to resume from")
+    return RunDirectory(folder, checkpoint)
+
+
+def _find_same_run(first: Path, fingerprint: Fingerprint, resume: str) -> tuple[RunDirectory | None, list[str]]:
+    """Return (the run with this fingerprint, or None; in what each other run differs)."""
+    differences = []
+    for folder in _numbered(first):
+        if _is_vacant(folder) or not (folder / "run.json").is_file():
+            continue
+        other = _read_fingerprint(folder)
+        if other != fingerprint:
+            keys = [key for key in fingerprint if other.get(key) != fingerprint[key]]
+            differences.append(f"{folder} differs in {', '.join(keys[:4])}")
+            continue
+        summary = _finished_summary(folder)
+        if summary is not None:
+            return RunDirectory(folder, summary=summary), differences
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint is not None or resume != "must":
+            return RunDirectory(folder, checkpoint), differences
+    return None, differences
+
+
+def _finished_summary(folder: Path) -> dict[str, Any] | None:
+    """summary.json of a finished run; None also when the process died just before it was written."""
+    if not (folder / "final").is_dir() or verify_checkpoint(folder / "final") is not None:
+        return None
+    try:
+        return load_json(folder / "summary.json", "")
+    except UserError:
+        return None
+
+
+def _find_vacant(first: Path) -> Path:
+    """The first numbered directory that an interrupted start left empty, else the first that does not exist."""
+    last = first
+    for number, folder in enumerate(_numbered(first), start=2):
+        if _is_vacant(folder):
+            return folder
+        last = first.with_name(f"{first.name}_{number}")
+    return last
+
+
+def _first_directory(config: RunSettings, stage: str) -> Path:
+    return Path(config.output_path) / (config.run_name or f"{stage}_{config.model_name}")
+
+
+def _numbered(first: Path) -> Iterator[Path]:
+    """The directories name, name_2, name_3, ... that exist."""
+    number = 1
+    folder = first
     while folder.exists():
-        if not free:
-            yield folder
+        yield folder
         number += 1
         folder = first.with_name(f"{first.name}_{number}")
-    if free:
-        yield folder
 
 
-def _identity_of(folder: Path) -> dict:
+def _read_fingerprint(folder: Path) -> Fingerprint:
     try:
-        who = load_json(folder / "run.json", "").get("identity")
+        fingerprint = load_json(folder / "run.json", "").get("identity")
     except UserError:
-        who = None
-    return who if isinstance(who, dict) else {}
+        return {}
+    return fingerprint if isinstance(fingerprint, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------- empty and locked directories
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a run folder, made by a training or just made, holds neither a checkpoint nor a single step's record."""
+    """Whether a run directory has neither a checkpoint nor a record of a step; False for a directory of others."""
     metrics = folder / "metrics.jsonl"
     return (
         folder.is_dir()
@@ -152,8 +205,8 @@ def is_empty(folder: Path) -> bool:
 
 
 @contextmanager
-def leave_no_empty(folder: Path):
-    """Within the block an error that comes before the first step takes the run folder with it."""
+def remove_if_empty_on_error(folder: Path) -> Iterator[None]:
+    """Delete the run directory when the block fails before the first step."""
     try:
         yield
     except BaseException:
@@ -162,35 +215,50 @@ def leave_no_empty(folder: Path):
         raise
 
 
-def _is_locked(folder: Path) -> bool:
+def lock_folder(folder: Path) -> ExitStack:
+    """Lock a run directory for this process until the returned stack is closed, or the process dies.
+
+    UserError when another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stack = ExitStack()
+    try:
+        stack.enter_context(FileLock(folder / ".lock", timeout=0, thread_local=False))
+    except Timeout:
+        raise UserError(
+            f"another process is training in {folder}: wait for it, or start with --resume=never or another --run_name"
+        ) from None
+    return stack
+
+
+def _is_vacant(folder: Path) -> bool:
+    """Whether a start was interrupted before its first step, so that another run may take the directory."""
+    if not is_empty(folder):
+        return False
     try:
         lock_folder(folder).close()
-        return False
     except UserError:
-        return True
+        return False
+    return True
 
 
-def lock_folder(folder: Path):
-    """Claim a run folder for this process; the claim ends when the returned file is closed or the process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise UserError(
-                f"another process is training in {folder}: wait for it, or start with --resume=never or "
-                "another --run_name"
-            ) from None
-    return file
+# ------------------------------------------------------------------------------------------------ files of a run
 
 
-def write_run_files(folder: Path, config, stage: str, who: dict, model, tokenizer, model_source: Path) -> None:
-    """config.yaml, run.json, the model's file as it is now, and the tokenizer: all that later stages need."""
-    settings = {"stage": stage, **to_dict(config), "model": who["model"]}
+def write_run_files(
+    folder: Path,
+    config: RunSettings,
+    stage: str,
+    fingerprint: Fingerprint,
+    model: BaseModel,
+    tokenizer: Tokenizer,
+    model_source: Path,
+) -> None:
+    """Write config.yaml, run.json, a copy of the model's file and the tokenizer: what later stages need."""
+    settings = {"stage": stage, **to_dict(config), "model": fingerprint["model"]}
     write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     about = {
+        "version": VERSION,
         "stage": stage,
         "model_name": config.model_name,
         "params": model.num_params(),
@@ -201,7 +269,7 @@ def write_run_files(folder: Path, config, stage: str, who: dict, model, tokenize
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform()},
         "git_revision": git_revision(),
-        "identity": who,
+        "identity": fingerprint,
     }
     write_text(folder / "run.json", json.dumps(about, indent=1, ensure_ascii=False))
     copy_file(model_source, folder / model_source.name)
@@ -209,19 +277,20 @@ def write_run_files(folder: Path, config, stage: str, who: dict, model, tokenize
 
 
 def micro_batch_of(folder: Path) -> int:
-    """Rows of a micro-batch as the run in `folder` had them; 0 when its config.yaml does not say."""
-    rows = load_yaml(folder / "config.yaml").get("max_batch_size")
-    return rows if isinstance(rows, int) else 0
+    """The sequences per micro-batch that the run in `folder` used; 0 when its config.yaml does not say."""
+    size = load_yaml(folder / "config.yaml").get("max_batch_size")
+    return size if isinstance(size, int) else 0
 
 
 def source_fingerprint(path: Path) -> str:
+    """sha256 of a file."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def git_revision() -> str | None:
     """The commit of the code, with a + when tracked files have changed since; None outside a git checkout."""
 
-    def git(*words):
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
 
     try:

@@ -20,11 +20,11 @@ from engine.runs.checkpoint import load_training_state
 from engine.runs.checkpoint_manager import CheckpointManager, ensure_room
 from engine.runs.metrics import RunLog, log_text
 from engine.runs.run_folder import (
-    choose_place,
-    identity,
-    leave_no_empty,
+    choose_run_directory,
     lock_folder,
     micro_batch_of,
+    remove_if_empty_on_error,
+    run_fingerprint,
     source_fingerprint,
     write_run_files,
 )
@@ -55,7 +55,7 @@ def train(
     plan = plan_batch(config, train_rows.seq_len)
     total_steps, plan = plan_steps(config, plan, len(train_rows), train_rows.seq_len)
     model_source = Path(inspect.getfile(type(model)))
-    who = identity(
+    who = run_fingerprint(
         config,
         {
             "stage": stage,
@@ -68,7 +68,7 @@ def train(
             **(facts or {}),
         },
     )
-    place = choose_place(config, stage, who)
+    place = choose_run_directory(config, stage, who)
     folder = place.folder
     next_command = next_command.format(run=folder)
     if place.summary is not None:
@@ -216,7 +216,7 @@ def train(
         activations = dry_run.saved_bytes(model, loader.make(0).batches[0], device, stepper.autocast)
     since_log = [0, 0.0]  # tokens and seconds of pure training since the last log line
     stopped_by = ""
-    with leave_no_empty(folder), StopSignal() as stop, closing(loader), closing(progress), guard:
+    with remove_if_empty_on_error(folder), StopSignal() as stop, closing(loader), closing(progress), guard:
         for work in loader:
             started = time.perf_counter()
             step = state["step"]
@@ -291,7 +291,9 @@ def train(
                 }
                 del values["loss"]
                 run_log.step(record, values | health.after_update(done, values))
-                text = log_text(record, state["smooth_loss"], val.get("val_loss"), state["skipped"], device)
+                text = log_text(
+                    record, state["smooth_loss"], val.get("val_loss"), state["skipped"], memory.peak_memory(device)
+                )
                 since_log = [0, 0.0]
             progress.update(done, text)
 

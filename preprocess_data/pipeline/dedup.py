@@ -1,7 +1,7 @@
-"""Deduplication: the same document again (exact), or one that shares most of its text with an earlier one (near).
+"""Deduplication: exact duplicates, and near duplicates, which share most of their text with an earlier document.
 
-Workers compute the signature of a document, which is pure and small; one process decides in the order of the
-documents, so the first of several stays whatever the number of workers.
+Workers compute the signature of a document, which is pure and small. One process decides in the order of the
+documents, so the first of several is kept whatever the number of workers.
 """
 
 import hashlib
@@ -12,19 +12,21 @@ from bisect import bisect_left
 import numpy as np
 import rensa
 
+from preprocess_data.pipeline.chunks import EncodedChunk
 from utils.text import HAN
 
 KINDS = ("exact", "near")
-# Near: MinHash over all runs of five words, as FineWeb does it (Penedo et al. 2024): documents that agree in all 8
-# values of any of 14 bands are duplicates. For a similarity s (Jaccard, of the sets of runs) that happens with
-# probability 1 - (1 - s**8)**14: 0.05 at 0.5, 0.56 at 0.7, 0.77 at 0.75, 0.92 at 0.8, 0.9996 at 0.9.
-BANDS, ROWS = 14, 8
+# Near: MinHash over all 5-grams of words, as in FineWeb (Penedo et al. 2024): documents that agree in all 8 values of
+# any of 14 bands are duplicates. For a Jaccard similarity s of the sets of 5-grams the probability is
+# 1 - (1 - s**8)**14: 0.05 at 0.5, 0.56 at 0.7, 0.77 at 0.75, 0.92 at 0.8, 0.9996 at 0.9.
+BANDS = 14
+ROWS = 8  # hash values per band
 SHINGLE = 5
 SEED = 1
 _KANA = "\u3040-\u30ff"
 _WORD = re.compile(f"[{HAN}{_KANA}]|[^\\W_{HAN}{_KANA}]+")  # a character of Chinese or kana is a word
-# A band's name is a linear form of its values modulo 2**64, random and different for each band: bands that differ have
-# the same name with a probability of about 2**-63.
+# The key of a band is a random linear form of its values modulo 2**64, another one per band: different bands have the
+# same key with a probability of about 2**-63.
 _FACTORS = np.random.Generator(np.random.PCG64(SEED)).integers(0, 2**64, (BANDS, 1 + ROWS), np.uint64) | np.uint64(1)
 
 
@@ -32,7 +34,7 @@ def signature(text: str, kind: str) -> bytes:
     """What Dedup needs to know of a cleaned text: 8 bytes for exact, 120 for near. Pure."""
     exact = hashlib.blake2b(text.encode(), digest_size=8).digest()
     words = _WORD.findall(text.lower()) if kind == "near" else []
-    if not words:  # of a text without a word only the exact one says anything
+    if not words:  # without words there is only the exact hash
         return exact
     minhash = rensa.RMinHash(BANDS * ROWS, SEED)
     minhash.update([" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))])
@@ -41,14 +43,34 @@ def signature(text: str, kind: str) -> bytes:
     return exact + bands.astype("<u8").tobytes()
 
 
-class Dedup:
-    """The documents seen so far. Memory: 8 bytes a kept document for exact, 120 for near, and 0.1 GB on top."""
+def drop_duplicates(chunk: EncodedChunk, seen: "Dedup") -> list[bytes]:
+    """Remove duplicates of earlier documents from a chunk, in the order of the input; returns the kept signatures."""
+    order = sorted(
+        (position, split, i)
+        for split, documents in chunk.splits.items()
+        for i, position in enumerate(documents.positions.tolist())
+    )
+    keep = {split: np.ones(len(documents.lengths), bool) for split, documents in chunk.splits.items()}
+    kept = []
+    for _, split, i in order:
+        candidate = chunk.splits[split].signatures[i]
+        if reason := seen.reason(candidate):
+            keep[split][i] = False
+            chunk.filtered[reason] += 1
+        else:
+            kept.append(candidate)
+    chunk.splits = {split: documents.select(keep[split]) for split, documents in chunk.splits.items()}
+    return kept
 
-    def __init__(self):
+
+class Dedup:
+    """The documents seen so far. Memory: 8 bytes per kept document for exact, 120 for near, plus 0.1 GB."""
+
+    def __init__(self) -> None:
         self._seen = IntSet()
 
     def reason(self, signature: bytes) -> str | None:
-        """`duplicate`, `near duplicate`, or None for a document that is new; only a new one is remembered."""
+        """`duplicate`, `near duplicate`, or None for a new document; only a new one is remembered."""
         exact, *bands = np.frombuffer(signature, "<u8").tolist()
         if exact in self._seen:
             return "duplicate"
@@ -65,18 +87,18 @@ class IntSet:
 
     RECENT = 1 << 20
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._recent: set[int] = set()
         self._sorted = array("Q")
 
     def __contains__(self, number: int) -> bool:
         if number in self._recent:
             return True
-        place = bisect_left(self._sorted, number)
-        return place < len(self._sorted) and self._sorted[place] == number
+        index = bisect_left(self._sorted, number)
+        return index < len(self._sorted) and self._sorted[index] == number
 
     def add(self, number: int) -> None:
-        """Adds a number that is not in the set."""
+        """Add a number that is not in the set."""
         self._recent.add(number)
         if len(self._recent) >= self.RECENT:
             self._sorted.extend(sorted(self._recent))

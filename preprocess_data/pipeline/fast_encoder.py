@@ -1,4 +1,4 @@
-"""The fast encoder: the library gigatoken, where its ids are those of `tokenizers`, and only there."""
+"""The fast encoder: the library gigatoken, used only where its ids equal those of `tokenizers`."""
 
 import json
 import random
@@ -8,30 +8,33 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from utils.text import clean_text
 from utils.tokenizer import BYTE_OF, Tokenizer, load_tokenizer
 
-REFERENCE, FAST = "tokenizers", "gigatoken"
+REFERENCE = "tokenizers"
+FAST = "gigatoken"
 CHECKED_CHARACTERS = 50_000  # of the first documents
-REMEMBERED = 1 << 25  # characters after which the library starts anew: it remembers every piece that it has met
-# Two control characters, which no cleaned text holds, are made the names of <s> and </s>, and the special tokens lose
-# theirs: so a whole block of documents is one string to the library, and what a document says is never a special token.
-_BOS, _EOS = "\x01", "\x02"
+CACHED_CHARACTERS = 1 << 25  # then the library is created again: its cache of pieces has no limit
+# Two control characters, which no cleaned text contains, are the names of <s> and </s> for the library, and the other
+# special tokens have none. So many documents are encoded as one string, and no text is encoded as a special token.
+_BOS = "\x01"
+_EOS = "\x02"
 _HAN = range(0x4E00, 0x9FA6)
-# In UTF-8 the bytes E4 to E9 begin these characters, and each has three: a token that has one of them behind its first
-# byte, or more than two bytes after it, joins a Chinese character to its neighbour.
-_JOINS_HAN = re.compile(rb".[\xe4-\xe9]|[\xe4-\xe9]...", re.DOTALL)
+# In UTF-8 these characters have three bytes, of which the first is E4 to E9. A token with such a byte after its first
+# byte, or with more than two bytes after it, spans a Chinese character and its neighbor.
+_SPANS_HAN = re.compile(rb".[\xe4-\xe9]|[\xe4-\xe9]...", re.DOTALL)
 
 
 class FastTokenizer(Tokenizer):
     """A tokenizer that encodes with gigatoken; its texts must be cleaned (`utils.text.clean_text`).
 
-    Where no token joins a Chinese character to its neighbour, as with --split_han, no merge crosses its edges: its ids
-    are the same wherever it stands, and come out of a table. The library gets the rest of the text, with one Chinese
-    character in the place of each run of them. That makes it several times as fast.
+    If no token spans a Chinese character and its neighbor, as with --split_han, the ids of a Chinese character do not
+    depend on its context and are read from a table. The library encodes the rest of the text, with one Chinese
+    character as a placeholder for each run of them. That is several times as fast.
     """
 
     def __init__(self, reference: Tokenizer):
@@ -42,57 +45,60 @@ class FastTokenizer(Tokenizer):
         settings["added_tokens"] = [{"id": i, "content": name, **plain} for i, name in names.items()]
         settings["truncation"] = settings["padding"] = settings["post_processor"] = None
         self._settings = json.dumps(settings)
-        self._fast, self._encoded = self._new_library(), 0
+        self._fast = self._new_library()
+        self._encoded_characters = 0
         tokens = (bytes(map(BYTE_OF.get, token, repeat(0))) for token in reference.backend.get_vocab(False))
-        self._stand_in = None
-        if not any(map(_JOINS_HAN.search, tokens)):
+        self._placeholder: int | None = None
+        if not any(map(_SPANS_HAN.search, tokens)):
             self._make_table()
 
-    def _new_library(self):
+    def _new_library(self) -> Any:
         import gigatoken
 
         return gigatoken.Tokenizer.from_json(self._settings)
 
     def _make_table(self) -> None:
-        """The ids of every Chinese character, and the one that stands for a run: the first that has a single id."""
+        """The ids of every Chinese character, and the placeholder for a run: the first character with a single id."""
         ids = self._fast.encode(_BOS + _BOS.join(map(chr, _HAN)))
         starts = np.flatnonzero(ids == self.bos_id)
         counts = np.diff(starts, append=len(ids)) - 1
         if len(starts) == len(_HAN) and set(counts.tolist()) <= {1, 2, 3} and 1 in counts:
             self._counts = counts.astype(np.uint8)
             self._ids = ids[np.minimum(starts[:, None] + [1, 2, 3], len(ids) - 1)]  # (characters, 3), _counts of them
-            self._stand_in = int(counts.argmin())
+            self._placeholder = int(counts.argmin())
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) the ids of every text as <s> text </s>, one after another, and the length of each."""
+        """(N,) the ids of all texts as <s> text </s>, concatenated, and (D,) the length of each."""
         if not texts:
             return np.zeros(0, np.uint32), np.zeros(0, np.int64)
         text = f"{_BOS}{f'{_EOS}{_BOS}'.join(texts)}{_EOS}"
         codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-        self._encoded += len(text)
-        if self._encoded > REMEMBERED:
-            self._fast, self._encoded = self._new_library(), len(text)
-        if self._stand_in is None:
+        self._encoded_characters += len(text)
+        if self._encoded_characters > CACHED_CHARACTERS:
+            self._fast = self._new_library()
+            self._encoded_characters = len(text)
+        if self._placeholder is None:
             ids = self._fast.encode(text)
         else:
             ids, codes = self._encode_by_table(codes)
         starts = np.flatnonzero(ids == self.bos_id)
         if len(starts) != len(texts):
             raise ValueError("a text that is not cleaned")
-        if len(strange := _strange(codes)):
-            rows = np.split(ids, starts[1:])
-            for i in np.unique(np.searchsorted(np.flatnonzero(codes == ord(_BOS)), strange) - 1).tolist():
-                rows[i] = np.array([self.bos_id, *super().encode(texts[i]), self.eos_id], ids.dtype)
-            return np.concatenate(rows), np.fromiter(map(len, rows), np.int64, len(rows))
+        if len(ambiguous := _ambiguous_positions(codes)):
+            documents = np.split(ids, starts[1:])
+            for i in np.unique(np.searchsorted(np.flatnonzero(codes == ord(_BOS)), ambiguous) - 1).tolist():
+                documents[i] = np.array([self.bos_id, *super().encode(texts[i]), self.eos_id], ids.dtype)
+            return np.concatenate(documents), np.fromiter(map(len, documents), np.int64, len(documents))
         return ids, np.diff(starts, append=len(ids))
 
     def _encode_by_table(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a text of (N,) code points, and its code points without those that the table has encoded."""
-        is_han = codes - np.uint32(_HAN.start) < len(_HAN)  # what is smaller has wrapped around
+        """The ids of a text of (N,) code points, and its code points without those that the table encodes."""
+        assert self._placeholder is not None
+        is_han = codes - np.uint32(_HAN.start) < len(_HAN)  # smaller code points wrap around
         kept = ~is_han
-        kept[1:] |= kept[:-1].copy()  # the first of each run stays, as the one that stands for it
-        rest, is_run = codes[kept], is_han[kept]
-        rest[is_run] = _HAN.start + self._stand_in
+        kept[1:] |= kept[:-1].copy()  # the first of each run is kept, as the placeholder
+        rest = codes[kept]
+        rest[is_han[kept]] = _HAN.start + self._placeholder
         ids = self._fast.encode(rest.tobytes().decode("utf-32-le"))
 
         han = codes[is_han] - np.uint32(_HAN.start)
@@ -100,15 +106,16 @@ class FastTokenizer(Tokenizer):
         han_ids = np.repeat(self._ids[han, 0], counts)
         several = np.flatnonzero(counts > 1)
         starts = np.cumsum(counts, dtype=np.int64)[several] - counts[several]
-        for place in (1, 2):
-            has = counts[several] > place
-            han_ids[starts[has] + place] = self._ids[han[several[has]], place]
+        for offset in (1, 2):
+            has_more = counts[several] > offset
+            han_ids[starts[has_more] + offset] = self._ids[han[several[has_more]], offset]
 
-        lengths, stands = np.ones(len(ids), np.int64), ids == self._ids[self._stand_in, 0]
+        lengths = np.ones(len(ids), np.int64)
+        is_placeholder = ids == self._ids[self._placeholder, 0]
         if len(han):
-            lengths[stands] = np.add.reduceat(counts, np.flatnonzero(kept[is_han]), dtype=np.int64)
+            lengths[is_placeholder] = np.add.reduceat(counts, np.flatnonzero(kept[is_han]), dtype=np.int64)
         ids = np.repeat(ids, lengths)
-        ids[np.repeat(stands, lengths)] = han_ids
+        ids[np.repeat(is_placeholder, lengths)] = han_ids
         return ids, rest
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -121,15 +128,15 @@ class FastTokenizer(Tokenizer):
         return self.encode_batch([text])[0]
 
 
-# Of each character, as far as it was met: 1 ordinary, 2 of no class that the pre-tokenizers know, 3 unassigned.
+# Per code point, filled on demand: 1 ordinary, 2 of a category that no pre-tokenizer pattern matches, 3 unassigned.
 _kinds = np.zeros(0x110000, np.uint8)
 
 
-def _strange(codes: np.ndarray) -> np.ndarray:
-    """Places in a text, (N,) code points, where the two libraries have been seen to cut differently.
+def _ambiguous_positions(codes: np.ndarray) -> np.ndarray:
+    """Positions in a text, (N,) code points, where the two libraries are known to pre-tokenize differently.
 
-    What no pattern matches is one piece to `tokenizers`, however long; gigatoken cuts it into characters. So it is with
-    two format characters or private ones side by side. Whether a character is assigned depends on the Unicode version.
+    Text that no pattern matches is one piece for `tokenizers`, and one piece per character for gigatoken: two adjacent
+    format or private-use characters. Whether a character is assigned depends on the Unicode version.
     """
     kinds = _kinds[codes]
     if not kinds.all():
@@ -141,24 +148,26 @@ def _strange(codes: np.ndarray) -> np.ndarray:
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) the ids of every text as <s> text </s>, one after another, and the length of each."""
+    """(N,) the ids of all texts as <s> text </s>, concatenated, and (D,) the length of each."""
     if isinstance(tokenizer, FastTokenizer):
         return tokenizer.encode_documents(texts)
-    rows = [(tokenizer.bos_id, *row, tokenizer.eos_id) for row in tokenizer.encode_batch(texts)]
-    ids = np.concatenate([np.asarray(row, np.uint32) for row in rows]) if rows else np.zeros(0, np.uint32)
-    return ids, np.fromiter(map(len, rows), np.int64, len(rows))
+    documents = [(tokenizer.bos_id, *ids, tokenizer.eos_id) for ids in tokenizer.encode_batch(texts)]
+    if not documents:
+        return np.zeros(0, np.uint32), np.zeros(0, np.int64)
+    ids = np.concatenate([np.asarray(document, np.uint32) for document in documents])
+    return ids, np.fromiter(map(len, documents), np.int64, len(documents))
 
 
 def load_encoder(path: Path, name: str) -> Tokenizer:
-    """The tokenizer of a folder, encoding with the library of this name."""
+    """The tokenizer of a folder, which encodes with the library of this name."""
     reference = load_tokenizer(path)
     return FastTokenizer(reference) if name == FAST else reference
 
 
 def choose_encoder(reference: Tokenizer, wanted: str, documents: Iterable[str]) -> tuple[str, str]:
-    """The library to encode with, and why: the fast one if its ids are the reference's on all that is compared.
+    """The library to encode with, and why: the fast one if its ids equal the reference's on all compared texts.
 
-    documents: cleaned texts of the run, of which the first are compared.
+    documents: texts of the run, of which the first are compared.
     """
     if wanted == REFERENCE:
         return REFERENCE, "asked for"
@@ -166,23 +175,27 @@ def choose_encoder(reference: Tokenizer, wanted: str, documents: Iterable[str]) 
         fast = FastTokenizer(reference)
     except ImportError:
         return REFERENCE, f"{FAST} is not installed"
-    except BaseException as error:  # the library has its own, and panics are no Exception
+    except BaseException as error:  # a panic of the library is not an Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         return REFERENCE, f"{FAST} does not take this tokenizer ({str(error).splitlines()[0][:80]})"
-    for what, texts in (("of the hard texts", hard_texts(reference)), ("of the documents", first(documents))):
+    for what, texts in (
+        ("of the hard texts", hard_texts(reference)),
+        ("of the documents", first_documents(documents)),
+    ):
         if (text := first_difference(reference, fast, texts)) is not None:
             return REFERENCE, f"{FAST} gives other ids for one {what}, {text[:20]!r}"
     return FAST, f"the same ids as {REFERENCE} on the first documents and on a set of hard texts"
 
 
-def first(documents: Iterable[str]) -> list[str]:
-    """The first documents, up to CHECKED_CHARACTERS; of one that is longer, its beginning."""
-    texts, left = [], CHECKED_CHARACTERS
+def first_documents(documents: Iterable[str]) -> list[str]:
+    """The first CHECKED_CHARACTERS of the documents, cleaned."""
+    texts = []
+    remaining = CHECKED_CHARACTERS
     for text in documents:
-        texts.append(clean_text(text[:left]))
-        left -= len(text)
-        if left <= 0:
+        texts.append(clean_text(text[:remaining]))
+        remaining -= len(text)
+        if remaining <= 0:
             break
     return texts
 
@@ -212,8 +225,8 @@ _LONG = ["x" * 300, "的" * 300, "9" * 100, " " * 50, "\n" * 50, "é" * 70, "。
 
 
 def hard_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts on which encoders have been seen to differ: every pair of odd pieces, each token of the vocabulary, and
-    long mixtures of both, the names of special and added tokens among them. The same for the same tokenizer."""
+    """Texts on which encoders are likely to differ: all pairs of unusual pieces, tokens of the vocabulary, and long
+    random concatenations of both, with the names of special and added tokens. Deterministic for a tokenizer."""
     random_ = random.Random(1)
     added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
     step = max(1, tokenizer.vocab_size // 2000)
@@ -225,6 +238,6 @@ def hard_texts(tokenizer: Tokenizer) -> list[str]:
     return [text for text in map(clean_text, texts) if text]
 
 
-def described(name: str) -> str:
-    """The library with its version, for the meta file."""
-    return f"{name} {version(name)}"
+def name_and_version(library: str) -> str:
+    """For the meta file."""
+    return f"{library} {version(library)}"

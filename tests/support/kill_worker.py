@@ -1,4 +1,4 @@
-"""Kills a training again and again, gives the same command after each kill, and compares with the run left in peace.
+"""Kills a training repeatedly, gives the same command after each kill, and compares with an uninterrupted run.
 
     python tests/support/kill_worker.py MODEL KILLS FOLDER        prints one JSON object
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its tokenizers.py hides the library
 
 import matplotlib.figure  # noqa: E402, F401
 import torch.utils.tensorboard  # noqa: E402, F401
@@ -109,7 +109,7 @@ def kill_at_random(child: int, output: Path, chance: random.Random, seconds: flo
 
 
 def result(output: Path) -> dict:
-    """What a finished run left: its metrics but for times, the sha256 of its final weights, and the number of runs."""
+    """The result of a finished run: metrics except times, sha256 of the final weights, and the number of runs."""
     runs = list(output.iterdir())
     records = [
         {key: value for key, value in record.items() if key not in TIMES}
@@ -137,10 +137,10 @@ def main() -> None:
     pretrain_files(folder, make_tokenizer(folder / "tokenizer"))
     chance, log = random.Random(int(os.environ.get("SEED", "0"))), folder / "log.txt"
     started = time.monotonic()
-    code = os.waitpid(start(command(model, folder / "peace"), log), 0)[1]
+    code = os.waitpid(start(command(model, folder / "uninterrupted"), log), 0)[1]
     seconds = time.monotonic() - started
     assert code == 0, log.read_text()
-    peace = result(folder / "peace")
+    expected = result(folder / "uninterrupted")
     report = {"model": model, "kills": 0, "inside_a_save": 0, "finished_runs": 0, "different": []}
     while report["kills"] < kills:
         output = folder / f"killed-{report['finished_runs']}"
@@ -163,7 +163,7 @@ def main() -> None:
             report["different"].append([str(output), "it did not finish", log.read_text()[-2000:]])
             break
         now = result(output)
-        report["different"] += [[str(output), key] for key in peace if now[key] != peace[key]]
+        report["different"] += [[str(output), key] for key in expected if now[key] != expected[key]]
     print(json.dumps(report))
 
 

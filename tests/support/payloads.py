@@ -1,8 +1,8 @@
-"""Texts that would do something if they were taken for more than text; most carry what a browser would run or load."""
+"""Texts that would have an effect if they were not treated as text; most are code or links for a browser."""
 
 RUN = "window.owned=1"
 SITE = "http://evil.example"
-MARKUP = f"<img src=x onerror={RUN}> **b** :red[r] $x^2$ ![i](x.png)"  # without a slash: a folder may be called so
+MARKUP = f"<img src=x onerror={RUN}> **b** :red[r] $x^2$ ![i](x.png)"  # without a slash, so that it can name a folder
 
 PAYLOADS = (
     # HTML
@@ -59,12 +59,12 @@ PAYLOADS = (
     f"$\\href{{javascript:{RUN}}}{{x}}$",
     f"$$\\includegraphics{{{SITE}/t.png}}$$",
     f"\\(\\unicode{{<img src=x onerror={RUN}>}}\\)",
-    # Streamlit's own directives
+    # Streamlit's directives
     ":material/delete: :red[red] :blue-background[b]",
     ":rainbow[r] :small[s] :smile: <- -> ---",
     f":red[<img src=x onerror={RUN}>]",
     ":streamlit: :orange-badge[b]",
-    # templates, and what commands a terminal or reorders text
+    # templates, terminal escapes, bidirectional controls
     "{{7*7}} ${7*7} <%= 7*7 %>",
     f"javascript:{RUN}",
     "\x1b[31mred\x1b[0m\x1b]0;title\x07",

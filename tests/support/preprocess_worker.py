@@ -1,15 +1,16 @@
-"""Preprocessing as a process of its own that notes how far it is every moment, to be killed by the tests."""
+"""Preprocessing as a separate process that saves its progress very often, for tests that kill it."""
 
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its tokenizers.py hides the library
     from preprocess_data import preprocess_data
-    from preprocess_data.readers import files
+    from preprocess_data.pipeline import prepare
+    from preprocess_data.readers import records
     from utils.errors import run_script
 
-    files.BLOCK = 1 << 14
-    preprocess_data.SAVE_SECONDS = 0.05
-    preprocess_data.write_report = lambda *_: "none"  # what is tested is finished before
+    records.CHUNK_BYTES = 1 << 14
+    prepare.SAVE_SECONDS = 0.05
+    prepare.write_report = lambda *_: "none"  # what is tested happens before the report
     run_script(preprocess_data.main)

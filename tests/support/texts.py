@@ -15,7 +15,7 @@ SENTENCES = [
     "🙂👍🏽 emoji",
 ]
 
-# What text of the wild holds: markers, broken and odd Unicode, every kind of space.
+# Unusual text as real corpora contain it: markers, odd Unicode, every kind of space.
 HOSTILE = [
     "<|im_end|>",
     "</s>",
@@ -54,15 +54,12 @@ def random_text(random_: random.Random, length: int) -> str:
     return "".join(char() for _ in range(length))
 
 
-def write_lines(path: Path, rows: list) -> Path:
-    """A jsonl file; a row that is a str or bytes is written as it stands, to make broken lines."""
+def write_lines(path: Path, records: list) -> Path:
+    """A jsonl file; a record that is a str or bytes is written as it is, to make invalid lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        for row in rows:
-            raw = (
-                row
-                if isinstance(row, bytes)
-                else (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)).encode()
-            )
-            file.write(raw + b"\n")
+        for record in records:
+            if not isinstance(record, (str, bytes)):
+                record = json.dumps(record, ensure_ascii=False)
+            file.write((record.encode() if isinstance(record, str) else record) + b"\n")
     return path

@@ -3,8 +3,8 @@
 import random
 from pathlib import Path
 
+from preprocess_data.pipeline.train_bpe import save, train
 from tests.support.texts import SENTENCES
-from train_tokenizer import save, train
 from utils.tokenizer import N_SPECIAL, Tokenizer
 
 N_BYTES = N_SPECIAL + 256  # a vocabulary without merges: one token per byte
