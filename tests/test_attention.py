@@ -87,6 +87,7 @@ def test_training_on_a_cpu_takes_it_and_keeps_the_digits(mask, dtype, error, mon
     assert len(calls) == 1
 
 
+@pytest.mark.skipif(not ENABLED, reason="MINI_LLM_KERNELS=0: under autocast PyTorch's own attention returns its dtype")
 def test_fp32_under_autocast_stays_fp32():
     """As in a model that leaves the smaller type for attention; the backward pass runs outside of autocast."""
     tensors = inputs(6, 2, 6, torch.float32)
