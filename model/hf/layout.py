@@ -1,6 +1,6 @@
-"""How published checkpoints lay out an architecture: the names, the config, the order of rows, both ways.
+"""How published checkpoints write an architecture: names, config and row order, for export and import.
 
-A model file states its `Layout`; `to_hf` and `from_hf` of BaseModel apply it. docs/interchange.md shows how.
+`hf_layout` of a model is its `Layout`; `to_hf` and `from_hf` of BaseModel apply it. docs/interchange.md shows how.
 """
 
 import re
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model.basemodel import ModelError
-from model.layers import RopeArgs, rope_amplitude
+from model.layers.rotary import RopeArgs, rope_amplitude
+from utils.errors import ModelError
 
 SCALING = {  # our argument: the key of config.json's rope_scaling, for each kind
     "default": {},
@@ -35,9 +35,11 @@ SCALING = {  # our argument: the key of config.json's rope_scaling, for each kin
 class Layout:
     """One architecture as transformers publishes it.
 
-    names(args): {pattern: text}, applied to each of our names in order, where a dot is a dot; `*` in what comes out
-    stands for the index of dim 0, and the parts are written one by one. rows(args): {end of our name: the order of the
-    rows in their tensor}. copies(args): {a further name of theirs: the one it repeats}.
+    names(args): {pattern: text}, applied to each of our names in order, where a dot is a dot; `*` in the result stands
+    for the index of dim 0, and the slices are written one by one. rows(args): {end of our name: the order of the
+    rows in their tensor}. copies(args): {a further name of theirs: the one it repeats}. more(args): {further key of
+    config.json: value}, and ModelError for sizes that transformers refuses. present(config, names of tensors): the
+    config of what the checkpoint really holds.
     """
 
     args: type  # our dataclass
@@ -50,6 +52,8 @@ class Layout:
     absent: dict = field(default_factory=dict)  # key: what its absence means, a value or a function of the config
     rows: Callable = lambda args: {}
     copies: Callable = lambda args: {}
+    more: Callable = lambda args: {}
+    present: Callable = lambda config, tensors: config
 
     def reads(self, config):
         """Return whether a config.json is of this architecture."""
@@ -67,7 +71,7 @@ class Layout:
             config |= {"rope_theta": args.rope_theta, "rope_scaling": {"rope_type": args.rope_type, **scaling}}
             if args.rope_type == "default":
                 config["rope_scaling"] = None
-        return config | {name: getattr(args, name) for name in self.only_ours}
+        return config | {name: getattr(args, name) for name in self.only_ours} | self.more(args)
 
     def model_args(self, config):
         """Return our arguments for a config.json; `ModelError` names what this architecture cannot do."""
@@ -75,7 +79,9 @@ class Layout:
             raise ModelError("the checkpoint's weights are quantised: convert them to bf16 or fp32 first")
         for key, value in self.fixed.items():
             if key in config and config[key] != value:
-                raise ModelError(f"config.json has {key}={config[key]}, and our {self.architecture} knows {value} only")
+                raise ModelError(
+                    f"config.json has {key}={config[key]}, and our {self.architecture} supports {value} only"
+                )
         values = {}
         for ours, theirs in self.fields.items():
             value = config.get(theirs)
@@ -133,9 +139,9 @@ class Layout:
         for theirs, first in self.copies(model.args).items():
             if theirs in tensors and not torch.equal(_take(tensors, unread, theirs), tensors[first]):
                 raise ModelError(f"{theirs} differs from {first}, which it should repeat")
-        left = sorted(name for name in unread if not name.endswith("rotary_emb.inv_freq"))  # a table, computed anew
+        left = sorted(name for name in unread if not name.endswith("rotary_emb.inv_freq"))  # a table that we compute
         if left:
-            raise ModelError(f"{left[0]} and {len(left) - 1} more tensors have no place in this {self.architecture}")
+            raise ModelError(f"{left[0]} and {len(left) - 1} more tensors do not belong to this {self.architecture}")
 
     def vocab_names(self, config):
         """Return the published names of the tensors that have a row for every token id."""
@@ -149,6 +155,36 @@ class Layout:
         for pattern, text in self.names(args).items():
             theirs = re.sub(pattern.replace(".", r"\."), text, theirs)
         return theirs, next((order for end, order in self.rows(args).items() if ours.endswith(end)), None)
+
+
+def to_hf(model):
+    """Return `(config, tensors)`: what config.json says and {published name: tensor}, fp32 copies on the CPU.
+
+    Raises `ModelError` for an architecture without an `hf_layout`, or one that transformers cannot hold.
+    """
+    layout = layout_of(type(model))
+    return layout.config(model.args), layout.tensors(model)
+
+
+def from_hf(Model, config, tensors):
+    """Return a `Model` built from a published config and {name: tensor}, a mapping that may read lazily.
+
+    Raises `ModelError` that names what the architecture cannot do, or the tensor that is missing or left over.
+    """
+    layout = layout_of(Model)
+    model = Model(layout.model_args(layout.present(config, tensors)))
+    layout.load(model, tensors)
+    return model
+
+
+def layout_of(Model):
+    """Return the `hf_layout` of an architecture; ModelError where it has none."""
+    if Model.hf_layout is None:
+        raise ModelError(
+            f"{Model.model_name} has no published layout, so transformers cannot hold it: give {Model.__name__} an "
+            "hf_layout (docs/interchange.md)"
+        )
+    return Model.hf_layout
 
 
 def interleaved_rows(n_heads, n_plain, n_rotary):
