@@ -12,11 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-
-class ModelError(ValueError):
-    """A mistake that the user can fix. The message is one line: what, why, what to change."""
-
-    user_error = True
+from model.layers.state import State
+from utils.errors import ModelError
 
 
 @dataclass
@@ -32,75 +29,6 @@ class BaseModelArgs:
             value, least = getattr(self, field.name), 0 if field.name in may_be_zero or field.default == 0 else 1
             if isinstance(field.default, int) and not isinstance(field.default, bool) and value < least:
                 raise ModelError(f"{field.name}={value} must be at least {least}: change it")
-
-
-class State:
-    """What a model remembers between two calls of `forward` while it generates.
-
-    `pos` (B,) int64: the tokens already seen in each row. `max_len`: the room in tokens. `max_pos`: a plain int that no
-    row's position exceeds, so that a layer can slice its cache without asking the device. `layers`: one dict a layer,
-    filled by the layer as it likes. `last_only`: set by a caller who needs the logits of the last token only.
-    `hidden`: left by a model that can `draft`, the outputs (B, T, D) that its head has just read.
-
-    Two rules make everything else generic: dim 0 of every tensor in the dicts is the batch, and rows are independent.
-    """
-
-    def __init__(self, pos, max_len, layers, max_pos=0, last_only=False):
-        self.pos = pos
-        self.max_len = max_len
-        self.layers = layers
-        self.max_pos = max_pos
-        self.last_only = last_only
-        self.hidden = None
-        self.token_indexed = set()  # the names that `cache_append` wrote: a slot a token, so they can go back
-
-    def positions(self, n_tokens):
-        """Return the positions (B, T) of the `n_tokens` tokens that come next in each row."""
-        if self.max_pos + n_tokens > self.max_len:
-            raise ModelError(
-                f"{self.max_pos} tokens in the state and {n_tokens} new ones exceed its max_len of {self.max_len}: "
-                "make the state longer, or the text shorter"
-            )
-        return self.pos[:, None] + torch.arange(n_tokens, device=self.pos.device)  # (B, T)
-
-    def advance(self, n_tokens):
-        """Count `n_tokens` more tokens in every row. The caller of `forward` does this, never the model."""
-        self.pos = self.pos + n_tokens
-        self.max_pos += n_tokens
-
-    def can_rewind(self):
-        """Whether all that it holds stands in slots of the tokens, none of it in a memory that only goes forward."""
-        return all(name in self.token_indexed for layer in self.layers for name in layer)
-
-    def rewind(self, n_tokens):
-        """Forget the last `n_tokens` tokens of every row; only where `can_rewind`."""
-        self.advance(-n_tokens)
-
-    def select(self, index):
-        """Return a new state that holds copies of the rows `index` (a list of ints or an int64 tensor)."""
-        index = torch.as_tensor(index, dtype=torch.long, device=self.pos.device)
-        layers = [{name: tensor[index] for name, tensor in layer.items()} for layer in self.layers]
-        return State(self.pos[index], self.max_len, layers, self.max_pos, self.last_only)
-
-    def overwrite(self, index, other):
-        """Overwrite the rows `index` of this state by the rows of `other`, in order."""
-        index = torch.as_tensor(index, dtype=torch.long, device=self.pos.device)
-        self.pos = self.pos.index_copy(0, index, other.pos)
-        self.max_pos = max(self.max_pos, other.max_pos)
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            for name in mine.keys() - theirs.keys():  # a state that has seen nothing yet holds nothing
-                mine[name][index] = 0
-            for name, tensor in theirs.items():
-                if name not in mine:
-                    mine[name] = tensor.new_zeros(self.pos.shape[0], *tensor.shape[1:])
-                mine[name][index] = tensor
-
-    def clone(self):
-        """Return an independent copy, to come back to after a trial continuation."""
-        layers = [{name: tensor.clone() for name, tensor in layer.items()} for layer in self.layers]
-        other = State(self.pos.clone(), self.max_len, layers, self.max_pos, self.last_only)
-        other.token_indexed |= self.token_indexed
-        return other
 
 
 class BaseModel(nn.Module):

@@ -23,14 +23,15 @@ from model.layers import (
     attention,
     attention_mask,
     cache_append,
+    expert_load,
+    expert_swiglu,
     lm_loss,
+    matmul,
     packed_mask,
     rotate,
-    small_matmul,
     token_positions,
     yarn_mscale,
 )
-from model.layers.moe import expert_swiglu
 
 MTP_ACCURACY_STRIDE = 16  # every so many positions are looked at for "mtp/accuracy"
 LATENT_NORM_EPS = 1e-6  # of the norms of the two latents; in the published code it is no setting
@@ -144,7 +145,7 @@ class LatentAttention(nn.Module):
         a = self.args
         up = self.kv_b_proj.weight.unflatten(0, (a.n_heads, -1))  # (H, nope + v, R)
         up_k, up_v = up.split((a.qk_nope_head_dim, a.v_head_dim), dim=1)
-        q_latent = small_matmul(q_nope.transpose(1, 2), up_k).transpose(1, 2)  # (B, T, H, R)
+        q_latent = matmul(q_nope.transpose(1, 2), up_k).transpose(1, 2)  # (B, T, H, R)
         mixed = attention(
             torch.cat((q_latent, q_rope), dim=-1),
             seen[:, :, None],
@@ -152,7 +153,7 @@ class LatentAttention(nn.Module):
             mask,
             self.scale,
         )  # (B, T, H, R)
-        return small_matmul(mixed.transpose(1, 2), up_v.mT).transpose(1, 2)  # (B, T, H, v)
+        return matmul(mixed.transpose(1, 2), up_v.mT).transpose(1, 2)  # (B, T, H, v)
 
 
 class MoE(nn.Module):
@@ -176,14 +177,15 @@ class MoE(nn.Module):
         a = self.args
         tokens = x.flatten(0, 1)  # (N, D)
         with torch.autocast(x.device.type, enabled=False):  # routing in fp32: a rounded tie is a different expert
-            affinity = small_matmul(tokens.float(), self.router.float().T).sigmoid()  # (N, E), s_{i,t}
+            affinity = matmul(tokens.float(), self.router.float().T).sigmoid()  # (N, E), s_{i,t}
         chosen = self._choose(affinity.detach())  # (N, A)
         weight = affinity.gather(1, chosen)
         if a.norm_topk:
             weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
         weight = weight * a.route_scale
 
-        out, load = expert_swiglu(tokens, chosen, weight, self.gate_proj, self.up_proj, self.down_proj, decoding, real)
+        load = expert_load(chosen, a.n_routed_experts, None if real is None else real.flatten())
+        out = expert_swiglu(tokens, chosen, weight, self.gate_proj, self.up_proj, self.down_proj)
         out = out.view_as(x)  # (B, T, D)
 
         if self.shared is not None:

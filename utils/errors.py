@@ -11,7 +11,9 @@ DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows kn
 class UserError(ValueError):
     """A mistake in a command, a file or a setting; the message is one line."""
 
-    user_error = True  # model/ cannot import utils, so its own error class carries the same mark
+
+class ModelError(UserError):
+    """A mistake in the sizes of a model, in its file or in its inputs; the message is one line."""
 
 
 def leave() -> None:
@@ -36,9 +38,7 @@ def run_script(main) -> None:
         main()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             leave()
-    except ValueError as error:
-        if not getattr(error, "user_error", False):
-            raise
+    except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

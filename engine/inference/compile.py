@@ -7,7 +7,8 @@ from torch import nn
 
 from model.kernels import decode
 from model.kernels.int8 import Int8Linear
-from model.layers import SMALL, SwiGLU
+from model.kernels.matmul import FEW_ROWS as SMALL
+from model.layers import SwiGLU
 from utils.log import warn
 
 

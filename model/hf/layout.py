@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model.basemodel import ModelError
-from model.layers import RopeArgs, rope_amplitude
+from model.layers.rotary import RopeArgs, rope_amplitude
+from utils.errors import ModelError
 
 SCALING = {  # our argument: the key of config.json's rope_scaling, for each kind
     "default": {},

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.basemodel import ModelError
 from model.kernels.int8 import Int8Weight
+from utils.errors import ModelError
 
 SOURCE = Path(__file__).with_name("decode.cpp")
 # fast sums, but a number that is not finite stays one

@@ -1,109 +1,30 @@
-"""Mixture of experts: the experts of many tokens in sorted order, those of a few by looking them up.
-
-Shapes: N tokens, D dim, E experts, A active ones a token, F ffn width of an expert.
-"""
+"""Mixture of experts. Shapes: N tokens, D dim, E experts, A active experts per token, F ffn width of an expert."""
 
 import torch
 import torch.nn.functional as F
 
-from model.kernels.cpu_moe import looped_experts, slices
-from model.kernels.decode import Packed, packed_experts
-from model.kernels.int8 import Int8Weight
-from model.layers import compute_dtype
-
-FEW_TOKENS = 16, 2  # of a decoding step, compiled or not: up to here the chosen experts are read without sorting
+from model.kernels import dispatch
+from model.kernels.moe import faster_experts
 
 
-def expert_swiglu(x, chosen, weight, gate, up, down, decoding=False, real=None):
-    """Run each token through its chosen experts, down(silu(gate(x)) * up(x)), and count the tokens of each expert.
+@dispatch(faster_experts)
+def expert_swiglu(x, chosen, weight, gate, up, down):
+    """Run each token through its chosen experts, down(silu(gate(x)) * up(x)), and sum the results by their weights.
 
-    x (N, D), chosen and weight (N, A), gate and up (E, F, D), down (E, D, F) -> sum over A of the weighted results
-    (N, D), load (E,). With real (B, T) bool the load is of those tokens.
+    x (N, D), chosen and weight (N, A), gate and up (E, F, D), down (E, D, F) -> (N, D).
     """
-    n_experts = (gate.q if isinstance(gate, Int8Weight) else gate.weight if isinstance(gate, Packed) else gate).shape[0]
-    counts = expert_load(chosen, n_experts)
-    load = counts if real is None else expert_load(chosen, n_experts, real.flatten())
-    if isinstance(gate, Packed):
-        return _mix(packed_experts(x, chosen, gate, up, down), weight), load
-    if decoding and len(x) <= FEW_TOKENS[not torch.compiler.is_compiling()]:
-        h = F.silu(chosen_matmul(x[:, None], gate, chosen)) * chosen_matmul(x[:, None], up, chosen)
-        return _mix(chosen_matmul(h, down, chosen), weight), load
-    if not isinstance(gate, Int8Weight) and not _grouped(x, gate):
-        x, gate, up, down = (t.to(compute_dtype(x)) for t in (x, gate, up, down))
-        return looped_experts(x, chosen, weight, counts, gate, up, down), load
-    # Sort the N * A (token, expert) pairs by expert, run each expert on its own stretch, and sort back.
-    order = chosen.flatten().argsort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    h = permute_rows(x, order, inverse, chosen.shape[1])  # (N * A, D)
-    h = F.silu(expert_matmul(h, gate, counts)) * expert_matmul(h, up, counts)
-    return _mix(permute_rows(expert_matmul(h, down, counts), inverse, order).unflatten(0, chosen.shape), weight), load
+    out = torch.zeros_like(x)
+    for expert in chosen.unique().tolist():
+        token, slot = (chosen == expert).nonzero(as_tuple=True)  # the tokens that chose it
+        h = F.silu(F.linear(x[token], gate[expert])) * F.linear(x[token], up[expert])
+        result = F.linear(h, down[expert]) * weight[token, slot, None]
+        out.index_add_(0, token, result.to(out.dtype))
+    return out
 
 
-def _mix(results, weight):
-    """Sum of the results of each token's experts (N, A, D) by their weights (N, A)."""
-    return (results * weight[..., None].to(results.dtype)).sum(dim=1)
-
-
-def _grouped(x, weight):
-    """Whether the device multiplies many matrices at once: then nothing waits for the counts to reach the host."""
-    fits = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # the kernel wants rows of a multiple of 16 bytes
-    return x.is_cuda and compute_dtype(x) == torch.bfloat16 and fits
-
-
-def expert_load(chosen, n_experts, real=None):
-    """Count the tokens of each expert, (E,): chosen (N, A); with real (N,) bool, of those tokens only."""
-    hits = chosen[..., None] == torch.arange(n_experts, device=chosen.device)  # (N, A, E); bincount would wait
-    return (hits if real is None else hits & real[:, None, None]).sum(dim=(0, 1))
-
-
-class _Permute(torch.autograd.Function):
-    """x[order // copies]: its gradient is a gather by the inverse, much cheaper than the usual scatter-add."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse, copies):
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x[order // copies if copies > 1 else order]
-
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        grad = grad[inverse]
-        if ctx.copies > 1:
-            grad = grad.unflatten(0, (-1, ctx.copies)).sum(dim=1)
-        return grad, None, None, None
-
-
-def permute_rows(x, order, inverse, copies=1):
-    """Return the rows of x (N, D), each `copies` times in a row, in the order `order`: (N * copies, D).
-
-    order (N * copies,) is a permutation and `inverse` its inverse.
-    """
-    return _Permute.apply(x, order, inverse, copies)
-
-
-def expert_matmul(x, weight, counts):
-    """Multiply each expert's rows by its matrix: x (N, D) sorted by expert, weight (E, F, D), counts (E,) -> (N, F).
-
-    At 8 bits, or where `_grouped` says that the device has a product for it."""
-    if isinstance(weight, Int8Weight):
-        return torch.cat([weight.linear(x[rows], expert) for expert, rows in enumerate(slices(counts))])
-    x, weight = x.to(compute_dtype(x)), weight.to(compute_dtype(x))
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
-
-
-def chosen_matmul(x, weight, chosen):
-    """Multiply each pair of a token and an expert by the expert's matrix, without sorting: for the few of decoding.
-
-    x (N, A or 1, D), weight (E, F, D), chosen (N, A) -> (N, A, F). Of all the weights only those of the chosen experts
-    are read: compiled, in a sum that the compiler fuses with the lookup; else on the CPU one product after another.
-    """
-    held = isinstance(weight, Int8Weight)
-    if torch.compiler.is_compiling():
-        q = weight.q if held else weight
-        out = (q[chosen].float() * x[:, :, None].float()).sum(dim=-1)
-        return (out * weight.scale[chosen] if held else out).to(x.dtype)
-    x = x.expand(-1, chosen.shape[1], -1).flatten(0, 1)
-    experts = chosen.flatten().tolist()
-    rows = [weight.linear(one, e) if held else F.linear(one, weight[e]) for one, e in zip(x.split(1), experts)]
-    return torch.cat(rows).unflatten(0, chosen.shape)
+def expert_load(chosen, n_experts, token_mask=None):
+    """Count the tokens of each expert, (E,): chosen (N, A); with token_mask (N,) bool, of those tokens only."""
+    hits = chosen[..., None] == torch.arange(n_experts, device=chosen.device)  # (N, A, E); bincount would synchronise
+    if token_mask is not None:
+        hits = hits & token_mask[:, None, None]
+    return hits.sum(dim=(0, 1))

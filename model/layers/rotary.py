@@ -1,0 +1,127 @@
+"""Rotary positions, and how they reach beyond the length of the training."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from utils.errors import ModelError
+
+
+@dataclass
+class RopeArgs:
+    """How rotary positions reach beyond the length of the training; mix it into a model's arguments.
+
+    Pairs that have not finished a turn within the original length are slowed down by `rope_factor`, so that the longer
+    sequence shows them no new angle; fast pairs stay as they are; between the two there is a ramp.
+    """
+
+    rope_type: str = "default"  # default: as trained; llama3: Llama 3.1's ramp; yarn: YaRN's ramp
+    rope_factor: float = 1.0  # s, how many times longer
+    rope_original_max_seq_len: int = 0  # tokens, the length of the training; llama3 and yarn need it
+    rope_low_freq_factor: float = 1.0  # llama3: pairs with fewer turns in the original length are slowed down in full
+    rope_high_freq_factor: float = 4.0  # llama3: pairs with more turns stay as they are
+    rope_beta_slow: float = 1.0  # yarn: as rope_low_freq_factor
+    rope_beta_fast: float = 32.0  # yarn: as rope_high_freq_factor
+    rope_mscale: float = 0.0  # yarn: weight of DeepSeek's correction of cos and sin; 0 = YaRN's own
+    rope_mscale_all_dim: float = 0.0  # yarn: its counterpart over the whole head, which moves to the softmax scale
+
+    def check_rope(self):
+        """Raise `ModelError` unless the fields above fit together; call it in `__post_init__`."""
+        if self.rope_type not in ("default", "llama3", "yarn"):
+            raise ModelError(f"rope_type={self.rope_type}: choose default, llama3 or yarn")
+        if self.rope_type == "default":
+            if self.rope_factor != 1:
+                raise ModelError(f"rope_factor={self.rope_factor} needs a way to stretch: rope_type=llama3 or yarn")
+            return
+        if self.rope_factor < 1:
+            raise ModelError(f"rope_factor={self.rope_factor} must be at least 1, positions are stretched")
+        if self.rope_original_max_seq_len < 1:
+            raise ModelError(f"rope_type={self.rope_type} needs rope_original_max_seq_len, the tokens trained on")
+        names = {
+            "llama3": ("rope_low_freq_factor", "rope_high_freq_factor"),
+            "yarn": ("rope_beta_slow", "rope_beta_fast"),
+        }
+        low, high = names[self.rope_type]
+        if not 0 < getattr(self, low) < getattr(self, high):
+            raise ModelError(f"{low}={getattr(self, low)} must lie between 0 and {high}={getattr(self, high)}")
+
+
+class Rotary(nn.Module):
+    """Tables of the rotary position embedding (Su et al. 2021): pair j of a head turns by pos * theta^(-2j/K).
+
+    `scaling`, a RopeArgs, stretches them. `forward(positions)` (1|B, T) -> cos, sin (1|B, T, 1, K/2), fp32, ready to
+    broadcast over heads.
+    """
+
+    def __init__(self, head_dim, max_seq_len, theta, scaling=None):
+        super().__init__()
+        frequencies = rope_frequencies(head_dim, theta, scaling)
+        angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequencies)
+        amplitude = rope_amplitude(scaling)
+        self.register_buffer("cos", (angles.cos() * amplitude).float(), persistent=False)
+        self.register_buffer("sin", (angles.sin() * amplitude).float(), persistent=False)
+
+    def forward(self, positions):
+        return self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (x[j], x[j + K/2]) of every head by their angles. x (B, T, H, K) -> same shape and dtype.
+
+    Other code pairs neighbours; `interleaved_rows` of model/hf/layout.py explains why that is the same model.
+    """
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def token_positions(input_ids, state=None):
+    """Return the positions of `input_ids` (B, T): (1, T) from 0 on, or (B, T) after what `state` has seen."""
+    if state is not None:
+        return state.positions(input_ids.shape[1])
+    return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+
+
+def rope_frequencies(head_dim, theta, scaling=None):
+    """Return the angle per token of each pair (K/2,), float64: theta^(-2j/K), stretched as `scaling` (RopeArgs) says."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    if scaling is None or scaling.rope_type == "default":
+        return frequencies
+    if scaling.rope_type == "llama3":
+        kept = _llama3_ramp(frequencies, scaling)
+    else:
+        kept = _yarn_ramp(head_dim, theta, scaling)
+    return frequencies * (kept + (1 - kept) / scaling.rope_factor)
+
+
+def _llama3_ramp(frequencies, scaling):
+    """How much of each frequency is kept, linear in its turns (Meta's llama-models, apply_scaling of Llama 3.1)."""
+    turns = scaling.rope_original_max_seq_len * frequencies / (2 * math.pi)
+    low, high = scaling.rope_low_freq_factor, scaling.rope_high_freq_factor
+    return ((turns - low) / (high - low)).clamp(0, 1)
+
+
+def _yarn_ramp(head_dim, theta, scaling):
+    """The same, linear in the index of the pair (Peng et al. 2023, "YaRN", section 3.2, and DeepSeek-V3's code)."""
+
+    def pair_of(turns):  # the pair, counted in halves of K, that turns so often within the original length
+        return head_dim * math.log(scaling.rope_original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first = max(math.floor(pair_of(scaling.rope_beta_fast)), 0)
+    last = min(math.ceil(pair_of(scaling.rope_beta_slow)), head_dim - 1)
+    pairs = torch.arange(head_dim // 2, dtype=torch.float64)
+    return 1 - ((pairs - first) / (last - first if last != first else 0.001)).clamp(0, 1)
+
+
+def yarn_mscale(factor, mscale=1.0):
+    """Return 0.1 m ln s + 1, by which YaRN sharpens an attention that sees s times more keys (equation 22 there)."""
+    return 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rope_amplitude(scaling=None):
+    """Return the factor on cos and sin: YaRN's, or with both mscales given DeepSeek's quotient, else 1."""
+    if scaling is None or scaling.rope_type != "yarn":
+        return 1.0
+    factor, mscale, all_dim = scaling.rope_factor, scaling.rope_mscale, scaling.rope_mscale_all_dim
+    return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor)

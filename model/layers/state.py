@@ -1,0 +1,99 @@
+"""The inference state of a model."""
+
+import torch
+
+from utils.errors import ModelError
+
+
+class State:
+    """What a model remembers between two calls of `forward` while it generates.
+
+    pos (B,) int64: the tokens already seen by each sequence. max_len: the room in tokens. max_pos: a plain int that no
+    position exceeds, so that a layer can slice its cache without reading the device. layers: one dict per layer, and
+    model: one dict for what belongs to the whole model; the model fills them with tensors as it likes. last_only: set by
+    a caller who needs the logits of the last token only. hidden: set by a model that can `draft`, the outputs (B, T, D)
+    that its head has just read.
+
+    Two rules make everything else generic: dim 0 of every tensor in the dicts is the batch, and sequences are
+    independent. What a tensor does not show, `declare` says.
+    """
+
+    def __init__(self, pos, max_len, layers, max_pos=0, last_only=False, model=None):
+        self.pos = pos
+        self.max_len = max_len
+        self.layers = layers
+        self.model = {} if model is None else model
+        self.max_pos = max_pos
+        self.last_only = last_only
+        self.hidden = None
+        self.token_indexed = set()
+        self.empty = {}
+
+    def declare(self, name, token_indexed=False, empty=0):
+        """Say of the tensors called `name` what does not hold by default; call it where they are made.
+
+        token_indexed: dim 1 is the token's position, so that the tensor can be rewound. empty: the value that means
+        "nothing seen".
+        """
+        if token_indexed:
+            self.token_indexed.add(name)
+        if empty != 0:
+            self.empty[name] = empty
+
+    def positions(self, n_tokens):
+        """Return the positions (B, T) of the next `n_tokens` tokens of each sequence."""
+        if self.max_pos + n_tokens > self.max_len:
+            raise ModelError(
+                f"{self.max_pos} tokens in the state and {n_tokens} new ones exceed its max_len of {self.max_len}: "
+                "make the state longer, or the text shorter"
+            )
+        return self.pos[:, None] + torch.arange(n_tokens, device=self.pos.device)  # (B, T)
+
+    def advance(self, n_tokens):
+        """Count `n_tokens` more tokens in every sequence. The caller of `forward` does this, never the model."""
+        self.pos = self.pos + n_tokens
+        self.max_pos += n_tokens
+
+    def dicts(self):
+        """Return all dicts of tensors: those of the layers and the model's."""
+        return [*self.layers, self.model]
+
+    def can_rewind(self):
+        """Whether all tensors are token-indexed; a recurrent state, say, only goes forward."""
+        return all(name in self.token_indexed for tensors in self.dicts() for name in tensors)
+
+    def rewind(self, n_tokens):
+        """Forget the last `n_tokens` tokens of every sequence; only where `can_rewind`."""
+        self.advance(-n_tokens)
+
+    def select(self, index):
+        """Return a new state with copies of the sequences `index` (a list of ints or an int64 tensor)."""
+        index = torch.as_tensor(index, dtype=torch.long, device=self.pos.device)
+        return self._map(lambda tensor: tensor[index])
+
+    def clone(self):
+        """Return an independent copy, to come back to after a trial continuation."""
+        return self._map(torch.clone)
+
+    def overwrite(self, index, other):
+        """Overwrite the sequences `index` of this state by those of `other`, in order."""
+        index = torch.as_tensor(index, dtype=torch.long, device=self.pos.device)
+        self.pos = self.pos.index_copy(0, index, other.pos)
+        self.max_pos = max(self.max_pos, other.max_pos)
+        self.token_indexed |= other.token_indexed
+        self.empty |= other.empty
+        for mine, theirs in zip(self.dicts(), other.dicts(), strict=True):
+            for name in mine.keys() - theirs.keys():  # a state that has seen nothing yet holds nothing
+                mine[name][index] = self.empty.get(name, 0)
+            for name, tensor in theirs.items():
+                if name not in mine:
+                    mine[name] = tensor.new_full((len(self.pos), *tensor.shape[1:]), self.empty.get(name, 0))
+                mine[name][index] = tensor
+
+    def _map(self, function):
+        """Return a state whose `pos` and tensors are those of `function`."""
+        *layers, model = [{name: function(tensor) for name, tensor in held.items()} for held in self.dicts()]
+        other = State(function(self.pos), self.max_len, layers, self.max_pos, self.last_only, model)
+        other.token_indexed |= self.token_indexed
+        other.empty |= self.empty
+        return other
