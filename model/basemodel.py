@@ -16,6 +16,9 @@ from model.layers.state import State
 from utils.errors import ModelError
 
 
+MOE_LOAD = "moe/load"
+
+
 @dataclass
 class BaseModelArgs:
     """Architecture only: no learning rate, no batch size, no temperature. The framework sets both fields below."""
@@ -39,6 +42,8 @@ class BaseModel(nn.Module):
 
     model_name = None  # set it in the subclass, e.g. "mini_mynet"; this is what --model_name takes
     hf_layout = None  # a `Layout` of hf.py where transformers has the architecture too (docs/interchange.md)
+
+    z_loss = 0.0
 
     def __init__(self, args):
         super().__init__()
@@ -184,7 +189,7 @@ class BaseModel(nn.Module):
         Raises `ModelError` that names what the architecture cannot do, or the tensor that is missing or left over.
         """
         layout = cls._layout()
-        model = cls(layout.model_args(config))
+        model = cls(layout.model_args(layout.present(config, tensors)))
         layout.load(model, tensors)
         return model
 

@@ -7,21 +7,22 @@ Three ideas on top of a pre-norm decoder:
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.basemodel import BaseModel, BaseModelArgs, ModelError
-from model.hf.layout import Layout, interleaved_rows
+from model.basemodel import MOE_LOAD, BaseModel, BaseModelArgs, ModelError, State
+from model.hf.deepseekv3 import layout
 from model.layers import (
     Embedding,
     RMSNorm,
     RopeArgs,
     Rotary,
     SwiGLU,
+    ZLoss,
     attention,
-    attention_mask,
     cache_append,
     expert_load,
     expert_swiglu,
@@ -29,12 +30,13 @@ from model.layers import (
     matmul,
     packed_mask,
     rotate,
+    sum_of_losses,
     token_positions,
     yarn_mscale,
 )
 
-MTP_ACCURACY_STRIDE = 16  # every so many positions are looked at for "mtp/accuracy"
-LATENT_NORM_EPS = 1e-6  # of the norms of the two latents; in the published code it is no setting
+MTP_ACCURACY_STRIDE = 16  # "mtp/accuracy" samples one position in so many
+LATENT_NORM_EPS = 1e-6  # of the norms of the two latents; the published code has no setting for it
 
 
 @dataclass
@@ -52,7 +54,7 @@ class DeepSeekV3ModelArgs(RopeArgs, BaseModelArgs):
     moe_inter_dim: int = 512  # F of one expert
     n_routed_experts: int = 8  # N_r = E
     n_shared_experts: int = 1  # N_s, always on
-    n_activated_experts: int = 3  # K_r = A, routed experts a token uses
+    n_activated_experts: int = 3  # K_r = A, routed experts per token
     n_expert_groups: int = 1  # experts are chosen from the best `n_limited_groups` of these groups
     n_limited_groups: int = 1
     norm_topk: bool = True  # the A weights of a token are divided by their sum
@@ -66,35 +68,44 @@ class DeepSeekV3ModelArgs(RopeArgs, BaseModelArgs):
     tie_embeddings: bool = True
 
     def __post_init__(self):
-        a = self
-        a.check_sizes("n_dense_layers", "q_lora_rank", "n_shared_experts", "n_mtp_layers")
-        if a.n_routed_experts % a.n_expert_groups:
+        self.check_sizes("n_dense_layers", "q_lora_rank", "n_shared_experts", "n_mtp_layers")
+        groups, experts = self.n_expert_groups, self.n_routed_experts
+        if experts % groups:
+            raise ModelError(f"n_routed_experts={experts} must be a multiple of n_expert_groups={groups}")
+        usable = self.n_limited_groups * (experts // groups)
+        if not 1 <= self.n_activated_experts <= usable:
             raise ModelError(
-                f"n_routed_experts={a.n_routed_experts} must be a multiple of n_expert_groups={a.n_expert_groups}"
+                f"n_activated_experts={self.n_activated_experts} must lie in 1..{usable}, the experts of the groups a "
+                "token may use: change it or n_limited_groups"
             )
-        per_group = a.n_routed_experts // a.n_expert_groups
-        if not 1 <= a.n_activated_experts <= a.n_limited_groups * per_group:
-            raise ModelError(
-                f"n_activated_experts={a.n_activated_experts} must lie in "
-                f"1..{a.n_limited_groups * per_group}, the experts of the groups a token may "
-                "use: change it or n_limited_groups"
-            )
-        if not 1 <= a.n_limited_groups <= a.n_expert_groups:
-            raise ModelError(f"n_limited_groups={a.n_limited_groups} must lie in 1..{a.n_expert_groups}")
-        if a.n_expert_groups > 1 and per_group < 2:
-            raise ModelError("a group is judged by its two best experts: use at least 2 experts a group")
-        if a.qk_rope_head_dim % 2:
-            raise ModelError(f"qk_rope_head_dim={a.qk_rope_head_dim} must be even, rotary positions turn pairs")
-        a.check_rope()
+        if not 1 <= self.n_limited_groups <= groups:
+            raise ModelError(f"n_limited_groups={self.n_limited_groups} must lie in 1..{groups}")
+        if groups > 1 and experts // groups < 2:
+            raise ModelError("a group is judged by its two best experts: use at least 2 experts per group")
+        if self.qk_rope_head_dim % 2:
+            raise ModelError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even, rotary positions turn pairs")
+        self.check_rope()
+
+
+class TokenInfo(NamedTuple):
+    """What all blocks need to know of the tokens of a forward pass."""
+
+    rope: tuple  # cos and sin
+    mask: torch.Tensor | None = None  # which keys each query sees
+    token_mask: torch.Tensor | None = None  # bool (B, T), False = padding; None: there is none
+    state: State | None = None
+
+
+# ------------------------------------------------------------------- 2.1.1 multi-head latent attention
 
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention (equations 1-11).
 
-    The same scores are computed in two ways. Training and a first prompt expand the latent into keys and values of
-    every head. Decoding keeps only the latent and the rotary key, R + d_h^R numbers a token, and moves the
-    up-projections to the other side of the products: q (W_UK c) = (q W_UK) c, and sum_s a_s (W_UV c_s) =
-    W_UV (sum_s a_s c_s). That is attention with one shared key-value head of width R.
+    The same scores are computed in two ways. Training and a first prompt expand the latent into keys and values of every
+    head. Decoding keeps only the latent and the rotary key, R + d_h^R elements per token, and moves the up-projections to
+    the other side of the products: q (W_UK c) = (q W_UK) c, and sum_s a_s (W_UV c_s) = W_UV (sum_s a_s c_s). That is
+    attention with one shared key-value head of width R.
     """
 
     def __init__(self, args, layer):
@@ -116,22 +127,22 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(a.kv_lora_rank, a.n_heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
         self.o_proj = nn.Linear(a.n_heads * a.v_head_dim, a.dim, bias=False)
 
-    def forward(self, x, rope, mask, state=None):
+    def forward(self, x, info):
         a = self.args
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if a.q_lora_rank else self.q_proj(x)
         q = q.unflatten(-1, (a.n_heads, -1))  # (B, T, H, nope + rope)
         q_nope, q_rope = q.split((a.qk_nope_head_dim, a.qk_rope_head_dim), dim=-1)
-        q_rope = rotate(q_rope, *rope)
+        q_rope = rotate(q_rope, *info.rope)
 
         latent, k_rope = self.kv_a_proj(x).split((a.kv_lora_rank, a.qk_rope_head_dim), dim=-1)
         latent = self.kv_a_norm(latent)  # (B, T, R), c^KV
-        k_rope = rotate(k_rope[:, :, None], *rope)[:, :, 0]  # (B, T, rope), one for all heads
+        k_rope = rotate(k_rope[:, :, None], *info.rope)[:, :, 0]  # (B, T, rope), one for all heads
 
-        if state is not None:
-            seen = cache_append(state, self.layer, "latent", torch.cat((latent, k_rope), dim=-1))  # (B, S, R + rope)
-            if state.max_pos > 0:
-                return self.o_proj(self._absorbed(q_nope, q_rope, seen, mask).flatten(-2))
-        return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, mask).flatten(-2))
+        if info.state is not None:
+            seen = cache_append(info.state, self.layer, "latent", torch.cat((latent, k_rope), dim=-1))
+            if info.state.max_pos > 0:
+                return self.o_proj(self._absorbed(q_nope, q_rope, seen, info.mask).flatten(-2))
+        return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, info.mask).flatten(-2))
 
     def _expanded(self, q_nope, q_rope, latent, k_rope, mask):
         a = self.args
@@ -141,26 +152,31 @@ class LatentAttention(nn.Module):
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, a.n_heads, -1)), dim=-1)
         return attention(q, k, v, mask, self.scale)  # (B, T, H, v)
 
-    def _absorbed(self, q_nope, q_rope, seen, mask):
+    def _absorbed(self, q_nope, q_rope, seen, mask):  # seen (B, S, R + rope)
         a = self.args
         up = self.kv_b_proj.weight.unflatten(0, (a.n_heads, -1))  # (H, nope + v, R)
         up_k, up_v = up.split((a.qk_nope_head_dim, a.v_head_dim), dim=1)
         q_latent = matmul(q_nope.transpose(1, 2), up_k).transpose(1, 2)  # (B, T, H, R)
-        mixed = attention(
-            torch.cat((q_latent, q_rope), dim=-1),
-            seen[:, :, None],
-            seen[:, :, None, : a.kv_lora_rank],
-            mask,
-            self.scale,
-        )  # (B, T, H, R)
+        q = torch.cat((q_latent, q_rope), dim=-1)
+        k = seen[:, :, None]  # (B, S, 1, R + rope)
+        mixed = attention(q, k, k[..., : a.kv_lora_rank], mask, self.scale)  # (B, T, H, R)
         return matmul(mixed.transpose(1, 2), up_v.mT).transpose(1, 2)  # (B, T, H, v)
 
 
-class MoE(nn.Module):
-    """DeepSeekMoE with auxiliary-loss-free balancing (equations 12-20). (B, T, D) -> (B, T, D), load (E,), balance loss
-    (None while decoding, where nobody wants it). Both are of the tokens that are `real` (B, T), all by default."""
+# ------------------------------------------------------------------- 2.1.2 DeepSeekMoE
 
-    expert_weights = ("gate_proj", "up_proj", "down_proj")  # the stacks that may be held at 8 bits
+
+class MoEStats(NamedTuple):
+    """What a MoE layer reports: the load (E,) of its experts, and its balance loss (None while decoding)."""
+
+    load: torch.Tensor
+    balance: torch.Tensor | None
+
+
+class MoE(nn.Module):
+    """DeepSeekMoE with auxiliary-loss-free balancing (equations 12-20). (B, T, D) -> (B, T, D), MoEStats."""
+
+    expert_weights = ("gate_proj", "up_proj", "down_proj")  # the stacks of experts
 
     def __init__(self, args):
         super().__init__()
@@ -173,7 +189,7 @@ class MoE(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(a.n_routed_experts, a.dim, a.moe_inter_dim))
         self.shared = SwiGLU(a.dim, a.n_shared_experts * a.moe_inter_dim) if a.n_shared_experts else None
 
-    def forward(self, x, decoding=False, real=None):
+    def forward(self, x, info):
         a = self.args
         tokens = x.flatten(0, 1)  # (N, D)
         with torch.autocast(x.device.type, enabled=False):  # routing in fp32: a rounded tie is a different expert
@@ -184,13 +200,14 @@ class MoE(nn.Module):
             weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
         weight = weight * a.route_scale
 
-        load = expert_load(chosen, a.n_routed_experts, None if real is None else real.flatten())
+        load = expert_load(chosen, a.n_routed_experts, info.token_mask)
         out = expert_swiglu(tokens, chosen, weight, self.gate_proj, self.up_proj, self.down_proj)
         out = out.view_as(x)  # (B, T, D)
-
         if self.shared is not None:
             out = out + self.shared(x)
-        return out, load.float(), None if decoding else self._balance_loss(affinity.view(*x.shape[:2], -1), real)
+        decoding = info.state is not None
+        balance = None if decoding else self._balance_loss(affinity.view(*x.shape[:2], -1), info.token_mask)
+        return out, MoEStats(load.float(), balance)
 
     def _choose(self, affinity):
         """Return the chosen experts (N, A): the best by affinity + bias, from the best groups (equation 16, 2.1.2).
@@ -206,13 +223,13 @@ class MoE(nn.Module):
             score = groups.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
         return score.topk(a.n_activated_experts, dim=-1, sorted=False).indices
 
-    def _balance_loss(self, affinity, real=None):
-        """Complementary sequence-wise balance loss (equations 17-20), the mean over the rows. affinity (B, T, E)."""
+    def _balance_loss(self, affinity, token_mask):
+        """Complementary sequence-wise balance loss (equations 17-20), mean over the sequences. affinity (B, T, E)."""
         a = self.args
         top = affinity.detach().topk(a.n_activated_experts, dim=-1, sorted=False).indices  # without the bias
         hits = torch.zeros_like(affinity).scatter_(-1, top, 1.0)
-        real = affinity.new_ones(affinity.shape[:2]) if real is None else real.to(affinity.dtype)
-        share = (real / real.sum(dim=1, keepdim=True).clamp(min=1))[..., None]  # (B, T, 1), the 1 / T
+        is_token = affinity.new_ones(affinity.shape[:2]) if token_mask is None else token_mask.to(affinity.dtype)
+        share = (is_token / is_token.sum(dim=1, keepdim=True).clamp(min=1))[..., None]  # (B, T, 1), the 1 / T
         f = (hits * share).sum(dim=1) * (a.n_routed_experts / a.n_activated_experts)  # (B, E)
         p = (affinity / affinity.sum(dim=-1, keepdim=True) * share).sum(dim=1)
         return a.seq_aux_alpha * (f * p).sum(dim=-1).mean()
@@ -224,8 +241,7 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on a normed copy of the stream. Returns the stream and, of a mixture, its load
-    (E,) and balance loss, else None twice."""
+    """Attention and feed-forward, each on a normed copy of the stream. (B, T, D) -> (B, T, D), MoEStats or None."""
 
     def __init__(self, args, layer, moe):
         super().__init__()
@@ -234,12 +250,15 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn = MoE(args) if moe else SwiGLU(args.dim, args.inter_dim)
 
-    def forward(self, x, rope, mask, state=None, real=None):
-        x = x + self.attn(self.attn_norm(x), rope, mask, state)
-        if isinstance(self.ffn, MoE):
-            out, load, balance = self.ffn(self.ffn_norm(x), state is not None, real)
-            return x + out, load, balance
-        return x + self.ffn(self.ffn_norm(x)), None, None
+    def forward(self, x, info):
+        x = x + self.attn(self.attn_norm(x), info)
+        if not isinstance(self.ffn, MoE):
+            return x + self.ffn(self.ffn_norm(x)), None
+        out, stats = self.ffn(self.ffn_norm(x), info)
+        return x + out, stats
+
+
+# ------------------------------------------------------------------- 2.2 multi-token prediction
 
 
 class MTPModule(nn.Module):
@@ -253,103 +272,15 @@ class MTPModule(nn.Module):
         self.block = Block(args, layer=depth, moe=args.n_dense_layers < args.n_layers)
         self.norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, hidden, embedded, rope, mask, state=None, real=None):
+    def forward(self, hidden, embedded, info):
         x = self.proj(torch.cat((self.embed_norm(embedded), self.hidden_norm(hidden)), dim=-1))
-        x, load, balance = self.block(x, rope, mask, state, real)
-        return self.norm(x), load, balance
-
-
-def hf_names(args):
-    """Patterns of our names and what stands there in the published ones; the MTP modules are further layers there."""
-    names = {"^tok_embed": "model.embed_tokens", "^norm": "model.norm", "^layers": "model.layers"}
-    for k, layer in enumerate(range(args.n_layers, args.n_layers + args.n_mtp_layers)):
-        for ours, theirs in ("embed_norm", "enorm"), ("hidden_norm", "hnorm"), ("proj", "eh_proj"):
-            names[f"^mtp.{k}.{ours}"] = f"model.layers.{layer}.{theirs}"
-        names[f"^mtp.{k}.norm"] = f"model.layers.{layer}.shared_head.norm"
-        names[f"^mtp.{k}.block"] = f"model.layers.{layer}"
-    return names | {
-        ".attn_norm.": ".input_layernorm.",
-        ".attn.": ".self_attn.",
-        ".ffn_norm.": ".post_attention_layernorm.",
-        ".q_a_norm.": ".q_a_layernorm.",
-        ".kv_a_norm.": ".kv_a_layernorm.",
-        ".kv_a_proj.": ".kv_a_proj_with_mqa.",
-        ".ffn.router": ".mlp.gate.weight",
-        ".ffn.routing_bias": ".mlp.gate.e_score_correction_bias",
-        ".ffn.shared.": ".mlp.shared_experts.",
-        ".ffn.(gate|up|down)_proj$": r".mlp.experts.*.\1_proj.weight",
-        ".ffn.": ".mlp.",
-    }
-
-
-def hf_copies(args):
-    """Each published MTP module repeats the embeddings and the output head."""
-    head = "model.embed_tokens.weight" if args.tie_embeddings else "lm_head.weight"
-    layers = [f"model.layers.{i}" for i in range(args.n_layers, args.n_layers + args.n_mtp_layers)]
-    return {f"{layer}.embed_tokens.weight": "model.embed_tokens.weight" for layer in layers} | {
-        f"{layer}.shared_head.head.weight": head for layer in layers
-    }
-
-
-def hf_rows(args):
-    """The published rotary pairs are neighbours."""
-    q = interleaved_rows(args.n_heads, args.qk_nope_head_dim, args.qk_rope_head_dim)
-    kv = interleaved_rows(1, args.kv_lora_rank, args.qk_rope_head_dim)
-    return {".q_proj.weight": q, ".q_b_proj.weight": q, ".kv_a_proj.weight": kv}
+        x, stats = self.block(x, info)
+        return self.norm(x), stats
 
 
 class DeepSeekV3Model(BaseModel):
     model_name = "mini_deepseekv3"
-    hf_layout = Layout(
-        args=DeepSeekV3ModelArgs,
-        architecture="DeepseekV3ForCausalLM",
-        model_type="deepseek_v3",
-        fields=dict(
-            vocab_size="vocab_size",
-            max_seq_len="max_position_embeddings",
-            dim="hidden_size",
-            n_layers="num_hidden_layers",
-            n_dense_layers="first_k_dense_replace",
-            n_heads="num_attention_heads",
-            q_lora_rank="q_lora_rank",
-            kv_lora_rank="kv_lora_rank",
-            qk_nope_head_dim="qk_nope_head_dim",
-            qk_rope_head_dim="qk_rope_head_dim",
-            v_head_dim="v_head_dim",
-            inter_dim="intermediate_size",
-            moe_inter_dim="moe_intermediate_size",
-            n_routed_experts="n_routed_experts",
-            n_shared_experts="n_shared_experts",
-            n_activated_experts="num_experts_per_tok",
-            n_expert_groups="n_group",
-            n_limited_groups="topk_group",
-            norm_topk="norm_topk_prob",
-            route_scale="routed_scaling_factor",
-            n_mtp_layers="num_nextn_predict_layers",
-            norm_eps="rms_norm_eps",
-            tie_embeddings="tie_word_embeddings",
-        ),
-        only_ours=("bias_update_speed", "seq_aux_alpha", "mtp_loss_weight"),
-        fixed=dict(
-            hidden_act="silu",
-            attention_bias=False,
-            scoring_func="sigmoid",
-            topk_method="noaux_tc",
-            moe_layer_freq=1,
-            rope_interleave=True,
-        ),
-        absent=dict(
-            q_lora_rank=0,
-            n_shared_experts=0,
-            n_group=1,
-            topk_group=1,
-            num_nextn_predict_layers=0,
-            tie_word_embeddings=False,
-        ),
-        names=hf_names,
-        copies=hf_copies,
-        rows=hf_rows,
-    )
+    hf_layout = layout(DeepSeekV3ModelArgs)
 
     def __init__(self, args):
         super().__init__(args)
@@ -365,30 +296,22 @@ class DeepSeekV3Model(BaseModel):
         if not args.n_mtp_layers:
             self.draft = None
 
-    def draft(self, hidden, ids, state):
-        """The first module as a draft model (section 2.2.3), by the contract's `draft`."""
-        positions = token_positions(ids, state)
-        mask = attention_mask(positions, state)
-        hidden = self.mtp[0](hidden, self.tok_embed(ids), self.rotary(positions), mask, state)[0]
-        return self.lm_head(hidden[:, -1:] if state.last_only else hidden), hidden
+    def token_info(self, input_ids, state=None, doc_ids=None):
+        positions = token_positions(input_ids, state)
+        token_mask = None if doc_ids is None else doc_ids >= 0
+        return TokenInfo(self.rotary(positions), packed_mask(positions, state, doc_ids), token_mask, state)
 
     def forward(self, input_ids, targets=None, state=None, doc_ids=None):
         self.check_length(input_ids)
-        positions = token_positions(input_ids, state)
-        rope = self.rotary(positions)
-        mask = packed_mask(positions, state, doc_ids)
-        real = None if doc_ids is None else doc_ids >= 0  # (B, T), not padding
-
+        info = self.token_info(input_ids, state, doc_ids)
         embedded = x = self.tok_embed(input_ids)  # (B, T, D)
-        loads, balances = [], []
+        stats = []
         for layer in self.layers:
-            x, load, balance = layer(x, rope, mask, state, real)
-            if load is not None:
-                loads.append(load)
-            if balance is not None:
-                balances.append(balance)
+            x, of_layer = layer(x, info)
+            stats.append(of_layer)
         x = self.norm(x)
-        other_vars = {"moe/load": torch.stack(loads).detach()} if loads else {}  # (L, E)
+        stats = [of_layer for of_layer in stats if of_layer is not None]
+        other_vars = {MOE_LOAD: loads(stats)} if stats else {}
 
         if targets is None:
             if state is not None:
@@ -396,61 +319,70 @@ class DeepSeekV3Model(BaseModel):
                 x = x[:, -1:] if state.last_only else x
             return self.lm_head(x), None, other_vars
 
-        other_vars["loss/ce"] = lm_loss(x, self.lm_head.weight, targets)
+        z = ZLoss(self.z_loss)
+        other_vars["loss/ce"] = lm_loss(x, self.lm_head.weight, targets, z_loss=z)
         if self.mtp:
-            self._predict_further(x, embedded, targets, doc_ids, balances, other_vars)
-        if balances:
-            other_vars["loss/balance"] = torch.stack(balances).sum()
-        return None, sum(v for k, v in other_vars.items() if k.startswith("loss/")), other_vars
+            mtp_vars, mtp_stats = self._predict_further(x, embedded, targets, doc_ids, z)
+            other_vars |= mtp_vars
+            stats += mtp_stats
+        if stats:
+            other_vars["loss/balance"] = torch.stack([of_layer.balance for of_layer in stats]).sum()
+        other_vars |= z.terms()
+        return None, sum_of_losses(other_vars), other_vars
 
-    def _predict_further(self, x, embedded, targets, doc_ids, balances, other_vars):
-        """Add the multi-token prediction loss (equations 24-25) and the modules' loads to `other_vars`.
+    def _predict_further(self, x, embedded, targets, doc_ids, z):
+        """Return the multi-token prediction loss (equations 24-25) in other_vars, and the MoEStats of the modules.
 
         At depth k position i stands for token i and knows tokens up to i + k; it predicts token i + k + 1, which is
         `targets` moved by k. A pair whose two ends lie in different documents predicts nothing.
         """
-        losses, loads, hits, seen = [], [], 0, 0
+        losses, stats = [], []
+        hits, seen = 0, 0
         n_targets = (targets != -100).sum().clamp(min=1)
         for k, module in enumerate(self.mtp, start=1):
             n = targets.shape[1] - k  # positions that still have a token i + k
             if n < 1:
                 break
             target = targets[:, k:]
-            docs = None if doc_ids is None else doc_ids[:, :n]
-            if docs is not None:
+            docs = None
+            if doc_ids is not None:
+                docs = doc_ids[:, :n]
                 target = target.masked_fill(docs != doc_ids[:, k:], -100)
-            positions = token_positions(target)
-            mask = packed_mask(positions, doc_ids=docs)
-            real = docs if docs is None else docs >= 0
-            x, load, balance = module(x[:, :n], embedded[:, k:], self.rotary(positions), mask, real=real)
+            x, of_module = module(x[:, :n], embedded[:, k:], self.token_info(target, doc_ids=docs))
+            stats.append(of_module)
             # Both equations divide by the T of the whole sequence, so a depth weighs by the targets that it has left.
             share = (target != -100).sum() / n_targets
-            losses.append(lm_loss(x, self.lm_head.weight, target) * share)
-            with torch.no_grad():  # how often it is right, from a part of the positions: no second output head
-                some = target[:, ::MTP_ACCURACY_STRIDE]
-                hits += (F.linear(x[:, ::MTP_ACCURACY_STRIDE], self.lm_head.weight).argmax(dim=-1) == some).sum()
-                seen += (some != -100).sum()
-            if load is not None:
-                loads.append(load)
-                balances.append(balance)
+            losses.append(lm_loss(x, self.lm_head.weight, target, z_loss=z) * share)
+            with torch.no_grad():  # how often it is right, from a sample of the positions: no second output head
+                sample = target[:, ::MTP_ACCURACY_STRIDE]
+                hits += (F.linear(x[:, ::MTP_ACCURACY_STRIDE], self.lm_head.weight).argmax(dim=-1) == sample).sum()
+                seen += (sample != -100).sum()
+        stats = [of_module for of_module in stats if of_module is not None]
+        other_vars = {}
         if losses:
             other_vars["mtp/accuracy"] = hits / seen.clamp(min=1)
             other_vars["loss/mtp"] = self.args.mtp_loss_weight * torch.stack(losses).sum() / len(self.mtp)
-        if loads:
-            other_vars["moe/load_mtp"] = torch.stack(loads).detach()  # (D, E)
+        if stats:
+            other_vars["moe/load_mtp"] = loads(stats)
+        return other_vars, stats
 
-    after_step_keeps_to_buffers = True
+    def draft(self, hidden, ids, state):
+        """The first module as a draft model (section 2.2.3), by the contract's `draft`."""
+        hidden, _ = self.mtp[0](hidden, self.tok_embed(ids), self.token_info(ids, state))
+        return self.lm_head(hidden[:, -1:] if state.last_only else hidden), hidden
 
     def after_step(self, other_vars):
         """Move every routing bias by the load of the step (2.1.2, auxiliary-loss-free load balancing)."""
-        for key, blocks in (("moe/load", self.layers), ("moe/load_mtp", [m.block for m in self.mtp])):
-            mixtures = [block.ffn for block in blocks if isinstance(block.ffn, MoE)]
+        for key, blocks in ((MOE_LOAD, self.layers), ("moe/load_mtp", [module.block for module in self.mtp])):
             if key in other_vars:
-                for mixture, load in zip(mixtures, other_vars[key], strict=True):
-                    mixture.update_bias(load)
+                moes = [block.ffn for block in blocks if isinstance(block.ffn, MoE)]
+                for moe, load in zip(moes, other_vars[key], strict=True):
+                    moe.update_bias(load)
+
+    # ---------------------------------------------------------------- what it counts
 
     def param_groups(self):
-        """As every model, but the routers count as scalars: they are read row by row, not as a map of the stream."""
+        """As every model, but the routers count as scalars: each row is a vector of its own, not a map of the stream."""
         groups = super().param_groups()
         routers = {id(m.router) for m in self.modules() if isinstance(m, MoE)}
         groups["scalar"] += [p for p in groups["matrix"] if id(p) in routers]
@@ -458,18 +390,14 @@ class DeepSeekV3Model(BaseModel):
         return groups
 
     def num_params(self):
-        """Return {"total", "active", "embedding"}; active: without the unchosen experts and the MTP modules, which
-        only training uses."""
+        """As every model; active: without the unchosen experts and the MTP modules, which only training uses."""
         counts = super().num_params()
-        counts["active"] -= sum(p.numel() for p in self.mtp.parameters())
-        counts["active"] -= sum(self._unchosen(block) for block in self.layers)
+        counts["active"] -= count(self.mtp) + sum(self._unchosen(block) for block in self.layers)
         return counts
 
     def _unchosen(self, block):
-        if not isinstance(block.ffn, MoE):
-            return 0
         a = self.args
-        return (a.n_routed_experts - a.n_activated_experts) * 3 * a.dim * a.moe_inter_dim
+        return (a.n_routed_experts - a.n_activated_experts) * 3 * a.dim * a.moe_inter_dim * isinstance(block.ffn, MoE)
 
     def attention_flops_per_token(self, seq_len):
         """Return the forward FLOPs of scores and values of all layers, expanded form, MTP modules included."""
@@ -479,17 +407,14 @@ class DeepSeekV3Model(BaseModel):
 
     def flops_per_token(self, seq_len):
         """As every model, plus in each MTP module its active weights and another use of the output head."""
-        a = self.args
-        mtp = sum(sum(p.numel() for p in m.parameters()) - self._unchosen(m.block) for m in self.mtp)
-        return super().flops_per_token(seq_len) + 6 * (mtp + a.n_mtp_layers * a.vocab_size * a.dim)
+        head = self.args.vocab_size * self.args.dim
+        mtp = sum(count(module) - self._unchosen(module.block) + head for module in self.mtp)
+        return super().flops_per_token(seq_len) + 6 * mtp
 
-    def to_hf(self):
-        config, tensors = super().to_hf()
-        a = self.args
-        return config | {"num_key_value_heads": a.n_heads, "q_lora_rank": a.q_lora_rank or None}, tensors
 
-    @classmethod
-    def from_hf(cls, config, tensors):
-        if not any(name.startswith(f"model.layers.{config.get('num_hidden_layers')}.") for name in tensors):
-            config = {**config, "num_nextn_predict_layers": 0}  # promised, but transformers saves none
-        return super().from_hf(config, tensors)
+def loads(stats):
+    return torch.stack([of_layer.load for of_layer in stats]).detach()  # (L, E)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from model.basemodel import BaseModel, BaseModelArgs, ModelError
-from model.hf.layout import Layout
+from model.hf.llama3 import layout
 from model.layers import (
     Embedding,
     RMSNorm,
     RopeArgs,
     Rotary,
     SwiGLU,
+    ZLoss,
     attention,
     cache_append,
     lm_loss,
@@ -50,7 +51,8 @@ class Attention(nn.Module):
 
     def __init__(self, args, layer):
         super().__init__()
-        self.layer, self.head_dim = layer, args.head_dim
+        self.layer = layer
+        self.head_dim = args.head_dim
         self.q_proj = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
         self.k_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.v_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
@@ -82,38 +84,7 @@ class Block(nn.Module):
 
 class Llama3Model(BaseModel):
     model_name = "mini_llama3"
-    hf_layout = Layout(
-        args=Llama3ModelArgs,
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        fields=dict(
-            vocab_size="vocab_size",
-            max_seq_len="max_position_embeddings",
-            dim="hidden_size",
-            n_layers="num_hidden_layers",
-            n_heads="num_attention_heads",
-            n_kv_heads="num_key_value_heads",
-            head_dim="head_dim",
-            inter_dim="intermediate_size",
-            norm_eps="rms_norm_eps",
-            tie_embeddings="tie_word_embeddings",
-        ),
-        fixed=dict(hidden_act="silu", attention_bias=False, mlp_bias=False),
-        absent=dict(
-            num_key_value_heads=lambda config: config["num_attention_heads"],
-            head_dim=lambda config: config["hidden_size"] // config["num_attention_heads"],
-            tie_word_embeddings=False,
-        ),
-        names=lambda args: {
-            "^tok_embed": "model.embed_tokens",
-            "^norm": "model.norm",
-            "^layers": "model.layers",
-            ".attn_norm.": ".input_layernorm.",
-            ".attn.": ".self_attn.",
-            ".ffn_norm.": ".post_attention_layernorm.",
-            ".ffn.": ".mlp.",
-        },
-    )
+    hf_layout = layout(Llama3ModelArgs)
 
     def __init__(self, args):
         super().__init__(args)
@@ -131,21 +102,14 @@ class Llama3Model(BaseModel):
         positions = token_positions(input_ids, state)
         rope = self.rotary(positions)
         mask = packed_mask(positions, state, doc_ids)
-
         x = self.tok_embed(input_ids)  # (B, T, D)
         for layer in self.layers:
             x = layer(x, rope, mask, state)
         x = self.norm(x)
-
-        if targets is not None:
-            loss = lm_loss(x, self.lm_head.weight, targets)
-            return None, loss, {"loss/ce": loss}
-        if state is not None and state.last_only:
-            x = x[:, -1:]
-        return self.lm_head(x), None, {}
-
-    def to_hf(self):
-        a = self.args
-        if a.dim % a.n_heads:
-            raise ModelError(f"transformers wants dim={a.dim} to be a multiple of n_heads={a.n_heads}: change one")
-        return super().to_hf()
+        if targets is None:
+            if state is not None and state.last_only:
+                x = x[:, -1:]
+            return self.lm_head(x), None, {}
+        z = ZLoss(self.z_loss)
+        losses = {"loss/ce": lm_loss(x, self.lm_head.weight, targets, z_loss=z), **z.terms()}
+        return None, sum(losses.values()), losses

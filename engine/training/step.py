@@ -9,7 +9,6 @@ from engine.distributed.fsdp import full_tensor, is_sharded
 from engine.training.config import resolve_precision
 from engine.training.optim import build_optimizer
 from engine.training.validate_forward import checked
-from engine.training.zloss import with_z_loss
 from utils.errors import UserError
 
 
@@ -35,9 +34,8 @@ class TrainStep:
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         low = self.precision == "bf16" and not sharded  # whole matrices do not live long enough there
         self.weights = LowWeights(model.param_groups()["matrix"] if low else [], self.dtype)
-        self._train_forward = checked(self.forward, type(model))
-        if config.z_loss:
-            self._train_forward = with_z_loss(self._train_forward, config.z_loss)
+        model.z_loss = config.z_loss
+        self._train_forward = checked(self.forward, type(model), config.z_loss)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()

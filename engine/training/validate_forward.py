@@ -8,12 +8,14 @@ import torch
 from utils.errors import UserError
 
 
-def checked(forward, Model: type):
+def checked(forward, Model: type, z_loss: float = 0.0):
     """Return `forward` with a look at what comes back: UserError unless it is (logits, loss, other_vars) as agreed."""
 
     def checked_forward(**batch):
         out = forward(**batch)
         problem = mistake(out)
+        if not problem and z_loss and "loss/z" not in out[2]:
+            problem = f"--z_loss={z_loss} needs a term loss/z, and there is none: hand a ZLoss to lm_loss, or set --z_loss=0"
         if problem:
             file = Path(inspect.getfile(Model))
             raise UserError(f"{file.parent.name}/{file.name}: {problem} (see forward in model/basemodel.py)")

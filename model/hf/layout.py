@@ -37,7 +37,9 @@ class Layout:
 
     names(args): {pattern: text}, applied to each of our names in order, where a dot is a dot; `*` in what comes out
     stands for the index of dim 0, and the parts are written one by one. rows(args): {end of our name: the order of the
-    rows in their tensor}. copies(args): {a further name of theirs: the one it repeats}.
+    rows in their tensor}. copies(args): {a further name of theirs: the one it repeats}. more(args): {further key of
+    config.json: value}, and ModelError for sizes that transformers refuses. present(config, names of tensors): the config
+    of what the checkpoint really holds.
     """
 
     args: type  # our dataclass
@@ -50,6 +52,8 @@ class Layout:
     absent: dict = field(default_factory=dict)  # key: what its absence means, a value or a function of the config
     rows: Callable = lambda args: {}
     copies: Callable = lambda args: {}
+    more: Callable = lambda args: {}
+    present: Callable = lambda config, tensors: config
 
     def reads(self, config):
         """Return whether a config.json is of this architecture."""
@@ -67,7 +71,7 @@ class Layout:
             config |= {"rope_theta": args.rope_theta, "rope_scaling": {"rope_type": args.rope_type, **scaling}}
             if args.rope_type == "default":
                 config["rope_scaling"] = None
-        return config | {name: getattr(args, name) for name in self.only_ours}
+        return config | {name: getattr(args, name) for name in self.only_ours} | self.more(args)
 
     def model_args(self, config):
         """Return our arguments for a config.json; `ModelError` names what this architecture cannot do."""

@@ -14,8 +14,8 @@ CACHE_BYTES = 2 << 20  # of fp32 that the cache of a CPU core holds from one pas
 def faster_token_losses(plain, hidden, weight, targets, chunk_bytes=None, with_squares=False):
     """Compute the gradients in the forward pass, chunk by chunk: three matmuls as with plain logits, no recomputation.
 
-    The memory is `chunk_bytes` of logits in the compute dtype, plus one gradient of the weight. The default is 32 MB, and
-    16 MB and at most `CHUNK_TOKENS` tokens on a CPU, whose allocator gives larger blocks back to the system each time.
+    The memory is `chunk_bytes` of logits in the compute dtype, plus one gradient of the weight. The default is 32 MB;
+    on a CPU 16 MB and at most `CHUNK_TOKENS` tokens, since its allocator returns larger blocks to the system.
     """
     dtype = compute_dtype(hidden)
     on_cpu = hidden.device.type == "cpu"

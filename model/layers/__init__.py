@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, S keys, D dim, H heads, G kv heads, K head dim, F ffn
 from model.layers.attention import attention, attention_mask, cache_append, packed_mask
 from model.layers.embedding import Embedding, compute_dtype
 from model.layers.feed_forward import SwiGLU
-from model.layers.loss import lm_loss, sum_of_losses
+from model.layers.loss import ZLoss, lm_loss, sum_of_losses
 from model.layers.matmul import matmul
 from model.layers.moe import expert_load, expert_swiglu
 from model.layers.norm import RMSNorm
@@ -28,6 +28,7 @@ __all__ = [
     "Rotary",
     "State",
     "SwiGLU",
+    "ZLoss",
     "attention",
     "attention_mask",
     "cache_append",

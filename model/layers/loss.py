@@ -6,19 +6,32 @@ from model.kernels import dispatch
 from model.kernels.loss import faster_token_losses
 
 
-def lm_loss(hidden, weight, targets, chunk_bytes=None, squares=None):
-    """Mean cross-entropy of the next token in nats, 0-d fp32; 0 with a graph when no target is valid.
+class ZLoss:
+    """The z-loss of one forward: weight * mean(log(Z)^2), Z the sum of exp(logits) (PaLM, Chowdhery et al. 2022, section 5).
 
-    hidden (B, T, D), weight (V, D) of the output head, targets (B, T) with -100 = ignored. `chunk_bytes`: of logits that
-    are held at once. `squares`: a list that gets the mean of log(Z)^2 over the valid targets, Z the sum of exp(logits).
-    The z-loss of PaLM (Chowdhery et al. 2022, section 5) is a weight times that: it keeps the logits from drifting.
+    It keeps the logits from drifting. Hand it to `lm_loss`, and add `terms()` to other_vars. Weight 0: no term.
     """
+
+    def __init__(self, weight):
+        self.weight = weight
+        self.means = []  # one per call of lm_loss
+
+    def terms(self):
+        return {"loss/z": self.weight * sum(self.means)} if self.means else {}
+
+
+def lm_loss(hidden, weight, targets, chunk_bytes=None, z_loss=None):
+    """Return the mean cross-entropy of the next token in nats, 0-d fp32; 0 with a graph when no target is valid.
+
+    hidden (B, T, D), weight (V, D) of the output head, targets (B, T) with -100 = ignored. chunk_bytes: of logits held
+    at once. z_loss: a `ZLoss` that takes its part from the same logits.
+    """
+    with_squares = z_loss is not None and z_loss.weight != 0
     targets = targets.reshape(-1)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    entropy, square = token_losses(hidden, weight, targets, chunk_bytes, squares is not None)
+    entropy, squares = token_losses(hidden.reshape(-1, hidden.shape[-1]), weight, targets, chunk_bytes, with_squares)
     count = (targets != -100).sum().clamp(min=1)
-    if squares is not None:
-        squares.append(square / count)
+    if with_squares:
+        z_loss.means.append(squares / count)
     return entropy / count
 
 
