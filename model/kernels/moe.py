@@ -11,14 +11,17 @@ from model.kernels.decode import Packed, packed_experts
 from model.kernels.int8 import Int8Weight
 from model.kernels.precision import compute_dtype
 
-FEW_TOKENS = 16, 2  # of a decode step, eager or compiled: up to here experts are looked up without sorting the tokens
+# Tokens of a decode step up to which the experts are looked up without sorting the tokens.
+FEW_TOKENS_EAGER = 2
+FEW_TOKENS_COMPILED = 16
 
 
 def faster_experts(plain, x, chosen, weight, gate, up, down):
     """Choose a form by the device, the number of tokens and how the weights are held."""
     if isinstance(gate, Packed):
         return _mix(packed_experts(x, chosen, gate, up, down), weight)
-    if not torch.is_grad_enabled() and len(x) <= FEW_TOKENS[torch.compiler.is_compiling()]:
+    few = FEW_TOKENS_COMPILED if torch.compiler.is_compiling() else FEW_TOKENS_EAGER
+    if not torch.is_grad_enabled() and len(x) <= few:
         h = F.silu(chosen_matmul(x[:, None], gate, chosen)) * chosen_matmul(x[:, None], up, chosen)
         return _mix(chosen_matmul(h, down, chosen), weight)
     n_experts = (gate.q if isinstance(gate, Int8Weight) else gate).shape[0]
