@@ -1,9 +1,18 @@
-"""The contract between an architecture and the framework: the one file a plugin author must read.
+"""The contract between an architecture and the framework, complete: the one file a plugin author must read.
 
 An architecture is a dataclass `MyNetModelArgs(BaseModelArgs)` and a class `MyNetModel(BaseModel)` in one file of this
 folder. `forward(input_ids, targets=None)` is all that is required; `template.py` shows the smallest complete example.
 What the framework offers on top is switched on by *accepting a parameter* in `forward`: `state` gives fast decoding,
-`doc_ids` lets several documents share a row without seeing each other.
+`doc_ids` lets several documents share a sequence without seeing each other.
+
+Names that mean something, where a model has them:
+    layers                  the repeated blocks, an nn.ModuleList: depth of `init_weights`, one dict of `State` each,
+                            units of sharding, of compilation and of diagnostics
+    tok_embed, lm_head      the embedding table and the output head, whose weight may be the table
+    o_proj, down_proj       projections into the residual stream, which `init_weights` makes smaller with depth
+    expert_weights          of a MoE module: names of its stacks (E, F, D), (E, F, D), (E, D, F), which `expert_swiglu`
+                            runs, and which decoding may quantise or pack
+    dim, n_layers, ...      fields of the usual names (Meta's and DeepSeek's) get small values in checks and demos
 """
 
 import inspect
@@ -12,11 +21,18 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
+from model.hf import layout
 from model.layers.state import State
-from utils.errors import ModelError
+from utils.errors import ModelError, require
+
+__all__ = ["MOE_LOAD", "BaseModel", "BaseModelArgs", "ModelError", "State", "is_expert_load", "require"]
+
+MOE_LOAD = "moe/load"  # the key of other_vars with the tokens per expert, (L, E)
 
 
-MOE_LOAD = "moe/load"
+def is_expert_load(name, tensor):
+    """Whether an entry of other_vars counts tokens per expert: 2-d, its last name begins with "load" (moe/load_mtp)."""
+    return tensor.ndim == 2 and name.rpartition("/")[2].startswith("load")
 
 
 @dataclass
@@ -27,23 +43,26 @@ class BaseModelArgs:
     max_seq_len: int = 512  # the longest sequence, in tokens, that the model is built for
 
     def check_sizes(self, *may_be_zero):
-        """Raise `ModelError` for a whole number below 1 (0 for the names given); call it first in `__post_init__`."""
+        """Raise `ModelError` for an int below 1 (0 for the names given); call it first in `__post_init__`."""
         for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in may_be_zero or field.default == 0 else 1
-            if isinstance(field.default, int) and not isinstance(field.default, bool) and value < least:
-                raise ModelError(f"{field.name}={value} must be at least {least}: change it")
+            value = getattr(self, field.name)
+            least = 0 if field.name in may_be_zero or field.default == 0 else 1
+            is_int = isinstance(field.default, int) and not isinstance(field.default, bool)
+            require(not is_int or value >= least, f"{field.name}={value} must be at least {least}: change it")
+
+    @classmethod
+    def tiny(cls):
+        """Return small arguments for checks and tests; None: the fields of the usual names are made small."""
+        return None
 
 
 class BaseModel(nn.Module):
-    """Parent of every architecture. See `forward` for the contract; all else has a default that may be overridden.
-
-    Convention: the repeated blocks stand in `self.layers`, an `nn.ModuleList`.
-    """
+    """Parent of every architecture. All but `forward` has a default that may be overridden."""
 
     model_name = None  # set it in the subclass, e.g. "mini_mynet"; this is what --model_name takes
-    hf_layout = None  # a `Layout` of hf.py where transformers has the architecture too (docs/interchange.md)
-
-    z_loss = 0.0
+    hf_layout = None  # a `Layout` of model/hf/ where transformers has the architecture too (docs/interchange.md)
+    gradients_are_exact = True  # False: not the derivative of forward on purpose, e.g. straight-through rounding
+    z_loss = 0.0  # set by the trainer: the weight of the term "loss/z", see `lm_loss`
 
     def __init__(self, args):
         super().__init__()
@@ -53,14 +72,18 @@ class BaseModel(nn.Module):
         """Return `(logits, loss, other_vars)`. Every architecture writes this method.
 
         input_ids (B, T) int64. targets (B, T) int64, already shifted by one; -100 means no loss at that position.
-        state: optional, a `State`; read `state.pos`, append T tokens to every row, leave `pos` alone.
-        doc_ids (B, T) int64: optional; tokens of different documents in one row must not see each other;
+        state: optional, a `State`; read `state.pos`, append T tokens to every sequence, leave `pos` alone.
+        doc_ids (B, T) int64: optional; tokens of different documents in one sequence must not see each other;
         -1 is padding, which a count of tokens leaves out.
 
         logits (B, T, V); may be None when targets are given, and (B, 1, V) when `state.last_only`.
         loss: None exactly when targets is None, else the mean over the valid targets (0 when there is none).
-        other_vars: dict of tensors. `loss/<name>` are the weighted terms, whose sum is `loss`; they keep their graph.
-        All else is detached and goes to TensorBoard as it stands: 0-d as a scalar, 1-d and 2-d as a histogram a row.
+        other_vars: flat dict of tensors. `loss/<name>` are the weighted terms, whose sum is `loss`; they keep their
+        graph. `loss/ce` is the cross-entropy of the next token: held-out loss and bits per character are made of it
+        (without it, of `loss`). All else is detached and logged: 0-d as a scalar, 1-d and 2-d as a histogram per layer.
+        Reserved: `moe/load` (L, E), and 2-d `.../load...` for further experts: tokens per expert, without padding.
+
+        Forward never writes to its inputs and stores nothing about a call on the module.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(self, input_ids, targets=None)")
 
@@ -69,31 +92,23 @@ class BaseModel(nn.Module):
         """Return whether `forward` declares `parameter` ("state" or "doc_ids")."""
         return parameter in inspect.signature(cls.forward).parameters
 
-    # ---------------------------------------------------------------- hooks
-
     def before_step(self, step, total_steps):
         """Called before each optimizer step: the place for schedules of the model's own."""
 
     def after_step(self, other_vars):
-        """Called once after each optimizer step with `other_vars` averaged over micro-batches and ranks."""
+        """Called once after each optimizer step with `other_vars` averaged over micro-batches and ranks.
 
-    after_step_keeps_to_buffers = False
-    """Say True where `after_step` moves saved buffers by operations on their device, and nothing else. Then training
-    need not wait: it is called after a step, too, that turns out not to be taken, and the buffers get their values
-    back.
-    """
-
-    # ---------------------------------------------------------------- optional
+        It may move persistent buffers, by operations on their device, and nothing else: training does not wait for the
+        device, calls it after a step that turns out to be skipped, too, and then restores the buffers.
+        """
 
     draft = None
-    """`draft(hidden, ids, state)` -> (logits (B, T, V), hidden (B, T, D)): what the model guesses one token further.
+    """Optional: `draft(hidden, ids, state)` -> (logits (B, T, V), hidden (B, T, D)), a guess one token further.
 
     hidden (B, T, D): the `state.hidden` of T tokens; ids (B, T): the tokens that followed them. The logits are of the
-    token after those. `state` is a second one of `init_state`, for drafts alone. With it, generation speculates: the
-    model reads a guess together with the token before it, and keeps it if it would have written it.
+    token after those. `state` is a second one of `init_state`, for drafts alone. --speculative=draft uses it: the model
+    verifies a drafted token together with the token before it.
     """
-
-    # ---------------------------------------------------------------- free for every model, open to override
 
     def init_weights(self):
         """Initialise all weights; call it last in `__init__`.
@@ -112,92 +127,68 @@ class BaseModel(nn.Module):
         """Return {"matrix", "embed", "scalar"}: lists that hold every trainable parameter exactly once.
 
         matrix: weights of 2 or more dimensions that map activations (Muon's, decayed); embed: embeddings and the
-        output head; scalar: norms, biases and other small vectors.
+        output head; scalar: norms, biases, other small vectors, and what a module names in `scalar_params`.
         """
         embed = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
-        if isinstance(getattr(self, "lm_head", None), nn.Module):
-            embed |= {id(p) for p in self.lm_head.parameters()}
+        embed |= {id(p) for p in self._head()}
+        marked = {id(getattr(m, name)) for m in self.modules() for name in getattr(m, "scalar_params", ())}
         groups = {"matrix": [], "embed": [], "scalar": []}
-        for param in self.parameters():
+        for param in sorted(self.parameters(), key=lambda p: id(p) in marked):  # the marked ones last
             if param.requires_grad:
-                kind = "embed" if id(param) in embed else "matrix" if param.ndim >= 2 else "scalar"
-                groups[kind].append(param)
+                is_matrix = param.ndim >= 2 and id(param) not in marked
+                groups["embed" if id(param) in embed else "matrix" if is_matrix else "scalar"].append(param)
         return groups
 
     def num_params(self):
         """Return counts {"total", "active", "embedding"}: all, those that one token uses, those of embedding tables.
 
-        A mixture of experts overrides this to count only the chosen experts as active.
+        A MoE model overrides this to count only the activated experts as active.
         """
         total = sum(p.numel() for p in self.parameters())
         embedding = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
         return {"total": total, "active": total, "embedding": embedding}
 
     def attention_flops_per_token(self, seq_len):
-        """Return the forward FLOPs a token spends in scores and values of all layers: 4 T H K a layer."""
+        """Return the forward FLOPs per token of scores and values of all layers: 4 T H K per layer."""
         a = self.args
-        n_layers, width = getattr(a, "n_layers", 0), getattr(a, "n_heads", 0) * getattr(a, "head_dim", 0)
-        return 4 * seq_len * n_layers * (width or getattr(a, "dim", 0))
+        width = getattr(a, "n_heads", 0) * getattr(a, "head_dim", 0)
+        return 4 * seq_len * getattr(a, "n_layers", 0) * (width or getattr(a, "dim", 0))
 
     def flops_per_token(self, seq_len):
         """Return the FLOPs of training on one token at `seq_len`: 3 x forward, forward = 2 x active matmul weights
         + attention over the full square, causality not counted (PaLM, appendix B).
         """
         counts = self.num_params()
-        tied = any(
-            p is m.weight
-            for m in self.modules()
-            if isinstance(m, nn.Embedding)
-            for p in getattr(self, "lm_head", nn.Module()).parameters()
-        )
+        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        tied = any(id(p) in tables for p in self._head())
         lookup = 0 if tied else counts["embedding"]  # a lookup is no matmul; a tied table is one, in the head
         return 3 * (2 * (counts["active"] - lookup) + self.attention_flops_per_token(seq_len))
 
+    def _head(self):
+        return [p for name, p in self.named_parameters(remove_duplicate=False) if name.startswith("lm_head.")]
+
     def init_state(self, batch_size, max_len=None):
-        """Return an empty `State` for `batch_size` rows with room for `max_len` tokens (default: `max_seq_len`)."""
+        """Return an empty `State` for `batch_size` sequences of up to `max_len` tokens (default: `max_seq_len`)."""
         max_len = self.args.max_seq_len if max_len is None else max_len
-        if max_len > self.args.max_seq_len:
-            raise ModelError(
-                f"a state of {max_len} tokens exceeds max_seq_len={self.args.max_seq_len} of {self.model_name}: "
-                "ask for less, or train with a larger --max_seq_len"
-            )
+        self._check_length(f"a state of {max_len} tokens", max_len)
         device = next(self.parameters()).device
         pos = torch.zeros(batch_size, dtype=torch.long, device=device)
         return State(pos, max_len, [{} for _ in getattr(self, "layers", ())])
 
     def check_length(self, input_ids):
         """Raise `ModelError` when `input_ids` (B, T) is longer than the model takes."""
-        if input_ids.shape[1] > self.args.max_seq_len:
-            raise ModelError(
-                f"a sequence of {input_ids.shape[1]} tokens exceeds max_seq_len={self.args.max_seq_len} of "
-                f"{self.model_name}: shorten it, or train with a larger --max_seq_len"
-            )
+        self._check_length(f"a sequence of {input_ids.shape[1]} tokens", input_ids.shape[1])
 
-    # ---------------------------------------------------------------- to the published layout and back
+    def _check_length(self, what, n_tokens):
+        limit = f"max_seq_len={self.args.max_seq_len} of {self.model_name}"
+        change = "shorten it, or train with a larger --max_seq_len"
+        require(n_tokens <= self.args.max_seq_len, f"{what} exceeds {limit}: {change}")
 
     def to_hf(self):
-        """Return `(config, tensors)`: what config.json says and {published name: tensor}, fp32 copies on the CPU.
-
-        Raises `ModelError` for an architecture without an `hf_layout`, or one that transformers cannot hold.
-        """
-        return self._layout().config(self.args), self._layout().tensors(self)
+        """Return (config.json as a dict, {published name: fp32 tensor on the CPU}); ModelError without a layout."""
+        return layout.to_hf(self)
 
     @classmethod
     def from_hf(cls, config, tensors):
-        """Return a model built from a published config and {name: tensor}, a mapping that may read lazily.
-
-        Raises `ModelError` that names what the architecture cannot do, or the tensor that is missing or left over.
-        """
-        layout = cls._layout()
-        model = cls(layout.model_args(layout.present(config, tensors)))
-        layout.load(model, tensors)
-        return model
-
-    @classmethod
-    def _layout(cls):
-        if cls.hf_layout is None:
-            raise ModelError(
-                f"{cls.model_name} has no published layout, so transformers cannot hold it: give {cls.__name__} an "
-                "hf_layout (docs/interchange.md)"
-            )
-        return cls.hf_layout
+        """Return a model of a published config and {name: tensor}; ModelError names what is missing or left over."""
+        return layout.from_hf(cls, config, tensors)

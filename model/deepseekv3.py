@@ -13,27 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.basemodel import MOE_LOAD, BaseModel, BaseModelArgs, ModelError, State
+from model.basemodel import MOE_LOAD, BaseModel, BaseModelArgs, State, require
 from model.hf.deepseekv3 import layout
-from model.layers import (
-    Embedding,
-    RMSNorm,
-    RopeArgs,
-    Rotary,
-    SwiGLU,
-    ZLoss,
-    attention,
-    cache_append,
-    expert_load,
-    expert_swiglu,
-    lm_loss,
-    matmul,
-    packed_mask,
-    rotate,
-    sum_of_losses,
-    token_positions,
-    yarn_mscale,
-)
+from model.layers.attention import attention, cache_append, matmul, packed_mask
+from model.layers.embedding import Embedding
+from model.layers.feed_forward import SwiGLU
+from model.layers.loss import lm_loss
+from model.layers.moe import expert_load, expert_swiglu
+from model.layers.norm import RMSNorm
+from model.layers.rotary import RopeArgs, Rotary, rotate, token_positions, yarn_mscale
 
 MTP_ACCURACY_STRIDE = 16  # "mtp/accuracy" samples one position in so many
 LATENT_NORM_EPS = 1e-6  # of the norms of the two latents; the published code has no setting for it
@@ -69,43 +57,33 @@ class DeepSeekV3ModelArgs(RopeArgs, BaseModelArgs):
 
     def __post_init__(self):
         self.check_sizes("n_dense_layers", "q_lora_rank", "n_shared_experts", "n_mtp_layers")
-        groups, experts = self.n_expert_groups, self.n_routed_experts
-        if experts % groups:
-            raise ModelError(f"n_routed_experts={experts} must be a multiple of n_expert_groups={groups}")
-        usable = self.n_limited_groups * (experts // groups)
-        if not 1 <= self.n_activated_experts <= usable:
-            raise ModelError(
-                f"n_activated_experts={self.n_activated_experts} must lie in 1..{usable}, the experts of the groups a "
-                "token may use: change it or n_limited_groups"
-            )
-        if not 1 <= self.n_limited_groups <= groups:
-            raise ModelError(f"n_limited_groups={self.n_limited_groups} must lie in 1..{groups}")
-        if groups > 1 and experts // groups < 2:
-            raise ModelError("a group is judged by its two best experts: use at least 2 experts per group")
-        if self.qk_rope_head_dim % 2:
-            raise ModelError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even, rotary positions turn pairs")
+        experts, groups, limited = self.n_routed_experts, self.n_expert_groups, self.n_limited_groups
+        require(experts % groups == 0, f"n_routed_experts={experts} must be a multiple of n_expert_groups={groups}")
+        require(1 <= limited <= groups, f"n_limited_groups={limited} must lie in 1..{groups}")
+        active, usable = self.n_activated_experts, limited * (experts // groups)
+        require(
+            active <= usable, f"n_activated_experts={active} must lie in 1..{usable}, the experts of {limited} groups"
+        )
+        require(groups == 1 or experts // groups > 1, "a group is judged by its two best experts: use at least 2 each")
+        require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even, rotary positions turn pairs: change it")
         self.check_rope()
 
 
 class TokenInfo(NamedTuple):
-    """What all blocks need to know of the tokens of a forward pass."""
+    """What all blocks need to know of the tokens: cos and sin, visible keys, which are no padding (B, T), state."""
 
-    rope: tuple  # cos and sin
-    mask: torch.Tensor | None = None  # which keys each query sees
-    token_mask: torch.Tensor | None = None  # bool (B, T), False = padding; None: there is none
+    rope: tuple
+    mask: torch.Tensor | None = None
+    token_mask: torch.Tensor | None = None
     state: State | None = None
 
 
-# ------------------------------------------------------------------- 2.1.1 multi-head latent attention
-
-
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (equations 1-11).
+    """Multi-head latent attention (2.1.1, equations 1-11).
 
-    The same scores are computed in two ways. Training and a first prompt expand the latent into keys and values of every
-    head. Decoding keeps only the latent and the rotary key, R + d_h^R elements per token, and moves the up-projections to
-    the other side of the products: q (W_UK c) = (q W_UK) c, and sum_s a_s (W_UV c_s) = W_UV (sum_s a_s c_s). That is
-    attention with one shared key-value head of width R.
+    Training and a first prompt expand the latent into keys and values of all heads. Decoding keeps only the latent and
+    the rotary key, R + d_h^R elements per token, and moves the up-projections: q (W_UK c) = (q W_UK) c, and sum_s a_s
+    (W_UV c_s) = W_UV (sum_s a_s c_s), which is attention with one shared key-value head of width R.
     """
 
     def __init__(self, args, layer):
@@ -133,11 +111,9 @@ class LatentAttention(nn.Module):
         q = q.unflatten(-1, (a.n_heads, -1))  # (B, T, H, nope + rope)
         q_nope, q_rope = q.split((a.qk_nope_head_dim, a.qk_rope_head_dim), dim=-1)
         q_rope = rotate(q_rope, *info.rope)
-
         latent, k_rope = self.kv_a_proj(x).split((a.kv_lora_rank, a.qk_rope_head_dim), dim=-1)
         latent = self.kv_a_norm(latent)  # (B, T, R), c^KV
         k_rope = rotate(k_rope[:, :, None], *info.rope)[:, :, 0]  # (B, T, rope), one for all heads
-
         if info.state is not None:
             seen = cache_append(info.state, self.layer, "latent", torch.cat((latent, k_rope), dim=-1))
             if info.state.max_pos > 0:
@@ -158,25 +134,15 @@ class LatentAttention(nn.Module):
         up_k, up_v = up.split((a.qk_nope_head_dim, a.v_head_dim), dim=1)
         q_latent = matmul(q_nope.transpose(1, 2), up_k).transpose(1, 2)  # (B, T, H, R)
         q = torch.cat((q_latent, q_rope), dim=-1)
-        k = seen[:, :, None]  # (B, S, 1, R + rope)
-        mixed = attention(q, k, k[..., : a.kv_lora_rank], mask, self.scale)  # (B, T, H, R)
+        mixed = attention(q, seen[:, :, None], seen[:, :, None, : a.kv_lora_rank], mask, self.scale)  # (B, T, H, R)
         return matmul(mixed.transpose(1, 2), up_v.mT).transpose(1, 2)  # (B, T, H, v)
 
 
-# ------------------------------------------------------------------- 2.1.2 DeepSeekMoE
-
-
-class MoEStats(NamedTuple):
-    """What a MoE layer reports: the load (E,) of its experts, and its balance loss (None while decoding)."""
-
-    load: torch.Tensor
-    balance: torch.Tensor | None
-
-
 class MoE(nn.Module):
-    """DeepSeekMoE with auxiliary-loss-free balancing (equations 12-20). (B, T, D) -> (B, T, D), MoEStats."""
+    """DeepSeekMoE (2.1.2, equations 12-20). (B, T, D) -> (B, T, D), load (E,), balance loss (None while decoding)."""
 
-    expert_weights = ("gate_proj", "up_proj", "down_proj")  # the stacks of experts
+    expert_weights = ("gate_proj", "up_proj", "down_proj")
+    scalar_params = ("router",)  # each row is a vector of its own, not a map of the stream
 
     def __init__(self, args):
         super().__init__()
@@ -199,21 +165,16 @@ class MoE(nn.Module):
         if a.norm_topk:
             weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
         weight = weight * a.route_scale
-
         load = expert_load(chosen, a.n_routed_experts, info.token_mask)
-        out = expert_swiglu(tokens, chosen, weight, self.gate_proj, self.up_proj, self.down_proj)
-        out = out.view_as(x)  # (B, T, D)
+        out = expert_swiglu(tokens, chosen, weight, self.gate_proj, self.up_proj, self.down_proj).view_as(x)
         if self.shared is not None:
             out = out + self.shared(x)
-        decoding = info.state is not None
-        balance = None if decoding else self._balance_loss(affinity.view(*x.shape[:2], -1), info.token_mask)
-        return out, MoEStats(load.float(), balance)
+        if info.state is not None:
+            return out, load.float(), None
+        return out, load.float(), self._balance_loss(affinity.view(*x.shape[:2], -1), info.token_mask)
 
     def _choose(self, affinity):
-        """Return the chosen experts (N, A): the best by affinity + bias, from the best groups (equation 16, 2.1.2).
-
-        A group is as good as its two best experts together: so does the code released with the weights.
-        """
+        """Return the best experts (N, A) by affinity + bias (equation 16), from the groups whose two best are best."""
         a = self.args
         score = affinity + self.routing_bias
         if a.n_limited_groups < a.n_expert_groups:
@@ -234,14 +195,9 @@ class MoE(nn.Module):
         p = (affinity / affinity.sum(dim=-1, keepdim=True) * share).sum(dim=1)
         return a.seq_aux_alpha * (f * p).sum(dim=-1).mean()
 
-    @torch.no_grad()
-    def update_bias(self, load):
-        """Move the bias of each expert by gamma: up when it carried less than the mean load (E,), down when more."""
-        self.routing_bias += self.args.bias_update_speed * (load.mean() - load).sign()
-
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on a normed copy of the stream. (B, T, D) -> (B, T, D), MoEStats or None."""
+    """Attention and feed-forward, each on a normed copy of the stream. (B, T, D) -> (B, T, D), [(load, balance)]."""
 
     def __init__(self, args, layer, moe):
         super().__init__()
@@ -253,12 +209,9 @@ class Block(nn.Module):
     def forward(self, x, info):
         x = x + self.attn(self.attn_norm(x), info)
         if not isinstance(self.ffn, MoE):
-            return x + self.ffn(self.ffn_norm(x)), None
-        out, stats = self.ffn(self.ffn_norm(x), info)
-        return x + out, stats
-
-
-# ------------------------------------------------------------------- 2.2 multi-token prediction
+            return x + self.ffn(self.ffn_norm(x)), []
+        out, load, balance = self.ffn(self.ffn_norm(x), info)
+        return x + out, [(load, balance)]
 
 
 class MTPModule(nn.Module):
@@ -308,96 +261,77 @@ class DeepSeekV3Model(BaseModel):
         stats = []
         for layer in self.layers:
             x, of_layer = layer(x, info)
-            stats.append(of_layer)
+            stats += of_layer
         x = self.norm(x)
-        stats = [of_layer for of_layer in stats if of_layer is not None]
-        other_vars = {MOE_LOAD: loads(stats)} if stats else {}
+        other_vars = {MOE_LOAD: torch.stack([load for load, _ in stats]).detach()} if stats else {}  # (L, E)
 
         if targets is None:
             if state is not None:
                 state.hidden = x
                 x = x[:, -1:] if state.last_only else x
             return self.lm_head(x), None, other_vars
-
-        z = ZLoss(self.z_loss)
-        other_vars["loss/ce"] = lm_loss(x, self.lm_head.weight, targets, z_loss=z)
+        squares = [] if self.z_loss else None
+        other_vars["loss/ce"] = lm_loss(x, self.lm_head.weight, targets, squares=squares)
         if self.mtp:
-            mtp_vars, mtp_stats = self._predict_further(x, embedded, targets, doc_ids, z)
-            other_vars |= mtp_vars
-            stats += mtp_stats
+            other_vars |= self._predict_further(x, embedded, targets, doc_ids, squares, stats)
         if stats:
-            other_vars["loss/balance"] = torch.stack([of_layer.balance for of_layer in stats]).sum()
-        other_vars |= z.terms()
-        return None, sum_of_losses(other_vars), other_vars
+            other_vars["loss/balance"] = torch.stack([balance for _, balance in stats]).sum()
+        if squares:
+            other_vars["loss/z"] = self.z_loss * sum(squares)
+        return None, sum(term for name, term in other_vars.items() if name.startswith("loss/")), other_vars
 
-    def _predict_further(self, x, embedded, targets, doc_ids, z):
-        """Return the multi-token prediction loss (equations 24-25) in other_vars, and the MoEStats of the modules.
+    def _predict_further(self, x, embedded, targets, doc_ids, squares, stats):
+        """Return the multi-token prediction loss (equations 24-25) in other_vars; add the modules' stats to `stats`.
 
-        At depth k position i stands for token i and knows tokens up to i + k; it predicts token i + k + 1, which is
-        `targets` moved by k. A pair whose two ends lie in different documents predicts nothing.
+        At depth k position i knows tokens up to i + k, and predicts token i + k + 1: `targets` moved by k. A pair whose
+        two ends lie in different documents predicts nothing.
         """
-        losses, stats = [], []
+        losses, of_modules = [], []
         hits, seen = 0, 0
         n_targets = (targets != -100).sum().clamp(min=1)
-        for k, module in enumerate(self.mtp, start=1):
-            n = targets.shape[1] - k  # positions that still have a token i + k
-            if n < 1:
-                break
-            target = targets[:, k:]
-            docs = None
+        for k, module in zip(range(1, targets.shape[1]), self.mtp):
+            target, docs = targets[:, k:], None
             if doc_ids is not None:
-                docs = doc_ids[:, :n]
+                docs = doc_ids[:, :-k]
                 target = target.masked_fill(docs != doc_ids[:, k:], -100)
-            x, of_module = module(x[:, :n], embedded[:, k:], self.token_info(target, doc_ids=docs))
-            stats.append(of_module)
+            x, of_module = module(x[:, :-1], embedded[:, k:], self.token_info(target, doc_ids=docs))
+            of_modules += of_module
             # Both equations divide by the T of the whole sequence, so a depth weighs by the targets that it has left.
             share = (target != -100).sum() / n_targets
-            losses.append(lm_loss(x, self.lm_head.weight, target, z_loss=z) * share)
+            losses.append(lm_loss(x, self.lm_head.weight, target, squares=squares) * share)
             with torch.no_grad():  # how often it is right, from a sample of the positions: no second output head
                 sample = target[:, ::MTP_ACCURACY_STRIDE]
                 hits += (F.linear(x[:, ::MTP_ACCURACY_STRIDE], self.lm_head.weight).argmax(dim=-1) == sample).sum()
                 seen += (sample != -100).sum()
-        stats = [of_module for of_module in stats if of_module is not None]
-        other_vars = {}
-        if losses:
-            other_vars["mtp/accuracy"] = hits / seen.clamp(min=1)
-            other_vars["loss/mtp"] = self.args.mtp_loss_weight * torch.stack(losses).sum() / len(self.mtp)
-        if stats:
-            other_vars["moe/load_mtp"] = loads(stats)
-        return other_vars, stats
+        if not losses:
+            return {}
+        stats += of_modules
+        loss = self.args.mtp_loss_weight * torch.stack(losses).sum() / len(self.mtp)
+        load = {"moe/load_mtp": torch.stack([load for load, _ in of_modules]).detach()} if of_modules else {}
+        return {"mtp/accuracy": hits / seen.clamp(min=1), "loss/mtp": loss, **load}
 
     def draft(self, hidden, ids, state):
-        """The first module as a draft model (section 2.2.3), by the contract's `draft`."""
+        """The first module as a draft model (section 2.2.3)."""
         hidden, _ = self.mtp[0](hidden, self.tok_embed(ids), self.token_info(ids, state))
         return self.lm_head(hidden[:, -1:] if state.last_only else hidden), hidden
 
     def after_step(self, other_vars):
-        """Move every routing bias by the load of the step (2.1.2, auxiliary-loss-free load balancing)."""
-        for key, blocks in ((MOE_LOAD, self.layers), ("moe/load_mtp", [module.block for module in self.mtp])):
-            if key in other_vars:
-                moes = [block.ffn for block in blocks if isinstance(block.ffn, MoE)]
-                for moe, load in zip(moes, other_vars[key], strict=True):
-                    moe.update_bias(load)
-
-    # ---------------------------------------------------------------- what it counts
-
-    def param_groups(self):
-        """As every model, but the routers count as scalars: each row is a vector of its own, not a map of the stream."""
-        groups = super().param_groups()
-        routers = {id(m.router) for m in self.modules() if isinstance(m, MoE)}
-        groups["scalar"] += [p for p in groups["matrix"] if id(p) in routers]
-        groups["matrix"] = [p for p in groups["matrix"] if id(p) not in routers]
-        return groups
+        """Move every routing bias by gamma: up for an expert below the mean load of the step, down for one above it."""
+        moes = [module for module in self.modules() if isinstance(module, MoE)]  # the layers', then the MTP modules'
+        loads = [load for key in (MOE_LOAD, "moe/load_mtp") for load in other_vars.get(key, ())]
+        for moe, load in zip(moes, loads):
+            moe.routing_bias += self.args.bias_update_speed * (load.mean() - load).sign()
 
     def num_params(self):
         """As every model; active: without the unchosen experts and the MTP modules, which only training uses."""
-        counts = super().num_params()
-        counts["active"] -= count(self.mtp) + sum(self._unchosen(block) for block in self.layers)
-        return counts
+        return super().num_params() | {"active": self._active(self) - self._active(self.mtp)}
 
-    def _unchosen(self, block):
+    def _active(self, module):
+        """Return how many parameters of `module` a token uses: not those of the experts that it does not choose."""
         a = self.args
-        return (a.n_routed_experts - a.n_activated_experts) * 3 * a.dim * a.moe_inter_dim * isinstance(block.ffn, MoE)
+        unchosen = (a.n_routed_experts - a.n_activated_experts) * 3 * a.dim * a.moe_inter_dim
+        total = sum(p.numel() for p in module.parameters())
+        return total - unchosen * sum(isinstance(m, MoE) for m in module.modules())
 
     def attention_flops_per_token(self, seq_len):
         """Return the forward FLOPs of scores and values of all layers, expanded form, MTP modules included."""
@@ -407,14 +341,5 @@ class DeepSeekV3Model(BaseModel):
 
     def flops_per_token(self, seq_len):
         """As every model, plus in each MTP module its active weights and another use of the output head."""
-        head = self.args.vocab_size * self.args.dim
-        mtp = sum(count(module) - self._unchosen(module.block) + head for module in self.mtp)
-        return super().flops_per_token(seq_len) + 6 * mtp
-
-
-def loads(stats):
-    return torch.stack([of_layer.load for of_layer in stats]).detach()  # (L, E)
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
+        heads = self.args.n_mtp_layers * self.args.vocab_size * self.args.dim
+        return super().flops_per_token(seq_len) + 6 * (self._active(self.mtp) + heads)

@@ -9,20 +9,12 @@ from torch import nn
 
 from model.basemodel import BaseModel, BaseModelArgs, ModelError
 from model.hf.llama3 import layout
-from model.layers import (
-    Embedding,
-    RMSNorm,
-    RopeArgs,
-    Rotary,
-    SwiGLU,
-    ZLoss,
-    attention,
-    cache_append,
-    lm_loss,
-    packed_mask,
-    rotate,
-    token_positions,
-)
+from model.layers.attention import attention, cache_append, packed_mask
+from model.layers.embedding import Embedding
+from model.layers.feed_forward import SwiGLU
+from model.layers.loss import lm_loss
+from model.layers.norm import RMSNorm
+from model.layers.rotary import RopeArgs, Rotary, rotate, token_positions
 
 
 @dataclass
@@ -102,14 +94,18 @@ class Llama3Model(BaseModel):
         positions = token_positions(input_ids, state)
         rope = self.rotary(positions)
         mask = packed_mask(positions, state, doc_ids)
+
         x = self.tok_embed(input_ids)  # (B, T, D)
         for layer in self.layers:
             x = layer(x, rope, mask, state)
         x = self.norm(x)
+
         if targets is None:
             if state is not None and state.last_only:
                 x = x[:, -1:]
             return self.lm_head(x), None, {}
-        z = ZLoss(self.z_loss)
-        losses = {"loss/ce": lm_loss(x, self.lm_head.weight, targets, z_loss=z), **z.terms()}
+        squares = [] if self.z_loss else None
+        losses = {"loss/ce": lm_loss(x, self.lm_head.weight, targets, squares=squares)}
+        if squares:
+            losses["loss/z"] = self.z_loss * sum(squares)
         return None, sum(losses.values()), losses

@@ -16,6 +16,12 @@ class ModelError(UserError):
     """A mistake in the sizes of a model, in its file or in its inputs; the message is one line."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise `ModelError(message)` unless the condition holds."""
+    if not condition:
+        raise ModelError(message)
+
+
 def leave() -> None:
     """End a process of a group well, and without taking the interpreter down.
 

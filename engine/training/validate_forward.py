@@ -15,7 +15,7 @@ def checked(forward, Model: type, z_loss: float = 0.0):
         out = forward(**batch)
         problem = mistake(out)
         if not problem and z_loss and "loss/z" not in out[2]:
-            problem = f"--z_loss={z_loss} needs a term loss/z, and there is none: hand a ZLoss to lm_loss, or set --z_loss=0"
+            problem = f"--z_loss={z_loss} needs a term loss/z: give `squares` to lm_loss, or set --z_loss=0"
         if problem:
             file = Path(inspect.getfile(Model))
             raise UserError(f"{file.parent.name}/{file.name}: {problem} (see forward in model/basemodel.py)")

@@ -38,8 +38,8 @@ class Layout:
     names(args): {pattern: text}, applied to each of our names in order, where a dot is a dot; `*` in what comes out
     stands for the index of dim 0, and the parts are written one by one. rows(args): {end of our name: the order of the
     rows in their tensor}. copies(args): {a further name of theirs: the one it repeats}. more(args): {further key of
-    config.json: value}, and ModelError for sizes that transformers refuses. present(config, names of tensors): the config
-    of what the checkpoint really holds.
+    config.json: value}, and ModelError for sizes that transformers refuses. present(config, names of tensors): the
+    config of what the checkpoint really holds.
     """
 
     args: type  # our dataclass
@@ -153,6 +153,36 @@ class Layout:
         for pattern, text in self.names(args).items():
             theirs = re.sub(pattern.replace(".", r"\."), text, theirs)
         return theirs, next((order for end, order in self.rows(args).items() if ours.endswith(end)), None)
+
+
+def to_hf(model):
+    """Return `(config, tensors)`: what config.json says and {published name: tensor}, fp32 copies on the CPU.
+
+    Raises `ModelError` for an architecture without an `hf_layout`, or one that transformers cannot hold.
+    """
+    layout = layout_of(type(model))
+    return layout.config(model.args), layout.tensors(model)
+
+
+def from_hf(Model, config, tensors):
+    """Return a `Model` built from a published config and {name: tensor}, a mapping that may read lazily.
+
+    Raises `ModelError` that names what the architecture cannot do, or the tensor that is missing or left over.
+    """
+    layout = layout_of(Model)
+    model = Model(layout.model_args(layout.present(config, tensors)))
+    layout.load(model, tensors)
+    return model
+
+
+def layout_of(Model):
+    """Return the `hf_layout` of an architecture; ModelError where it has none."""
+    if Model.hf_layout is None:
+        raise ModelError(
+            f"{Model.model_name} has no published layout, so transformers cannot hold it: give {Model.__name__} an "
+            "hf_layout (docs/interchange.md)"
+        )
+    return Model.hf_layout
 
 
 def interleaved_rows(n_heads, n_plain, n_rotary):

@@ -34,11 +34,12 @@ def faster_attention(plain, q, k, v, mask=None, scale=None):
     return plain(q, k, v, mask, scale)
 
 
-def faster_causal_mask(plain, positions, n_keys):
+def faster_attention_mask(plain, positions, state=None, doc_ids=None):
     """In a compiled decode step one operator, so that the compiler does not compare in every layer."""
-    if positions.dtype == torch.int64 and in_use(positions):
-        return visible_keys(positions, n_keys)
-    return plain(positions, n_keys)
+    if state is not None and doc_ids is None and state.max_pos > 0:
+        if positions.dtype == torch.int64 and in_use(positions):
+            return visible_keys(positions, state.max_pos + positions.shape[1])
+    return plain(positions, state, doc_ids)
 
 
 def grouped_one_query_attention(q, k, v, mask, scale):

@@ -3,11 +3,10 @@
 Shapes: B batch, T tokens, S keys, D dim, H heads, G kv heads, K head dim, F ffn width, E experts, V vocab.
 """
 
-from model.layers.attention import attention, attention_mask, cache_append, packed_mask
+from model.layers.attention import attention, attention_mask, cache_append, matmul, packed_mask
 from model.layers.embedding import Embedding, compute_dtype
 from model.layers.feed_forward import SwiGLU
-from model.layers.loss import ZLoss, lm_loss, sum_of_losses
-from model.layers.matmul import matmul
+from model.layers.loss import lm_loss
 from model.layers.moe import expert_load, expert_swiglu
 from model.layers.norm import RMSNorm
 from model.layers.rotary import (
@@ -28,7 +27,6 @@ __all__ = [
     "Rotary",
     "State",
     "SwiGLU",
-    "ZLoss",
     "attention",
     "attention_mask",
     "cache_append",
@@ -41,7 +39,6 @@ __all__ = [
     "rope_amplitude",
     "rope_frequencies",
     "rotate",
-    "sum_of_losses",
     "token_positions",
     "yarn_mscale",
 ]

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from model.kernels import dispatch
-from model.kernels.attention import faster_attention, faster_causal_mask, faster_packed_mask
+from model.kernels.attention import faster_attention, faster_attention_mask, faster_packed_mask
+from model.kernels.matmul import faster_matmul
 
 
 @dispatch(faster_attention)
@@ -23,6 +24,7 @@ def attention(q, k, v, mask=None, scale=None):
     return out.transpose(1, 2)[..., :v_dim]
 
 
+@dispatch(faster_attention_mask)
 def attention_mask(positions, state=None, doc_ids=None):
     """Return the keys that each query sees: None for plain causal attention, else bool (B, 1, T, S), True = visible.
 
@@ -32,7 +34,8 @@ def attention_mask(positions, state=None, doc_ids=None):
     if state is not None and doc_ids is not None:
         raise ValueError("doc_ids and state together are not supported: decode each document as a sequence of its own")
     if state is not None and state.max_pos > 0:
-        return causal_mask(positions, state.max_pos + positions.shape[1])
+        keys = torch.arange(state.max_pos + positions.shape[1], device=positions.device)
+        return (keys <= positions[..., None])[:, None]
     if doc_ids is not None:
         causal = positions[0, :, None] >= positions[0, None, :]  # (T, T)
         return (causal & (doc_ids[:, :, None] == doc_ids[:, None, :]))[:, None]
@@ -45,14 +48,8 @@ def packed_mask(positions, state=None, doc_ids=None):
     return attention_mask(positions, state, doc_ids)
 
 
-@dispatch(faster_causal_mask)
-def causal_mask(positions, n_keys):
-    """Return bool (B, 1, T, S): queries at `positions` (B, T) see the keys up to there."""
-    return (torch.arange(n_keys, device=positions.device) <= positions[..., None])[:, None]
-
-
 def cache_append(state, layer, name, new):
-    """Append `new` (B, T, ...) to what each sequence of `state` holds and return all slots in use (B, max_pos + T, ...).
+    """Append `new` (B, T, ...) to what each sequence of `state` holds; return all slots in use (B, max_pos + T, ...).
 
     Slots that a sequence has not reached hold zeros or leftovers: mask them (`attention_mask` does).
     """
@@ -63,3 +60,9 @@ def cache_append(state, layer, name, new):
     index = torch.arange(new.shape[0], device=new.device)[:, None]
     cache[name][index, state.positions(new.shape[1])] = new.to(cache[name].dtype)
     return cache[name][:, : state.max_pos + new.shape[1]]
+
+
+@dispatch(faster_matmul)
+def matmul(a, b):
+    """a (..., N, D) @ b (..., D, F) -> (..., N, F)."""
+    return a @ b

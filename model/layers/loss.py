@@ -6,32 +6,19 @@ from model.kernels import dispatch
 from model.kernels.loss import faster_token_losses
 
 
-class ZLoss:
-    """The z-loss of one forward: weight * mean(log(Z)^2), Z the sum of exp(logits) (PaLM, Chowdhery et al. 2022, section 5).
-
-    It keeps the logits from drifting. Hand it to `lm_loss`, and add `terms()` to other_vars. Weight 0: no term.
-    """
-
-    def __init__(self, weight):
-        self.weight = weight
-        self.means = []  # one per call of lm_loss
-
-    def terms(self):
-        return {"loss/z": self.weight * sum(self.means)} if self.means else {}
-
-
-def lm_loss(hidden, weight, targets, chunk_bytes=None, z_loss=None):
+def lm_loss(hidden, weight, targets, chunk_bytes=None, squares=None):
     """Return the mean cross-entropy of the next token in nats, 0-d fp32; 0 with a graph when no target is valid.
 
     hidden (B, T, D), weight (V, D) of the output head, targets (B, T) with -100 = ignored. chunk_bytes: of logits held
-    at once. z_loss: a `ZLoss` that takes its part from the same logits.
+    at once. squares: a list that gets the mean of log(Z)^2, Z the sum of exp(logits): `loss/z` is `self.z_loss` times
+    their sum, and keeps the logits from drifting (PaLM, Chowdhery et al. 2022, section 5).
     """
-    with_squares = z_loss is not None and z_loss.weight != 0
     targets = targets.reshape(-1)
-    entropy, squares = token_losses(hidden.reshape(-1, hidden.shape[-1]), weight, targets, chunk_bytes, with_squares)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    entropy, square = token_losses(hidden, weight, targets, chunk_bytes, squares is not None)
     count = (targets != -100).sum().clamp(min=1)
-    if with_squares:
-        z_loss.means.append(squares / count)
+    if squares is not None:
+        squares.append(square / count)
     return entropy / count
 
 
@@ -42,8 +29,3 @@ def token_losses(hidden, weight, targets, chunk_bytes=None, with_squares=False):
     entropy = F.cross_entropy(logits, targets, reduction="sum")
     squares = logits.logsumexp(dim=-1).square() * (targets != -100)
     return entropy, squares.sum()
-
-
-def sum_of_losses(other_vars):
-    """Return the loss: the sum of the terms `loss/*`, in their order."""
-    return sum(value for name, value in other_vars.items() if name.startswith("loss/"))

@@ -23,7 +23,7 @@ def expert_swiglu(x, chosen, weight, gate, up, down):
 
 
 def expert_load(chosen, n_experts, token_mask=None):
-    """Count the tokens of each expert, (E,): chosen (N, A); with token_mask (B, T) bool, B T = N, of those tokens only."""
+    """Count the tokens of each expert, (E,): chosen (N, A); of the tokens in token_mask (B, T) only, B * T = N."""
     hits = chosen[..., None] == torch.arange(n_experts, device=chosen.device)  # (N, A, E); bincount would synchronise
     if token_mask is not None:
         hits = hits & token_mask.flatten()[:, None, None]

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from utils.errors import ModelError
+from utils.errors import require
 
 
 @dataclass
 class RopeArgs:
     """How rotary positions reach beyond the length of the training; mix it into a model's arguments.
 
-    Pairs that have not finished a turn within the original length are slowed down by `rope_factor`, so that the longer
-    sequence shows them no new angle; fast pairs stay as they are; between the two there is a ramp.
+    Slow pairs are slowed down by `rope_factor`, so that a longer sequence shows them no new angle; fast pairs are not.
     """
 
     rope_type: str = "default"  # default: as trained; llama3: Llama 3.1's ramp; yarn: YaRN's ramp
@@ -29,30 +28,23 @@ class RopeArgs:
 
     def check_rope(self):
         """Raise `ModelError` unless the fields above fit together; call it in `__post_init__`."""
-        if self.rope_type not in ("default", "llama3", "yarn"):
-            raise ModelError(f"rope_type={self.rope_type}: choose default, llama3 or yarn")
-        if self.rope_type == "default":
-            if self.rope_factor != 1:
-                raise ModelError(f"rope_factor={self.rope_factor} needs a way to stretch: rope_type=llama3 or yarn")
+        kind, factor = self.rope_type, self.rope_factor
+        require(kind in ("default", "llama3", "yarn"), f"rope_type={kind}: choose default, llama3 or yarn")
+        if kind == "default":
+            require(factor == 1, f"rope_factor={factor} needs a way to stretch: rope_type=llama3 or yarn")
             return
-        if self.rope_factor < 1:
-            raise ModelError(f"rope_factor={self.rope_factor} must be at least 1, positions are stretched")
-        if self.rope_original_max_seq_len < 1:
-            raise ModelError(f"rope_type={self.rope_type} needs rope_original_max_seq_len, the tokens trained on")
-        names = {
-            "llama3": ("rope_low_freq_factor", "rope_high_freq_factor"),
-            "yarn": ("rope_beta_slow", "rope_beta_fast"),
-        }
-        low, high = names[self.rope_type]
-        if not 0 < getattr(self, low) < getattr(self, high):
-            raise ModelError(f"{low}={getattr(self, low)} must lie between 0 and {high}={getattr(self, high)}")
+        require(factor >= 1, f"rope_factor={factor} must be at least 1, positions are stretched")
+        length = self.rope_original_max_seq_len
+        require(length >= 1, f"rope_type={kind} needs rope_original_max_seq_len, the tokens trained on")
+        low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
+        slow, fast = getattr(self, f"rope_{low}"), getattr(self, f"rope_{high}")
+        require(0 < slow < fast, f"rope_{low}={slow} must lie between 0 and rope_{high}={fast}")
 
 
 class Rotary(nn.Module):
     """Tables of the rotary position embedding (Su et al. 2021): pair j of a head turns by pos * theta^(-2j/K).
 
-    `scaling`, a RopeArgs, stretches them. `forward(positions)` (1|B, T) -> cos, sin (1|B, T, 1, K/2), fp32, ready to
-    broadcast over heads.
+    `scaling` is a RopeArgs. `forward(positions)` (1|B, T) -> cos, sin (1|B, T, 1, K/2), fp32, to broadcast over heads.
     """
 
     def __init__(self, head_dim, max_seq_len, theta, scaling=None):
@@ -84,34 +76,23 @@ def token_positions(input_ids, state=None):
 
 
 def rope_frequencies(head_dim, theta, scaling=None):
-    """Return the angle per token of each pair (K/2,), float64: theta^(-2j/K), stretched as `scaling` (RopeArgs) says."""
+    """Return the angle per token of each pair (K/2,), float64: theta^(-2j/K), stretched as `scaling` says."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if scaling is None or scaling.rope_type == "default":
         return frequencies
-    if scaling.rope_type == "llama3":
-        kept = _llama3_ramp(frequencies, scaling)
-    else:
-        kept = _yarn_ramp(head_dim, theta, scaling)
+    length = scaling.rope_original_max_seq_len
+    if scaling.rope_type == "llama3":  # linear in the turns (Meta's llama-models, apply_scaling of Llama 3.1)
+        turns = length * frequencies / (2 * math.pi)
+        low, high = scaling.rope_low_freq_factor, scaling.rope_high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    else:  # linear in the index of the pair (Peng et al. 2023, "YaRN", section 3.2, and DeepSeek-V3's code)
+        bounds = (scaling.rope_beta_fast, scaling.rope_beta_slow)  # turns within the original length, of which pair?
+        pair_of = [head_dim * math.log(length / (t * 2 * math.pi)) / (2 * math.log(theta)) for t in bounds]
+        first = max(math.floor(pair_of[0]), 0)
+        last = min(math.ceil(pair_of[1]), head_dim - 1)
+        pairs = torch.arange(head_dim // 2, dtype=torch.float64)
+        kept = 1 - ((pairs - first) / (last - first if last != first else 0.001)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling.rope_factor)
-
-
-def _llama3_ramp(frequencies, scaling):
-    """How much of each frequency is kept, linear in its turns (Meta's llama-models, apply_scaling of Llama 3.1)."""
-    turns = scaling.rope_original_max_seq_len * frequencies / (2 * math.pi)
-    low, high = scaling.rope_low_freq_factor, scaling.rope_high_freq_factor
-    return ((turns - low) / (high - low)).clamp(0, 1)
-
-
-def _yarn_ramp(head_dim, theta, scaling):
-    """The same, linear in the index of the pair (Peng et al. 2023, "YaRN", section 3.2, and DeepSeek-V3's code)."""
-
-    def pair_of(turns):  # the pair, counted in halves of K, that turns so often within the original length
-        return head_dim * math.log(scaling.rope_original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    first = max(math.floor(pair_of(scaling.rope_beta_fast)), 0)
-    last = min(math.ceil(pair_of(scaling.rope_beta_slow)), head_dim - 1)
-    pairs = torch.arange(head_dim // 2, dtype=torch.float64)
-    return 1 - ((pairs - first) / (last - first if last != first else 0.001)).clamp(0, 1)
 
 
 def yarn_mscale(factor, mscale=1.0):

@@ -2,20 +2,18 @@
 
 import torch
 
-from utils.errors import ModelError
+from utils.errors import require
 
 
 class State:
     """What a model remembers between two calls of `forward` while it generates.
 
     pos (B,) int64: the tokens already seen by each sequence. max_len: the room in tokens. max_pos: a plain int that no
-    position exceeds, so that a layer can slice its cache without reading the device. layers: one dict per layer, and
-    model: one dict for what belongs to the whole model; the model fills them with tensors as it likes. last_only: set by
-    a caller who needs the logits of the last token only. hidden: set by a model that can `draft`, the outputs (B, T, D)
-    that its head has just read.
+    position exceeds, so that a layer can slice its cache without reading the device. layers: one dict per layer, model:
+    one dict for the whole model, which both are filled with tensors as the model likes. last_only: set by a caller who
+    needs the logits of the last token only. hidden: set by a model that can `draft`, the (B, T, D) its head has read.
 
-    Two rules make everything else generic: dim 0 of every tensor in the dicts is the batch, and sequences are
-    independent. What a tensor does not show, `declare` says.
+    Two rules: dim 0 of every tensor in the dicts is the batch, and sequences are independent. `declare` says the rest.
     """
 
     def __init__(self, pos, max_len, layers, max_pos=0, last_only=False, model=None):
@@ -30,11 +28,8 @@ class State:
         self.empty = {}
 
     def declare(self, name, token_indexed=False, empty=0):
-        """Say of the tensors called `name` what does not hold by default; call it where they are made.
-
-        token_indexed: dim 1 is the token's position, so that the tensor can be rewound. empty: the value that means
-        "nothing seen".
-        """
+        """Call it where tensors called `name` are made: for dim 1 the position of a token, so that they can be rewound;
+        for another value than 0 that means "nothing seen"."""
         if token_indexed:
             self.token_indexed.add(name)
         if empty != 0:
@@ -42,11 +37,10 @@ class State:
 
     def positions(self, n_tokens):
         """Return the positions (B, T) of the next `n_tokens` tokens of each sequence."""
-        if self.max_pos + n_tokens > self.max_len:
-            raise ModelError(
-                f"{self.max_pos} tokens in the state and {n_tokens} new ones exceed its max_len of {self.max_len}: "
-                "make the state longer, or the text shorter"
-            )
+        room = self.max_len - self.max_pos
+        require(
+            n_tokens <= room, f"a state of max_len={self.max_len} has no room for {n_tokens} tokens: make it longer"
+        )
         return self.pos[:, None] + torch.arange(n_tokens, device=self.pos.device)  # (B, T)
 
     def advance(self, n_tokens):
@@ -54,13 +48,9 @@ class State:
         self.pos = self.pos + n_tokens
         self.max_pos += n_tokens
 
-    def dicts(self):
-        """Return all dicts of tensors: those of the layers and the model's."""
-        return [*self.layers, self.model]
-
     def can_rewind(self):
         """Whether all tensors are token-indexed; a recurrent state, say, only goes forward."""
-        return all(name in self.token_indexed for tensors in self.dicts() for name in tensors)
+        return all(name in self.token_indexed for held in [*self.layers, self.model] for name in held)
 
     def rewind(self, n_tokens):
         """Forget the last `n_tokens` tokens of every sequence; only where `can_rewind`."""
@@ -82,7 +72,7 @@ class State:
         self.max_pos = max(self.max_pos, other.max_pos)
         self.token_indexed |= other.token_indexed
         self.empty |= other.empty
-        for mine, theirs in zip(self.dicts(), other.dicts(), strict=True):
+        for mine, theirs in zip([*self.layers, self.model], [*other.layers, other.model], strict=True):
             for name in mine.keys() - theirs.keys():  # a state that has seen nothing yet holds nothing
                 mine[name][index] = self.empty.get(name, 0)
             for name, tensor in theirs.items():
@@ -92,7 +82,9 @@ class State:
 
     def _map(self, function):
         """Return a state whose `pos` and tensors are those of `function`."""
-        *layers, model = [{name: function(tensor) for name, tensor in held.items()} for held in self.dicts()]
+        *layers, model = [
+            {name: function(tensor) for name, tensor in held.items()} for held in [*self.layers, self.model]
+        ]
         other = State(function(self.pos), self.max_len, layers, self.max_pos, self.last_only, model)
         other.token_indexed |= self.token_indexed
         other.empty |= self.empty
