@@ -6,13 +6,12 @@ What the framework offers on top is switched on by *accepting a parameter* in `f
 `doc_ids` lets several documents share a sequence without seeing each other.
 
 Names that mean something, where a model has them:
-    layers                  the repeated blocks, an nn.ModuleList: depth of `init_weights`, one dict of `State` each,
-                            units of sharding, of compilation and of diagnostics
-    tok_embed, lm_head      the embedding table and the output head, whose weight may be the table
-    o_proj, down_proj       projections into the residual stream, which `init_weights` makes smaller with depth
-    expert_weights          of a MoE module: names of its stacks (E, F, D), (E, F, D), (E, D, F), which `expert_swiglu`
-                            runs, and which decoding may quantise or pack
-    dim, n_layers, ...      fields of the usual names (Meta's and DeepSeek's) get small values in checks and demos
+    layers              the repeated blocks, an nn.ModuleList: units of `State`, of sharding and of diagnostics
+    tok_embed, lm_head  the embedding table and the output head, whose weight may be the table
+    o_proj, down_proj   projections into the residual stream, which `init_weights` makes smaller with depth
+    expert_weights      of a MoE module: names of the stacks of `expert_swiglu`, which decoding may quantise or pack
+    scalar_params       of any module: names of parameters for the group "scalar" of `param_groups`
+    dim, n_layers, ...  arguments of the usual names (Meta's and DeepSeek's) get small values in checks and demos
 """
 
 import inspect
@@ -24,8 +23,6 @@ from torch import nn
 from model.hf import layout
 from model.layers.state import State
 from utils.errors import ModelError, require
-
-__all__ = ["MOE_LOAD", "BaseModel", "BaseModelArgs", "ModelError", "State", "is_expert_load", "require"]
 
 MOE_LOAD = "moe/load"  # the key of other_vars with the tokens per expert, (L, E)
 
@@ -82,7 +79,6 @@ class BaseModel(nn.Module):
         graph. `loss/ce` is the cross-entropy of the next token: held-out loss and bits per character are made of it
         (without it, of `loss`). All else is detached and logged: 0-d as a scalar, 1-d and 2-d as a histogram per layer.
         Reserved: `moe/load` (L, E), and 2-d `.../load...` for further experts: tokens per expert, without padding.
-
         Forward never writes to its inputs and stores nothing about a call on the module.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(self, input_ids, targets=None)")
@@ -98,8 +94,8 @@ class BaseModel(nn.Module):
     def after_step(self, other_vars):
         """Called once after each optimizer step with `other_vars` averaged over micro-batches and ranks.
 
-        It may move persistent buffers, by operations on their device, and nothing else: training does not wait for the
-        device, calls it after a step that turns out to be skipped, too, and then restores the buffers.
+        It may move persistent buffers, on their device, and nothing else: training does not wait for the device, calls
+        it after a step that turns out to be skipped, too, and then restores the buffers.
         """
 
     draft = None
@@ -118,10 +114,9 @@ class BaseModel(nn.Module):
         """
         n_layers = len(getattr(self, "layers", ())) or 1
         for name, param in self.named_parameters():
-            if param.ndim < 2:
-                continue
             residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
-            nn.init.normal_(param, std=0.02 / (2 * n_layers) ** 0.5 if residual else 0.02)
+            if param.ndim >= 2:
+                nn.init.normal_(param, std=0.02 / (2 * n_layers) ** 0.5 if residual else 0.02)
 
     def param_groups(self):
         """Return {"matrix", "embed", "scalar"}: lists that hold every trainable parameter exactly once.
@@ -155,9 +150,7 @@ class BaseModel(nn.Module):
         return 4 * seq_len * getattr(a, "n_layers", 0) * (width or getattr(a, "dim", 0))
 
     def flops_per_token(self, seq_len):
-        """Return the FLOPs of training on one token at `seq_len`: 3 x forward, forward = 2 x active matmul weights
-        + attention over the full square, causality not counted (PaLM, appendix B).
-        """
+        """Return the training FLOPs per token: 3 x (2 x active matmul weights + full attention) (PaLM, appendix B)."""
         counts = self.num_params()
         tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
         tied = any(id(p) in tables for p in self._head())
@@ -170,19 +163,21 @@ class BaseModel(nn.Module):
     def init_state(self, batch_size, max_len=None):
         """Return an empty `State` for `batch_size` sequences of up to `max_len` tokens (default: `max_seq_len`)."""
         max_len = self.args.max_seq_len if max_len is None else max_len
-        self._check_length(f"a state of {max_len} tokens", max_len)
+        self._check_length("a state", max_len)
         device = next(self.parameters()).device
         pos = torch.zeros(batch_size, dtype=torch.long, device=device)
         return State(pos, max_len, [{} for _ in getattr(self, "layers", ())])
 
     def check_length(self, input_ids):
         """Raise `ModelError` when `input_ids` (B, T) is longer than the model takes."""
-        self._check_length(f"a sequence of {input_ids.shape[1]} tokens", input_ids.shape[1])
+        self._check_length("a sequence", input_ids.shape[1])
 
     def _check_length(self, what, n_tokens):
-        limit = f"max_seq_len={self.args.max_seq_len} of {self.model_name}"
-        change = "shorten it, or train with a larger --max_seq_len"
-        require(n_tokens <= self.args.max_seq_len, f"{what} exceeds {limit}: {change}")
+        if n_tokens > self.args.max_seq_len:
+            raise ModelError(
+                f"{what} of {n_tokens} tokens exceeds max_seq_len={self.args.max_seq_len} of {self.model_name}: "
+                "shorten it, or train with a larger --max_seq_len"
+            )
 
     def to_hf(self):
         """Return (config.json as a dict, {published name: fp32 tensor on the CPU}); ModelError without a layout."""

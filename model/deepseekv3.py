@@ -1,9 +1,7 @@
 """DeepSeek-V3 (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 2), small.
 
-Three ideas on top of a pre-norm decoder:
-- multi-head latent attention (2.1.1): keys and values are up-projections of one low-rank latent, all that is cached;
-- DeepSeekMoE without auxiliary loss (2.1.2): shared and routed experts, their load kept even by a bias on the choice;
-- multi-token prediction (2.2): small sequential modules that predict one token further each, used in training only.
+A pre-norm decoder with multi-head latent attention (2.1.1), DeepSeekMoE whose load is balanced by a bias on the choice
+of experts (2.1.2), and multi-token prediction (2.2) by small sequential modules that only training uses.
 """
 
 from dataclasses import dataclass
@@ -22,9 +20,6 @@ from model.layers.loss import lm_loss
 from model.layers.moe import expert_load, expert_swiglu
 from model.layers.norm import RMSNorm
 from model.layers.rotary import RopeArgs, Rotary, rotate, token_positions, yarn_mscale
-
-MTP_ACCURACY_STRIDE = 16  # "mtp/accuracy" samples one position in so many
-LATENT_NORM_EPS = 1e-6  # of the norms of the two latents; the published code has no setting for it
 
 
 @dataclass
@@ -96,12 +91,12 @@ class LatentAttention(nn.Module):
             self.scale *= yarn_mscale(a.rope_factor, a.rope_mscale_all_dim) ** 2
         if a.q_lora_rank:
             self.q_a_proj = nn.Linear(a.dim, a.q_lora_rank, bias=False)  # W^DQ
-            self.q_a_norm = RMSNorm(a.q_lora_rank, LATENT_NORM_EPS)
+            self.q_a_norm = RMSNorm(a.q_lora_rank, eps=1e-6)  # no setting in the published code
             self.q_b_proj = nn.Linear(a.q_lora_rank, a.n_heads * qk_head_dim, bias=False)  # W^UQ, W^QR
         else:
             self.q_proj = nn.Linear(a.dim, a.n_heads * qk_head_dim, bias=False)
         self.kv_a_proj = nn.Linear(a.dim, a.kv_lora_rank + a.qk_rope_head_dim, bias=False)  # W^DKV, W^KR
-        self.kv_a_norm = RMSNorm(a.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_a_norm = RMSNorm(a.kv_lora_rank, eps=1e-6)
         self.kv_b_proj = nn.Linear(a.kv_lora_rank, a.n_heads * (a.qk_nope_head_dim + a.v_head_dim), bias=False)
         self.o_proj = nn.Linear(a.n_heads * a.v_head_dim, a.dim, bias=False)
 
@@ -264,7 +259,6 @@ class DeepSeekV3Model(BaseModel):
             stats += of_layer
         x = self.norm(x)
         other_vars = {MOE_LOAD: torch.stack([load for load, _ in stats]).detach()} if stats else {}  # (L, E)
-
         if targets is None:
             if state is not None:
                 state.hidden = x
@@ -272,8 +266,7 @@ class DeepSeekV3Model(BaseModel):
             return self.lm_head(x), None, other_vars
         squares = [] if self.z_loss else None
         other_vars["loss/ce"] = lm_loss(x, self.lm_head.weight, targets, squares=squares)
-        if self.mtp:
-            other_vars |= self._predict_further(x, embedded, targets, doc_ids, squares, stats)
+        other_vars |= self._predict_further(x, embedded, targets, doc_ids, squares, stats)
         if stats:
             other_vars["loss/balance"] = torch.stack([balance for _, balance in stats]).sum()
         if squares:
@@ -286,8 +279,9 @@ class DeepSeekV3Model(BaseModel):
         At depth k position i knows tokens up to i + k, and predicts token i + k + 1: `targets` moved by k. A pair whose
         two ends lie in different documents predicts nothing.
         """
-        losses, of_modules = [], []
+        losses = []
         hits, seen = 0, 0
+        n_stats = len(stats)
         n_targets = (targets != -100).sum().clamp(min=1)
         for k, module in zip(range(1, targets.shape[1]), self.mtp):
             target, docs = targets[:, k:], None
@@ -295,19 +289,19 @@ class DeepSeekV3Model(BaseModel):
                 docs = doc_ids[:, :-k]
                 target = target.masked_fill(docs != doc_ids[:, k:], -100)
             x, of_module = module(x[:, :-1], embedded[:, k:], self.token_info(target, doc_ids=docs))
-            of_modules += of_module
+            stats += of_module
             # Both equations divide by the T of the whole sequence, so a depth weighs by the targets that it has left.
             share = (target != -100).sum() / n_targets
             losses.append(lm_loss(x, self.lm_head.weight, target, squares=squares) * share)
-            with torch.no_grad():  # how often it is right, from a sample of the positions: no second output head
-                sample = target[:, ::MTP_ACCURACY_STRIDE]
-                hits += (F.linear(x[:, ::MTP_ACCURACY_STRIDE], self.lm_head.weight).argmax(dim=-1) == sample).sum()
+            with torch.no_grad():  # how often it is right, at every 16th position: no second pass of the output head
+                sample = target[:, ::16]
+                hits += (F.linear(x[:, ::16], self.lm_head.weight).argmax(dim=-1) == sample).sum()
                 seen += (sample != -100).sum()
         if not losses:
             return {}
-        stats += of_modules
         loss = self.args.mtp_loss_weight * torch.stack(losses).sum() / len(self.mtp)
-        load = {"moe/load_mtp": torch.stack([load for load, _ in of_modules]).detach()} if of_modules else {}
+        loads = [load for load, _ in stats[n_stats:]]
+        load = {"moe/load_mtp": torch.stack(loads).detach()} if loads else {}
         return {"mtp/accuracy": hits / seen.clamp(min=1), "loss/mtp": loss, **load}
 
     def draft(self, hidden, ids, state):

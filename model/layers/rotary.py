@@ -30,15 +30,15 @@ class RopeArgs:
         """Raise `ModelError` unless the fields above fit together; call it in `__post_init__`."""
         kind, factor = self.rope_type, self.rope_factor
         require(kind in ("default", "llama3", "yarn"), f"rope_type={kind}: choose default, llama3 or yarn")
-        if kind == "default":
-            require(factor == 1, f"rope_factor={factor} needs a way to stretch: rope_type=llama3 or yarn")
-            return
+        stretched = kind != "default"
+        require(stretched or factor == 1, f"rope_factor={factor} needs a way to stretch: rope_type=llama3 or yarn")
         require(factor >= 1, f"rope_factor={factor} must be at least 1, positions are stretched")
-        length = self.rope_original_max_seq_len
-        require(length >= 1, f"rope_type={kind} needs rope_original_max_seq_len, the tokens trained on")
+        known = self.rope_original_max_seq_len > 0
+        require(known or not stretched, f"rope_type={kind} needs rope_original_max_seq_len, the tokens trained on")
         low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
         slow, fast = getattr(self, f"rope_{low}"), getattr(self, f"rope_{high}")
-        require(0 < slow < fast, f"rope_{low}={slow} must lie between 0 and rope_{high}={fast}")
+        fits = not stretched or 0 < slow < fast
+        require(fits, f"rope_{low}={slow} must lie between 0 and rope_{high}={fast}")
 
 
 class Rotary(nn.Module):

@@ -2,7 +2,7 @@
 
 import torch
 
-from utils.errors import require
+from utils.errors import ModelError
 
 
 class State:
@@ -13,7 +13,9 @@ class State:
     one dict for the whole model, which both are filled with tensors as the model likes. last_only: set by a caller who
     needs the logits of the last token only. hidden: set by a model that can `draft`, the (B, T, D) its head has read.
 
-    Two rules: dim 0 of every tensor in the dicts is the batch, and sequences are independent. `declare` says the rest.
+    Two rules: dim 0 of every tensor in the dicts is the batch, and sequences are independent. Two declarations, made
+    where the tensors are: `token_indexed.add(name)` says that dim 1 is the position, so that they can be rewound (see
+    `cache_append`); `empty[name] = value` that another value than 0 means "nothing seen".
     """
 
     def __init__(self, pos, max_len, layers, max_pos=0, last_only=False, model=None):
@@ -27,20 +29,13 @@ class State:
         self.token_indexed = set()
         self.empty = {}
 
-    def declare(self, name, token_indexed=False, empty=0):
-        """Call it where tensors called `name` are made: for dim 1 the position of a token, so that they can be rewound;
-        for another value than 0 that means "nothing seen"."""
-        if token_indexed:
-            self.token_indexed.add(name)
-        if empty != 0:
-            self.empty[name] = empty
-
     def positions(self, n_tokens):
         """Return the positions (B, T) of the next `n_tokens` tokens of each sequence."""
-        room = self.max_len - self.max_pos
-        require(
-            n_tokens <= room, f"a state of max_len={self.max_len} has no room for {n_tokens} tokens: make it longer"
-        )
+        if self.max_pos + n_tokens > self.max_len:
+            raise ModelError(
+                f"{self.max_pos} tokens in the state and {n_tokens} new ones exceed its max_len of {self.max_len}: "
+                "make the state longer, or the text shorter"
+            )
         return self.pos[:, None] + torch.arange(n_tokens, device=self.pos.device)  # (B, T)
 
     def advance(self, n_tokens):
@@ -82,9 +77,8 @@ class State:
 
     def _map(self, function):
         """Return a state whose `pos` and tensors are those of `function`."""
-        *layers, model = [
-            {name: function(tensor) for name, tensor in held.items()} for held in [*self.layers, self.model]
-        ]
+        held = [*self.layers, self.model]
+        *layers, model = [{name: function(tensor) for name, tensor in tensors.items()} for tensors in held]
         other = State(function(self.pos), self.max_len, layers, self.max_pos, self.last_only, model)
         other.token_indexed |= self.token_indexed
         other.empty |= self.empty
