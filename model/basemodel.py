@@ -128,17 +128,14 @@ class BaseModel(nn.Module):
         embed |= {id(p) for p in self._head()}
         marked = {id(getattr(m, name)) for m in self.modules() for name in getattr(m, "scalar_params", ())}
         groups = {"matrix": [], "embed": [], "scalar": []}
-        for param in sorted(self.parameters(), key=lambda p: id(p) in marked):  # the marked ones last
-            if param.requires_grad:
-                is_matrix = param.ndim >= 2 and id(param) not in marked
-                groups["embed" if id(param) in embed else "matrix" if is_matrix else "scalar"].append(param)
+        trained = [param for param in self.parameters() if param.requires_grad]
+        for param in sorted(trained, key=lambda p: id(p) in marked):  # the marked ones last
+            is_matrix = param.ndim >= 2 and id(param) not in marked
+            groups["embed" if id(param) in embed else "matrix" if is_matrix else "scalar"].append(param)
         return groups
 
     def num_params(self):
-        """Return counts {"total", "active", "embedding"}: all, those that one token uses, those of embedding tables.
-
-        A MoE model overrides this to count only the activated experts as active.
-        """
+        """Return counts {"total", "active" (that one token uses: a MoE overrides it), "embedding" (of tables)}."""
         total = sum(p.numel() for p in self.parameters())
         embedding = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
         return {"total": total, "active": total, "embedding": embedding}
@@ -164,8 +161,7 @@ class BaseModel(nn.Module):
         """Return an empty `State` for `batch_size` sequences of up to `max_len` tokens (default: `max_seq_len`)."""
         max_len = self.args.max_seq_len if max_len is None else max_len
         self._check_length("a state", max_len)
-        device = next(self.parameters()).device
-        pos = torch.zeros(batch_size, dtype=torch.long, device=device)
+        pos = torch.zeros(batch_size, dtype=torch.long, device=next(self.parameters()).device)
         return State(pos, max_len, [{} for _ in getattr(self, "layers", ())])
 
     def check_length(self, input_ids):

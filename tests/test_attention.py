@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from model import layers
-from model.kernels import cpu_attention
+from model.kernels import ENABLED, cpu_attention
+from model.kernels import attention as kernels
+from model.kernels.matmul import FEW_ROWS
 
 
 def inputs(heads, groups, v_dim, dtype, rows=2, tokens=7, dim=6):
@@ -67,15 +69,16 @@ def test_fewer_queries_than_keys(monkeypatch):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.skipif(not ENABLED, reason="MINI_LLM_KERNELS=0: blocked attention is off")
 @pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.01), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("mask", [None, document_mask()])
-def test_training_on_a_processor_takes_it_and_keeps_the_digits(mask, dtype, error, monkeypatch):
+def test_training_on_a_cpu_takes_it_and_keeps_the_digits(mask, dtype, error, monkeypatch):
     monkeypatch.setattr(cpu_attention, "BLOCK", 3)
     tensors = inputs(6, 2, 6, dtype)
     doubled = [t.detach().double().requires_grad_() for t in tensors]
     exact = outcome(lambda q, k, v: layers.attention(q, k, v, mask), doubled)
     calls, real = [], cpu_attention.blocked_attention
-    monkeypatch.setattr(layers, "blocked_attention", lambda *args: calls.append(args) or real(*args))
+    monkeypatch.setattr(kernels, "blocked_attention", lambda *args: calls.append(args) or real(*args))
     for got, want in zip(outcome(lambda q, k, v: layers.attention(q, k, v, mask), tensors), exact, strict=True):
         assert (got.double() - want).norm() < error * want.norm()
     assert len(calls) == 1
@@ -126,7 +129,7 @@ def test_one_query_a_row(heads, groups, v_dim, compiled):
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 24), (5, 24), (2, 3, 4, 24), (24,), (0, 24)])
-def test_a_norm_in_bf16_on_a_processor(shape):
+def test_a_norm_in_bf16_on_a_cpu(shape):
     """Its output and gradients, beside the formula in float64 (Zhang & Sennrich 2019, equation 4)."""
     torch.manual_seed(0)
     norm, x = layers.RMSNorm(24, eps=1e-3), torch.randn(shape).mul(0.1).bfloat16().requires_grad_()
@@ -142,11 +145,11 @@ def test_a_norm_in_bf16_on_a_processor(shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, layers.SMALL, layers.SMALL + 1])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
 def test_a_small_product_compiled(rows):
     """In bf16: the sum keeps more digits than a product of that type promises."""
     torch.manual_seed(0)
     a, b = torch.randn(2, 3, rows, 24).bfloat16(), torch.randn(2, 3, 24, 5).bfloat16()
     exact = a.double() @ b.double()
-    got = torch.compile(layers.small_matmul)(a, b)
+    got = torch.compile(layers.matmul)(a, b)
     assert got.dtype == torch.bfloat16 and (got.double() - exact).norm() < 0.005 * exact.norm()

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from checks import ModelUnderTest
-from model.deepseekv3 import DeepSeekV3Model, DeepSeekV3ModelArgs, MoE
+from model.deepseekv3 import DeepSeekV3Model, DeepSeekV3ModelArgs, MoE, TokenInfo
 
 NAME = DeepSeekV3Model.model_name
+TRAINING = TokenInfo(rope=None)  # of a MoE: no padding, no state
 
 
 def small_args(**changes):
@@ -62,7 +63,7 @@ def test_mixture_equals_a_loop_over_tokens(changes):
     args = small_args(**changes)
     moe = random_moe(args)
     x = torch.randn(2, 7, args.dim, dtype=torch.double)
-    out, load, balance = moe(x)
+    out, load, balance = moe(x, TRAINING)
 
     loads = [0] * args.n_routed_experts
     row_losses = []
@@ -120,9 +121,9 @@ def test_bias_steers_the_choice_and_never_the_weight():
     args = small_args(n_expert_groups=1, n_limited_groups=1, n_activated_experts=6, n_routed_experts=6)
     moe = random_moe(args)
     x = torch.randn(1, 5, args.dim, dtype=torch.double)
-    before = moe(x)[0]
+    before = moe(x, TRAINING)[0]
     moe.routing_bias.normal_(std=5.0)  # with every expert chosen anyway, the bias has nothing left to do
-    torch.testing.assert_close(moe(x)[0], before)
+    torch.testing.assert_close(moe(x, TRAINING)[0], before)
 
 
 def test_bias_moves_by_gamma_against_the_load():
@@ -167,7 +168,7 @@ def test_mtp_loss_equals_the_equations(depths):
                 rows.append(module.proj(joint))
             positions = torch.arange(n)[None]
             x = torch.stack(rows)[None]
-            out = module.norm(module.block(x, model.rotary(positions), None)[0])[0]
+            out = module.norm(module.block(x, TokenInfo(model.rotary(positions)))[0])[0]
             outputs.append(out)
             for i in range(n):
                 target = targets[0, start + i + k]
@@ -215,7 +216,7 @@ def test_absorbed_attention_equals_expanded(q_lora_rank):
     calls = {}
     expanded, absorbed = attn._expanded, attn._absorbed
     attn._expanded = lambda *inputs: calls.setdefault("inputs", inputs) and expanded(*inputs)
-    attn(x, rope, mask)
+    attn(x, TokenInfo(rope, mask))
     q_nope, q_rope, latent, k_rope, mask = calls["inputs"]
     want, seen = expanded(*calls["inputs"]), torch.cat((latent, k_rope), dim=-1)
     torch.testing.assert_close(absorbed(q_nope, q_rope, seen, mask), want, atol=1e-5, rtol=1e-4)

@@ -1,5 +1,5 @@
-"""Packed rows through flex_attention, as on CUDA, against the dense mask. A CPU compiles its forward; its gradients are
-those of the operator's own formula, which the front end has to be talked into."""
+"""Packed sequences through flex_attention, as on CUDA, against the dense mask. A CPU compiles its forward; its gradients
+are those of the operator's own formula, once the check of the device is switched off."""
 
 from types import SimpleNamespace
 
@@ -8,15 +8,19 @@ import torch
 from torch.nn.attention import flex_attention
 
 from model import layers
+from model.kernels import ENABLED
+from model.kernels import attention as kernels
 from tests.support.packed_models import TOKENS, counter, flex_calls, packed_batch, small_model
 from tests.support.small_runs import SIZES
+
+pytestmark = pytest.mark.skipif(not ENABLED, reason="MINI_LLM_KERNELS=0: FlexAttention is off")
 
 positions = torch.arange(TOKENS)[None]
 
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    monkeypatch.setattr(layers, "widest_flex_head", lambda x: 128 if torch.compiler.is_compiling() else 0)
+    monkeypatch.setattr(kernels, "widest_flex_head", lambda x: 128 if torch.compiler.is_compiling() else 0)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)  # "does not support backward"
     torch._dynamo.reset()
     yield
@@ -30,7 +34,7 @@ def attend(q, k, v, doc_ids):
 def test_blocks_are_those_of_the_dense_mask():
     doc_ids = packed_batch(0)["doc_ids"]
     dense = layers.attention_mask(positions, doc_ids=doc_ids)
-    blocks = layers.document_blocks(doc_ids)
+    blocks = kernels.document_blocks(doc_ids)
     assert torch.equal(flex_attention.create_mask(blocks.mask_mod, 3, 1, TOKENS, TOKENS, "cpu"), dense)
     padded = torch.nn.functional.pad(dense, (0, 384 - TOKENS, 0, 384 - TOKENS))
     assert torch.equal(blocks.to_dense().bool(), padded.unfold(2, 128, 128).unfold(3, 128, 128).any(dim=(-1, -2)))
@@ -38,9 +42,9 @@ def test_blocks_are_those_of_the_dense_mask():
 
 
 def test_eager_and_cpu_keep_the_dense_mask(monkeypatch):
-    monkeypatch.setattr(layers, "document_blocks", None)
+    monkeypatch.setattr(kernels, "document_blocks", None)
     assert layers.packed_mask(positions, doc_ids=packed_batch(0)["doc_ids"]).dtype == torch.bool
-    monkeypatch.setattr(layers, "widest_flex_head", lambda x: 128)  # and so does a row of a single block
+    monkeypatch.setattr(kernels, "widest_flex_head", lambda x: 128)  # and so does a row of a single block
     assert layers.packed_mask(positions[:, :128], doc_ids=packed_batch(0)["doc_ids"][:, :128]).dtype == torch.bool
 
 
@@ -59,11 +63,11 @@ def test_the_widest_head_of_a_gpu(dtype, capability, widest, monkeypatch):
     gpu = SimpleNamespace(major=capability[0], minor=capability[1])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
-    assert layers.widest_flex_head(q) == 0  # eager
+    assert kernels.widest_flex_head(q) == 0  # eager
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert layers.widest_flex_head(q) == widest
+    assert kernels.widest_flex_head(q) == widest
     q.device = torch.device("cpu")
-    assert layers.widest_flex_head(q) == 0
+    assert kernels.widest_flex_head(q) == 0
 
 
 @pytest.mark.parametrize("size", [8, 160])
@@ -72,15 +76,15 @@ def test_heads_that_flex_does_not_take_use_the_dense_mask(size, monkeypatch):
     q, k, v = torch.randn(3, 3, TOKENS, 2, size)
     doc_ids = packed_batch(0)["doc_ids"]
     want = attend(q, k, v, doc_ids)
-    monkeypatch.setattr(layers, "widest_flex_head", lambda x: 128)
-    monkeypatch.setattr(layers, "flex_attention", None)
-    assert isinstance(layers.packed_mask(positions, doc_ids=doc_ids), layers.PackedMask)
+    monkeypatch.setattr(kernels, "widest_flex_head", lambda x: 128)
+    monkeypatch.setattr(kernels, "flex_attention", None)
+    assert isinstance(layers.packed_mask(positions, doc_ids=doc_ids), kernels.PackedMask)
     assert torch.equal(attend(q, k, v, doc_ids), want)
 
 
 def test_who_builds_on_the_mask_gets_a_tensor(monkeypatch):
     """Under the same conditions: a window of the model's own, say."""
-    monkeypatch.setattr(layers, "widest_flex_head", lambda x: 128)
+    monkeypatch.setattr(kernels, "widest_flex_head", lambda x: 128)
     doc_ids = packed_batch(0)["doc_ids"]
     dense = layers.attention_mask(positions, doc_ids=doc_ids)
     assert dense.dtype == torch.bool and torch.equal(dense, layers.packed_mask(positions, doc_ids=doc_ids).dense)

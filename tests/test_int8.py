@@ -14,7 +14,7 @@ from engine.inference.generate import generate
 from engine.runs import registry
 from model import BaseModelArgs
 from model.kernels.int8 import FEW_ROWS, Int8Linear, Int8Weight, to_int8
-from model.layers.moe import chosen_matmul, expert_matmul
+from model.kernels.moe import chosen_matmul, expert_matmul
 from tests.planted.right import RightModelArgs
 from tests.planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
 from tests.support.decoding_models import PROMPTS, TOKENIZER, NoState, V, bf16, build

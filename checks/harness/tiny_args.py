@@ -36,8 +36,9 @@ def tiny_args(Model, ModelArgs, switches=None):
 
     switches: values to keep from a real run. Raises the author's own error when no size works.
     """
-    if hasattr(ModelArgs, "tiny"):
-        return ModelArgs.tiny(), ""
+    tiny = ModelArgs.tiny()
+    if tiny is not None:
+        return tiny, ""
     switches = dict(switches or {})
     small = small_values(ModelArgs)
     try:

@@ -37,8 +37,7 @@ class RopeArgs:
         require(known or not stretched, f"rope_type={kind} needs rope_original_max_seq_len, the tokens trained on")
         low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
         slow, fast = getattr(self, f"rope_{low}"), getattr(self, f"rope_{high}")
-        fits = not stretched or 0 < slow < fast
-        require(fits, f"rope_{low}={slow} must lie between 0 and rope_{high}={fast}")
+        require(not stretched or 0 < slow < fast, f"rope_{low}={slow} must lie between 0 and rope_{high}={fast}")
 
 
 class Rotary(nn.Module):
@@ -88,10 +87,9 @@ def rope_frequencies(head_dim, theta, scaling=None):
     else:  # linear in the index of the pair (Peng et al. 2023, "YaRN", section 3.2, and DeepSeek-V3's code)
         bounds = (scaling.rope_beta_fast, scaling.rope_beta_slow)  # turns within the original length, of which pair?
         pair_of = [head_dim * math.log(length / (t * 2 * math.pi)) / (2 * math.log(theta)) for t in bounds]
-        first = max(math.floor(pair_of[0]), 0)
-        last = min(math.ceil(pair_of[1]), head_dim - 1)
+        first, last = max(math.floor(pair_of[0]), 0), min(math.ceil(pair_of[1]), head_dim - 1)
         pairs = torch.arange(head_dim // 2, dtype=torch.float64)
-        kept = 1 - ((pairs - first) / (last - first if last != first else 0.001)).clamp(0, 1)
+        kept = 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling.rope_factor)
 
 
