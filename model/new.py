@@ -21,14 +21,14 @@ DOC = '''"""{title}: say in one sentence what is new about it.
 def new_file(name, folder=FOLDER):
     """Write `folder`/<name>.py with the template's classes renamed, and return (path, model_name).
 
-    Raises `ModelError` for a name that is no Python module name in small letters, or that is taken.
+    Raises `ModelError` for a name that is not a lower-case Python module name, or that is taken.
     """
     name = name.removesuffix(".py").removeprefix("mini_")
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,50}", name):
         raise ModelError(f"{name!r} cannot name an architecture: use small letters, digits and _, a letter first")
     path, model_name = Path(folder) / f"{name}.py", f"mini_{name}"
     if path.exists() or model_name in list_models():
-        raise ModelError(f"model/{path.name} or the model {model_name} is there already: choose another name")
+        raise ModelError(f"model/{path.name} or the model {model_name} exists already: choose another name")
     title = "".join(part.capitalize() for part in name.split("_"))
     text = (FOLDER / "template.py").read_text(encoding="utf-8")
     body = text[text.index('"""', 3) + 4 :]  # the template's docstring is about the template

@@ -1,6 +1,6 @@
-"""How published checkpoints lay out an architecture: the names, the config, the order of rows, both ways.
+"""How published checkpoints write an architecture: names, config and row order, for export and import.
 
-A model file states its `Layout`; `to_hf` and `from_hf` of BaseModel apply it. docs/interchange.md shows how.
+`hf_layout` of a model is its `Layout`; `to_hf` and `from_hf` of BaseModel apply it. docs/interchange.md shows how.
 """
 
 import re
@@ -35,8 +35,8 @@ SCALING = {  # our argument: the key of config.json's rope_scaling, for each kin
 class Layout:
     """One architecture as transformers publishes it.
 
-    names(args): {pattern: text}, applied to each of our names in order, where a dot is a dot; `*` in what comes out
-    stands for the index of dim 0, and the parts are written one by one. rows(args): {end of our name: the order of the
+    names(args): {pattern: text}, applied to each of our names in order, where a dot is a dot; `*` in the result stands
+    for the index of dim 0, and the slices are written one by one. rows(args): {end of our name: the order of the
     rows in their tensor}. copies(args): {a further name of theirs: the one it repeats}. more(args): {further key of
     config.json: value}, and ModelError for sizes that transformers refuses. present(config, names of tensors): the
     config of what the checkpoint really holds.
@@ -79,7 +79,9 @@ class Layout:
             raise ModelError("the checkpoint's weights are quantised: convert them to bf16 or fp32 first")
         for key, value in self.fixed.items():
             if key in config and config[key] != value:
-                raise ModelError(f"config.json has {key}={config[key]}, and our {self.architecture} knows {value} only")
+                raise ModelError(
+                    f"config.json has {key}={config[key]}, and our {self.architecture} supports {value} only"
+                )
         values = {}
         for ours, theirs in self.fields.items():
             value = config.get(theirs)
@@ -139,7 +141,7 @@ class Layout:
                 raise ModelError(f"{theirs} differs from {first}, which it should repeat")
         left = sorted(name for name in unread if not name.endswith("rotary_emb.inv_freq"))  # a table, computed anew
         if left:
-            raise ModelError(f"{left[0]} and {len(left) - 1} more tensors have no place in this {self.architecture}")
+            raise ModelError(f"{left[0]} and {len(left) - 1} more tensors do not belong to this {self.architecture}")
 
     def vocab_names(self, config):
         """Return the published names of the tensors that have a row for every token id."""
