@@ -1,5 +1,7 @@
-"""Packed sequences through flex_attention, as on CUDA, against the dense mask. A CPU compiles its forward; its gradients
-are those of the operator's own formula, once the check of the device is switched off."""
+"""Packed sequences through flex_attention, as on CUDA, against the dense mask.
+
+A CPU compiles its forward; its gradients are those of the operator's own formula, with the device check switched off.
+"""
 
 from types import SimpleNamespace
 

@@ -1,11 +1,14 @@
-"""Errors that are the user's to mend: one line that says what, why, and what to change."""
+"""Errors that the user can fix: one line with what, why, and what to change."""
 
 import atexit
 import errno
+import io
 import os
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
-DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows knows no quota
+DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota
 
 
 class UserError(ValueError):
@@ -22,11 +25,11 @@ def require(condition: bool, message: str) -> None:
         raise ModelError(message)
 
 
-def leave() -> None:
-    """End a process of a group well, and without taking the interpreter down.
+def exit_rank() -> None:
+    """End a process of a process group with exit code 0 and without interpreter teardown.
 
-    The threads of gloo outlive the group (DTensor's caches keep it). One that lets go of a tensor while the interpreter
-    goes down aborts the process, and torchrun calls a finished run failed.
+    Threads of gloo outlive the group (DTensor's caches hold it). One that frees a tensor during the teardown aborts the
+    process, and torchrun then reports a finished run as failed.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -34,31 +37,29 @@ def leave() -> None:
     os._exit(0)
 
 
-def run_script(main) -> None:
-    """Call main() and end the process: 0; 2, with one line on stderr, after a user's error, for a path that cannot be
-    used, a full disk, or out of memory; 130 after Ctrl-C."""
+def run_script(main: Callable[[], object]) -> None:
+    """Call main() and exit: 0 on success, 130 after Ctrl-C, 2 with one line on stderr for what the user can fix.
+
+    That is a UserError, a path that cannot be used, a full disk, or out of memory.
+    """
     for out in (sys.stdout, sys.stderr):
-        if hasattr(out, "reconfigure"):
-            out.reconfigure(errors="replace")  # where the locale knows no Chinese, a ? and no UnicodeEncodeError
+        if isinstance(out, io.TextIOWrapper):
+            out.reconfigure(errors="replace")  # a locale without Chinese prints ?, and raises no UnicodeEncodeError
     try:
         main()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            leave()
+            exit_rank()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except RuntimeError as error:  # PyTorch's own class is not imported here: it takes seconds
-        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
+        _fail(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}")
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
             raise
-        said = str(error).partition("\n")[0]
-        print(
-            f"error: out of memory ({said}): fewer rows at once (--max_batch_size; 0 finds what fits), shorter ones "
-            "(--max_seq_len), or a smaller model",
-            file=sys.stderr,
-            flush=True,
+        reason = str(error).partition("\n")[0]
+        _fail(
+            f"error: out of memory ({reason}): fewer sequences at once (--max_batch_size; 0 finds what fits), shorter "
+            "ones (--max_seq_len), or a smaller model"
         )
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # `python x.py --help | head` is no error
@@ -69,6 +70,15 @@ def run_script(main) -> None:
         if error.filename is None and not full:  # not about a path
             raise
         what = error.filename or "a file could not be written"
-        change = "make room, and run the same command again" if full else "choose another path, or mend this one"
-        print(f"error: {what}: {error.strerror}: {change}", file=sys.stderr)
-        raise SystemExit(2) from None
+        change = "make room, and run the same command again" if full else "choose another path, or fix this one"
+        _fail(f"error: {what}: {error.strerror}: {change}")
+
+
+def _fail(line: str) -> NoReturn:
+    print(line, file=sys.stderr, flush=True)
+    raise SystemExit(2) from None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """By name: importing PyTorch's own class takes seconds."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)

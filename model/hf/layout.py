@@ -139,7 +139,7 @@ class Layout:
         for theirs, first in self.copies(model.args).items():
             if theirs in tensors and not torch.equal(_take(tensors, unread, theirs), tensors[first]):
                 raise ModelError(f"{theirs} differs from {first}, which it should repeat")
-        left = sorted(name for name in unread if not name.endswith("rotary_emb.inv_freq"))  # a table, computed anew
+        left = sorted(name for name in unread if not name.endswith("rotary_emb.inv_freq"))  # a table that we compute
         if left:
             raise ModelError(f"{left[0]} and {len(left) - 1} more tensors do not belong to this {self.architecture}")
 

@@ -9,8 +9,8 @@ class State:
     """What a model remembers between two calls of `forward` while it generates.
 
     pos (B,) int64: the tokens already seen by each sequence. max_len: the room in tokens. max_pos: a plain int that no
-    position exceeds, so that a layer can slice its cache without reading the device. layers: one dict per layer, model:
-    one dict for the whole model, which both are filled with tensors as the model likes. last_only: set by a caller who
+    position exceeds, so that a layer can slice its cache without reading the device. layers: one dict per layer, and
+    model: one dict for the whole model; the model fills them with tensors as it likes. last_only: set by a caller who
     needs the logits of the last token only. hidden: set by a model that can `draft`, the (B, T, D) its head has read.
 
     Two rules: dim 0 of every tensor in the dicts is the batch, and sequences are independent. Two declarations, made
