@@ -9,7 +9,7 @@ import torch
 
 from model import list_models, model_file
 from scripts.reading_length import reading_list
-from tests.support.engine_helpers import ROOT
+from tests.support.paths import ROOT
 
 # Losses, gradients, logits of a forward and of decoding: fp32, packed documents, few and many tokens.
 RUN = """
