@@ -41,7 +41,8 @@ from engine.planning.mfu import HardwarePeak, synchronize  # noqa: E402
 from engine.runs.run_folder import git_revision  # noqa: E402
 from engine.training.config import TrainConfig  # noqa: E402
 from engine.training.step import TrainStep  # noqa: E402
-from model import get_model_and_args, layers  # noqa: E402
+from model import get_model_and_args  # noqa: E402
+from model.kernels import attention as kernels  # noqa: E402
 from utils.atomic import write_text  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
@@ -180,11 +181,11 @@ def with_dense_mask(step):
     """`step` as it is where flex_attention takes no head; compiled, both ways stay compiled."""
 
     def dense() -> float:
-        widest, layers.widest_flex_head = layers.widest_flex_head, no_flex
+        widest, kernels.widest_flex_head = kernels.widest_flex_head, no_flex
         try:
             return step()
         finally:
-            layers.widest_flex_head = widest
+            kernels.widest_flex_head = widest
 
     return dense
 

@@ -14,6 +14,7 @@ from engine.training.config import TrainConfig
 from engine.training.loop import train
 from engine.training.step import TrainStep
 from model import get_model_and_args, layers
+from model.kernels.cpu_moe import looped_experts
 from model.layers import moe
 from tests.support.models import SHIPPED
 from tests.support.packed_models import counter, flex_calls, packed_batch, small_model
@@ -57,10 +58,10 @@ def test_grouped_experts_equal_the_loop():
     leaves = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
     x, weight, *stacks = leaves
     chosen = torch.rand(32, 3, device="cuda").topk(2).indices
-    grouped, load = moe.expert_swiglu(x, chosen, weight, *stacks)
+    grouped, load = moe.expert_swiglu(x, chosen, weight, *stacks), moe.expert_load(chosen, 4)
     outcomes = [
         [out, *torch.autograd.grad(out.square().sum(), leaves)]
-        for out in (grouped, moe.looped_experts(x, chosen, weight, load, *stacks))
+        for out in (grouped, looped_experts(x, chosen, weight, load, *stacks))
     ]
     for a, b in zip(*outcomes):
         assert (a.float() - b.float()).norm() <= 0.03 * b.float().norm()
