@@ -50,7 +50,7 @@ class StateRows:
 
 
 def read(model, ids, state):
-    """The logits (B, 1|T, V) of one forward through a state; compiled where that was asked for (engine/inference/compile.py)."""
+    """The logits (B, 1|T, V) of one forward through a state; compiled where that was asked for."""
     reader = getattr(model, "reader", None)
     return model(ids, state=state)[0] if reader is None else reader(ids, state)
 

@@ -5,14 +5,13 @@ import time
 import torch
 
 from engine.distributed.process_group import find_device
-from engine.inference.compile import compile_decoding
 from engine.inference.generate import decode, new_request
 from engine.inference.inspect import spelled, thinking
 from engine.inference.sampling import Sampling
 from engine.inference.scheduler import room
 from engine.inference.speculative import check_speculative
 from engine.runs import registry
-from model.kernels.int8 import to_int8
+from model.kernels.prepare import prepare_for_decoding
 from utils.chat_template import encode_chat
 from utils.errors import UserError
 
@@ -39,17 +38,14 @@ def choose_run(output_path):
 def open_speaker(path, device="auto", precision="fp32", compile=False, speculative="", rows=1):
     """Load the run at `path` and make it ready to talk; UserError when there is nothing to load.
 
-    precision: of the weights; int8: those of the matrices, and bf16 for all else. compile: `compile_decoding`, for
+    precision: of the weights; int8: those of the matrices, and bf16 for all else. compile: a compiled decode step, for
     `rows` answers at once. speculative: of the answers, as `decode`.
     """
     run = registry.load_run(path, device=find_device(device), dtype=DTYPES[precision])
     model = run.model
     if precision != "fp32":
         check_types(model, precision)
-    if precision == "int8":
-        to_int8(model)
-    if compile:
-        compile_decoding(model, rows)
+    model.reader = prepare_for_decoding(model, precision, compile, rows)
     if speculative:
         check_speculative(model, speculative)
     return Speaker(model, run.tokenizer, run.config["stage"], speculative, run)

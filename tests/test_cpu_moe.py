@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.kernels.cpu_moe import STEP
+from model.kernels.cpu_moe import SEGMENT_STEP
 from model.layers.moe import expert_load, expert_swiglu
 
-N, D, E, A, INTER = STEP + 5, 12, 6, 3, 8
+N, D, E, A, INTER = SEGMENT_STEP + 5, 12, 6, 3, 8
 
 
 def mixture(dtype=torch.float64):
