@@ -1,7 +1,7 @@
 """Talk to a trained model in the terminal.
 
 python test.py                                     the newest run in output/, a chat if it has been fine-tuned
-python test.py --run output/pretrain_MODEL         a base model goes on from what is typed
+python test.py --run output/pretrain_MODEL         a base model continues what is typed
 python test.py --prompt "Hello"                    one answer and out; `echo Hello | python test.py` does the same
 """
 
@@ -9,75 +9,83 @@ import json
 import os
 import sys
 import typing
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
-from engine.inference.options import SAMPLING, TalkOptions
+from engine.inference.options import SAMPLING, ChatOptions, check_speculative_name
 from utils.config import convert, opt, parse
 from utils.errors import UserError, run_script
 from utils.logo import print_logo
-from utils.terminal import line_history, paint, prompt, speak_utf8, strip_control_chars
+from utils.terminal import line_history, paint, prompt, strip_control_chars, use_utf8
+
+if typing.TYPE_CHECKING:  # torch takes seconds to import
+    from engine.inference.chat import ChatModel
 
 HELP = """\
   /reset               forget the conversation
   /system TEXT         set the system prompt (without TEXT: remove it) and forget the conversation
   /set NAME VALUE      change a setting, e.g. /set temperature 0.7
-  /show                the settings as they are
-  /save FILE           append the conversation to FILE, one JSON line as the fine-tuning data has them
+  /show                show the settings
+  /save FILE           append the conversation to FILE, as one JSON line in the format of the fine-tuning data
   /quit                leave (Ctrl-D does too); Ctrl-C stops an answer, and at the prompt it leaves
-  \"\"\" begins a text of several lines, the next \"\"\" ends it; what is pasted may have several lines anyway."""
+  \"\"\" begins a text of several lines, the next \"\"\" ends it; pasted text may have several lines anyway."""
 QUOTES = '"' * 3
 SETTABLE = ("max_new_tokens", *SAMPLING)
 
 
 @dataclass
-class TestConfig(TalkOptions):
+class TestConfig(ChatOptions):
     __doc__ = __doc__
     run: str = opt("", "run folder (empty: the newest in output_path, fine-tuned before base)", path=True)
     prompt: str = opt("", "answer this, print nothing else, and end")
     system: str = opt("", "system prompt of a chat")
-    compile: bool = opt(False, "compile the step that writes a token: half a minute to two at the start, then faster")
+    compile: bool = opt(False, "compile the decode step: half a minute to two at the start, then faster")
     speculative: str = opt(
-        "",
-        "guess tokens ahead, same text: mtp by the model's own module, ngram by looking them up",
-        choices=("", "mtp", "ngram"),
+        "", "speculative decoding, same answer: draft uses the model's own draft module, ngram copies from the text"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_speculative_name(self.speculative)
 
-def main():
+
+def main() -> None:
     config = parse(TestConfig)
-    speak_utf8()
-    config.prompt = config.prompt.encode(errors="replace").decode()  # the same for a stray byte in an argument
+    use_utf8()
+    config.prompt = config.prompt.encode(errors="replace").decode()  # a stray byte in an argument becomes a "?"
     one_shot = config.prompt or ("" if sys.stdin.isatty() else sys.stdin.read().strip())
     if not one_shot and not sys.stdin.isatty():
         raise UserError("nothing to answer: the standard input is empty; pass --prompt TEXT, or start it on a terminal")
-    speaker, run = open_run(config)
-    session = Session(speaker, config)
-    if one_shot:
-        session.ask(one_shot)
-        return
-    print_logo(f"{run} · {'base model: it goes on from your text' if speaker.is_base else 'chat'} · /help")
-    line_history("terminal")
-    session.loop()
+    from engine.inference.chat import choose_run, open_chat_model
 
-
-def open_run(config):
-    """Load the run that the config names, or the best one to talk to: (Speaker, path)."""
-    from engine.inference.chat import choose_run, open_speaker  # torch comes with it
-    from engine.inference.sampling import Sampling
-
-    Sampling(**config.sampling())  # a wrong setting is told before the model is loaded
     path = config.run or choose_run(config.output_path)
-    return open_speaker(path, config.device, config.precision, config.compile, config.speculative), path
+    with open_chat_model(path, config.device, config.precision, config.compile, config.speculative) as chat_model:
+        session = Session(chat_model, config)
+        if one_shot:
+            session.ask(one_shot)
+            return
+        print_logo(f"{path} · {'base model: it continues your text' if chat_model.is_base else 'chat'} · /help")
+        line_history("terminal")
+        session.loop()
 
 
 class Session:
     """One conversation on the terminal."""
 
-    def __init__(self, speaker, config):
-        self.speaker, self.config = speaker, config
+    def __init__(self, chat_model: "ChatModel", config: TestConfig) -> None:
+        self.chat_model = chat_model
+        self.config = config
         self.messages = self._opening()
+        self.commands: dict[str, Callable[[str], None]] = {
+            "help": self.help,
+            "reset": self.reset,
+            "system": self.system,
+            "set": self.set,
+            "show": self.show,
+            "save": self.save,
+        }
 
-    def loop(self):
+    def loop(self) -> None:
         while True:
             try:
                 line = self.read()
@@ -88,18 +96,16 @@ class Session:
                 return
             try:
                 if line.startswith("/") and "\n" not in line:
-                    self.command(*line[1:].split(None, 1))
+                    self.command(line[1:])
                 elif line:
                     self.ask(line)
-            except KeyboardInterrupt:  # before the first token, or between two of our own lines
+            except KeyboardInterrupt:  # before the first token, or during a command
                 print()
-            except ValueError as error:
-                if not getattr(error, "user_error", False):
-                    raise
+            except UserError as error:
                 print(paint(f"error: {error}", "red"))
 
-    def read(self):
-        """What is typed next: a line, or, from one pair of three quotation marks to the other, several."""
+    def read(self) -> str:
+        """Return the next line, or the lines from one pair of three quotation marks to the other."""
         text = prompt("› ", "bold", "green").strip()
         if not text.startswith(QUOTES):
             return text
@@ -108,84 +114,90 @@ class Session:
             text += "\n" + prompt("… ", "dim")
         return text.removesuffix(QUOTES).strip("\n")
 
-    def command(self, name="", rest=""):
-        if name == "help":
-            print(paint(HELP, "dim"))
-        elif name == "reset":
-            self.messages = self._opening()
-            print(paint("  a new conversation", "dim"))
-        elif name == "system":
-            self.config.system = rest.strip()
-            self.messages = self._opening()
-            print(paint("  system prompt set" if rest.strip() else "  no system prompt", "dim"))
-        elif name == "set":
-            self.set(*rest.replace("=", " ").split())
-        elif name == "show":
-            self.show()
-        elif name == "save":
-            self.save(rest.strip())
-        else:
+    def command(self, line: str) -> None:
+        name, argument = [*line.split(None, 1), "", ""][:2]
+        if name not in self.commands:
             raise UserError(f"no command /{strip_control_chars(name)}: /help lists them")
+        self.commands[name](argument.strip())
 
-    def set(self, name="", value="", *more):
-        if name not in SETTABLE or not value or more:
+    def help(self, argument: str) -> None:
+        note(HELP)
+
+    def reset(self, argument: str) -> None:
+        self.messages = self._opening()
+        note("  a new conversation")
+
+    def system(self, argument: str) -> None:
+        self.config.system = argument
+        self.messages = self._opening()
+        note("  system prompt set" if argument else "  no system prompt")
+
+    def set(self, argument: str) -> None:
+        words = argument.replace("=", " ").split()
+        if len(words) != 2 or words[0] not in SETTABLE:
             raise UserError(f"/set takes a name and a value; the names are {', '.join(SETTABLE)}")
-        value = convert(value, typing.get_type_hints(type(self.config))[name], name)
-        self.speaker.check(**{**self.settings(), name: value})
-        setattr(self.config, name, value)
-        self.show()
+        name, value = words
+        hint = typing.get_type_hints(type(self.config))[name]
+        self.config = replace(self.config, **{name: convert(value, hint, name)})
+        self.show("")
 
-    def show(self):
-        print(paint("  " + "  ".join(f"{key} {value}" for key, value in self.settings().items()), "dim"))
+    def show(self, argument: str) -> None:
+        note("  " + "  ".join(f"{name} {value}" for name, value in self.settings().items()))
 
-    def settings(self):
-        return {name: value for name, value in asdict(self.config).items() if name in SETTABLE}
-
-    def save(self, path):
-        if not path:
+    def save(self, argument: str) -> None:
+        if not argument:
             raise UserError("/save takes a file name, e.g. /save chat.jsonl")
         try:
-            with open(os.path.expanduser(path), "a", encoding="utf-8") as file:
+            with open(os.path.expanduser(argument), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another file") from None
-        print(paint(f"  {len(self.messages)} messages appended to {path}", "dim"))
+            raise UserError(f"cannot write {argument}: {error.strerror}; choose another file") from None
+        note(f"  {len(self.messages)} messages appended to {argument}")
 
-    def ask(self, text):
-        """Print the answer to one message as it is written; Ctrl-C keeps what there is of it."""
-        reply = self.speaker.answer([*self.messages, {"role": "user", "content": text}], **self.settings())
-        if self.speaker.is_base:
+    def settings(self) -> dict[str, typing.Any]:
+        return {name: value for name, value in asdict(self.config).items() if name in SETTABLE}
+
+    def ask(self, text: str) -> None:
+        """Print the answer to one message as it is generated; Ctrl-C stops it and keeps what there is."""
+        generation = self.chat_model.generate([*self.messages, {"role": "user", "content": text}], **self.settings())
+        if self.chat_model.is_base:
             print(paint(strip_control_chars(text), "dim"), end="", flush=True)
         try:
-            for piece in reply:
+            for piece in generation:
                 print(strip_control_chars(piece), end="", flush=True)
         except KeyboardInterrupt:
             if not sys.stdout.isatty():
                 raise
+        finally:
+            generation.cancel()
         print()
-        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply.text}]
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": generation.text}]
         if sys.stderr.isatty():
-            print(paint(describe(reply.figures()), "dim", stream=sys.stderr), file=sys.stderr)
+            print(paint(describe(generation.stats()), "dim", stream=sys.stderr), file=sys.stderr)
 
-    def _opening(self):
+    def _opening(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.config.system}] if self.config.system else []
 
 
-def describe(figures):
-    """The line below an answer."""
+def note(text: str) -> None:
+    print(paint(text, "dim"))
+
+
+def describe(stats: dict[str, typing.Any]) -> str:
+    """Return the line below an answer."""
     parts = [
-        f"{figures['tokens']} tokens",
-        f"{figures['tokens_per_s']:.1f} tokens/s",
-        f"first after {1000 * figures['first_seconds']:.0f} ms",
+        f"{stats['tokens']} tokens",
+        f"{stats['tokens_per_s']:.1f} tokens/s",
+        f"first after {1000 * stats['first_seconds']:.0f} ms",
     ]
-    if figures.get("guesses"):
-        parts.append(f"{100 * figures['hits'] / figures['guesses']:.0f}% of {figures['guesses']} guesses right")
-    if figures["finish"] == "length":
+    if stats.get("drafted"):
+        parts.append(f"{100 * stats['accepted'] / stats['drafted']:.0f}% of {stats['drafted']} drafted tokens accepted")
+    if stats["finish"] == "length":
         parts.append("cut off at the limit")
-    elif figures["finish"] == "stopped":
+    elif stats["finish"] == "stopped":
         parts.append("stopped")
-    if figures["dropped"]:
-        parts.append(f"the oldest {figures['dropped']} messages no longer fit")
+    if stats["dropped"]:
+        parts.append(f"the oldest {stats['dropped']} messages no longer fit")
     return "  " + " · ".join(parts)
 
 

@@ -1,9 +1,9 @@
-"""How long from a cold `python test.py --prompt ...` to its first words, and how much of that is the import of torch?
+"""Time from a cold start of `python test.py --prompt ...` to its first output, and the part that importing torch takes.
 
     python benchmarks/first_token.py --run output/sft_MODEL
 
-In turns, so that a slow minute meets all: a process that only imports torch, and test.py until its first byte on a
-pipe. Writes benchmarks/results/first_token.json, and prints the medians.
+The processes take turns, so that a slow minute affects all: Python alone, Python that imports torch, and test.py until
+its first byte on a pipe. Writes benchmarks/results/first_token.json, and prints the medians.
 """
 
 import importlib.metadata
@@ -31,16 +31,16 @@ VERSIONS = ("torch", "tokenizers", "safetensors")
 class Config:
     __doc__ = __doc__
     run: str = opt("", "run folder (empty: the newest in output)", path=True)
-    repeats: int = opt(5, "how often each is measured")
-    prompt: str = opt("春眠不觉晓，", "what is asked")
-    results: str = opt(str(ROOT / "benchmarks/results/first_token.json"), "file of the figures")
+    repeats: int = opt(5, "measurements of each process")
+    prompt: str = opt("春眠不觉晓，", "prompt of the answer")
+    results: str = opt(str(ROOT / "benchmarks/results/first_token.json"), "file of the results")
 
 
-def main():
+def main() -> None:
     config = parse(Config)
-    ask = ["test.py", f"--prompt={config.prompt}", "--device=cpu", *([f"--run={config.run}"] if config.run else [])]
-    words = {"python": ["-c", "print(1)"], "torch": ["-c", "import torch; print(1)"], "first_token": ask}
-    seconds = {name: [] for name in words}
+    answer = ["test.py", f"--prompt={config.prompt}", "--device=cpu", *([f"--run={config.run}"] if config.run else [])]
+    words = {"python": ["-c", "print(1)"], "torch": ["-c", "import torch; print(1)"], "first_token": answer}
+    seconds: dict[str, list[float]] = {name: [] for name in words}
     for _ in range(config.repeats):
         for name, arguments in words.items():
             seconds[name].append(first_byte(arguments))
@@ -66,12 +66,13 @@ def main():
     )
 
 
-def first_byte(arguments) -> float:
-    """Seconds from the start of the process to the first byte of its standard output."""
+def first_byte(arguments: list[str]) -> float:
+    """Return the seconds from the start of the process to the first byte of its standard output."""
     start = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
     ) as process:
+        assert process.stdout is not None
         process.stdout.read(1)
         passed = time.perf_counter() - start
         process.stdout.read()
@@ -81,6 +82,7 @@ def first_byte(arguments) -> float:
 
 
 def machine() -> str:
+    """Return the CPU's name and its number of cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -13,7 +13,7 @@ from demo import poems, report
 from demo.bits import bits_per_character
 from engine.distributed.process_group import find_device
 from engine.inference.generate import generate
-from engine.inference.options import AnswerOptions
+from engine.inference.options import GenerationOptions
 from engine.runs.registry import load_run
 from model.basemodel import BaseModel
 from preprocess_data.corpora.demo_chat import poem_request
@@ -36,7 +36,7 @@ REQUESTS = [
 
 
 @dataclass
-class EvaluateConfig(AnswerOptions):
+class EvaluateConfig(GenerationOptions):
     """Evaluates the demo: form, rhyme and copied verses of poems on held-out titles, and a few answers to read."""
 
     run: str = opt("", "run folder of the fine-tuned model", path=True)

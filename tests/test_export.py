@@ -15,7 +15,7 @@ import export
 import pretrain
 import sft
 from engine.data.sequences import DocumentRows, TokenFile
-from engine.inference.chat import open_speaker
+from engine.inference.chat import open_chat_model
 from engine.runs.registry import load_run
 from engine.training.evaluate import held_out_loss
 from model import ModelError, get_model_and_args
@@ -154,9 +154,11 @@ def test_an_imported_run_can_be_used(run, work, tmp_path):
     export.main([f"--from_hf={folder}", f"--out={tmp_path / 'imported'}", "--max_seq_len=48"])
     imported = load_run(tmp_path / "imported")
     assert (imported.config["stage"], imported.model.args.max_seq_len) == ("pretrain", 48)
-    reply = open_speaker(tmp_path / "imported", "cpu").answer([{"role": "user", "content": "abc"}], 5, temperature=0)
-    list(reply)
-    assert reply.tokens == 5 or reply.finish == "stop"
+    generation = open_chat_model(tmp_path / "imported", "cpu").generate(
+        [{"role": "user", "content": "abc"}], 5, temperature=0
+    )
+    list(generation)
+    assert generation.tokens == 5 or generation.finish == "stop"
     summary = sft.main(
         [
             f"--init_from={tmp_path / 'imported'}",

@@ -1,20 +1,20 @@
-"""Decoding through the state, by recomputation, alone and in a batch; sampling filters against plain formulas."""
+"""Decoding with a state and by recomputation, alone and in a batch; sampling filters against their formulas."""
 
 import pytest
 import torch
 
 from engine.inference.generate import decode, generate, new_request, stream
-from engine.inference.sampling import Sampling, distribution, log_probabilities, penalize, pick
-from tests.support.decoding_models import LONGEST, PROMPTS, TOKENIZER, V, make
+from engine.inference.sampling import Sampling, distribution, log_probabilities, penalize, sample
+from tests.support.decoding_models import LONGEST, PROMPTS, TOKENIZER, V, build
 from tests.support.models import SHIPPED
 from tests.support.sampling_reference import probabilities
 from utils.errors import UserError
 
-EVERY = [*SHIPPED, "no state", "recurrent"]
+MODELS = [*SHIPPED, "no state", "recurrent"]
 
 
-def reread(model, ids, max_new_tokens, stop_ids=()):
-    """What greedy decoding must give: the likeliest next token of the whole text, again and again."""
+def greedy_alone(model, ids, max_new_tokens, stop_ids=()):
+    """Greedy decoding by its definition: the likeliest next token after all tokens so far."""
     ids, start = list(ids), len(ids)
     while len(ids) < min(start + max_new_tokens, LONGEST):
         with torch.no_grad():
@@ -25,10 +25,10 @@ def reread(model, ids, max_new_tokens, stop_ids=()):
     return ids[start:]
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_greedy_equals_rereading_alone_and_in_a_batch(name):
-    model = make(name)
-    expected = [reread(model, ids, 25) for ids in PROMPTS]
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_equals_recomputation_alone_and_in_a_batch(name):
+    model = build(name)
+    expected = [greedy_alone(model, ids, 25) for ids in PROMPTS]
     assert len({token for answer in expected for token in answer}) > 8  # not one token over and over
     assert generate(model, TOKENIZER, PROMPTS, 25, stop_ids=(), temperature=0) == expected
     for ids, answer in zip(PROMPTS, expected):
@@ -36,37 +36,37 @@ def test_greedy_equals_rereading_alone_and_in_a_batch(name):
     assert [len(answer) for answer in expected] == [25, 25, 25, 25, 18]  # the last one fills max_seq_len
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_rows_leave_the_batch_at_their_stop_token(name):
-    model = make(name)
-    plain = [reread(model, ids, 25) for ids in PROMPTS]
+@pytest.mark.parametrize("name", MODELS)
+def test_sequences_end_at_their_stop_token(name):
+    model = build(name)
+    plain = [greedy_alone(model, ids, 25) for ids in PROMPTS]
     stops = {plain[0][3], plain[2][9], plain[4][0]}
-    expected = [reread(model, ids, 25, stops) for ids in PROMPTS]
+    expected = [greedy_alone(model, ids, 25, stops) for ids in PROMPTS]
     assert len({len(answer) for answer in expected}) > 1
     assert generate(model, TOKENIZER, PROMPTS, 25, stop_ids=stops, temperature=0) == expected
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MODELS)
 def test_sampling_is_the_same_alone_in_a_batch_and_again(name):
-    model, sampling = make(name), dict(temperature=0.9, top_p=0.95, repetition_penalty=1.1, stop_ids=(2,))
+    model, sampling = build(name), dict(temperature=0.9, top_p=0.95, repetition_penalty=1.1, stop_ids=(2,))
     together = generate(model, TOKENIZER, PROMPTS, 12, seed=5, **sampling)
     assert together == generate(model, TOKENIZER, PROMPTS, 12, seed=5, **sampling)
     assert together != generate(model, TOKENIZER, PROMPTS, 12, seed=6, **sampling)
-    for row, ids in enumerate(PROMPTS):
-        assert generate(model, TOKENIZER, [ids], 12, seed=5 + row, **sampling) == [together[row]]
-        assert list(stream(model, TOKENIZER, ids, 7, seed=5 + row, **sampling)) == together[row][:7]
+    for index, ids in enumerate(PROMPTS):
+        assert generate(model, TOKENIZER, [ids], 12, seed=5 + index, **sampling) == [together[index]]
+        assert list(stream(model, TOKENIZER, ids, 7, seed=5 + index, **sampling)) == together[index][:7]
     fresh = [generate(model, TOKENIZER, PROMPTS, 12, **sampling) for _ in range(2)]
     assert fresh[0] != fresh[1]
 
 
 def test_training_mode_and_the_stop_tokens_of_the_tokenizer():
-    model = make("recurrent").train()
+    model = build("recurrent").train()
     model.lm_head.bias.data[TOKENIZER.im_end_id] = 1e4
     assert generate(model, TOKENIZER, [[1], [1, 2]], 5) == [[], []]
     assert model.training
     running = stream(model, TOKENIZER, [1], 5, stop_ids=())
     next(running)
-    running.close()  # a reader who walks away leaves the model as it was
+    running.close()  # a generator that is not exhausted restores the mode too
     assert model.training and generate(model, TOKENIZER, [], 5) == []
 
 
@@ -85,25 +85,25 @@ def test_top_p_over_a_large_vocabulary():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 3000, generator=generator) * torch.tensor([[0.1], [5.0], [1.5]])  # flat, sharp, between
     expected = torch.tensor([probabilities(row.double().tolist(), 1.0, 0, 0.9, 0.0) for row in logits])
-    assert (expected[0] > 0).sum() > 1024 > (expected[1] > 0).sum()  # by a full sort, and by the few
+    assert (expected[0] > 0).sum() > 1024 > (expected[1] > 0).sum()  # by a full sort, and by the 1024 likeliest
     assert torch.equal((distribution(logits, Sampling(top_p=0.9)) > 0).sum(-1), (expected > 0).sum(-1))
     torch.testing.assert_close(distribution(logits, Sampling(top_p=0.9)), expected.float(), atol=1e-7, rtol=1e-4)
     for u in (1e-6, 0.5, 1.0):
-        drawn = pick(logits, Sampling(top_p=0.9), torch.full((3,), u))
-        alone = [pick(row[None], Sampling(top_p=0.9), torch.tensor([u])) for row in logits]
+        drawn = sample(logits, Sampling(top_p=0.9), torch.full((3,), u))
+        alone = [sample(row[None], Sampling(top_p=0.9), torch.tensor([u])) for row in logits]
         assert torch.equal(drawn, torch.cat(alone)) and (expected[range(3), drawn] > 0).all()
 
 
 def test_drawn_tokens_follow_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -9.0]])
     for sampling in (Sampling(), Sampling(1e-300), Sampling(2.0), Sampling(top_p=0.8), Sampling(top_k=3, min_p=0.2)):
-        drawn = pick(logits.expand(40_000, -1), sampling, Sampling(seed=1).uniforms(40_000))
+        drawn = sample(logits.expand(40_000, -1), sampling, Sampling(seed=1).uniforms(40_000))
         share = torch.bincount(drawn, minlength=6) / len(drawn)
         expected = distribution(logits, sampling)[0]
         assert (share - expected).abs().max() < 0.012  # five standard deviations
         assert share[expected == 0].sum() == 0
         for edge in (1.0, 2**-24, 1 - 2**-24):  # the ends of the interval draw no filtered token
-            assert expected[pick(logits, sampling, torch.tensor([edge]))] > 0
+            assert expected[sample(logits, sampling, torch.tensor([edge]))] > 0
 
 
 def test_filters_against_transformers():
@@ -136,15 +136,15 @@ def test_filters_against_transformers():
 
 
 def test_frequency_and_presence_penalty_against_the_definition():
-    """logit - count * frequency - (count > 0) * presence, over the answer; and the whole decoding loop with it."""
+    """logit - count * frequency - (count > 0) * presence, over the answer; and the decoding loop with it."""
     logits = torch.randn(9, generator=torch.Generator().manual_seed(0))
     counts = torch.tensor([0, 1, 3, 0, 2, 0, 0, 5, 1])
     ours = penalize(logits, Sampling(frequency_penalty=0.7, presence_penalty=-0.4), counts > 0, counts)
     expected = [x - 0.7 * n + 0.4 * (n > 0) for x, n in zip(logits.double().tolist(), counts.tolist())]
     torch.testing.assert_close(ours.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
 
-    model, answer = make("no state"), []
-    model.lm_head.bias.data[9] += 30.0  # would be said for ever
+    model, answer = build("no state"), []
+    model.lm_head.bias.data[9] += 30.0  # would repeat for ever
     for _ in range(30):
         with torch.no_grad():
             scores = model(torch.tensor([[1, 9, 9] + answer]))[0][0, -1].tolist()
@@ -164,8 +164,8 @@ def test_repetition_penalty_and_greedy():
         torch.tensor(1.9).item(),
         -1.0,
     ]
-    model = make("no state")
-    model.lm_head.bias.data[9] = 100.0  # would be said for ever
+    model = build("no state")
+    model.lm_head.bias.data[9] = 100.0  # would repeat for ever
     assert generate(model, TOKENIZER, [[1]], 6, stop_ids=(), temperature=0) == [[9] * 6]
     once = generate(model, TOKENIZER, [[1]], 6, stop_ids=(), temperature=0, repetition_penalty=1e4)[0]
     assert once.count(9) == 1 and len(set(once)) == 6
@@ -173,8 +173,8 @@ def test_repetition_penalty_and_greedy():
 
 
 def test_settings_differ_within_a_batch():
-    """Each row is drawn by its own settings, as it is alone."""
-    model = make("recurrent")
+    """Each sequence is sampled by its own settings, as it is alone."""
+    model = build("recurrent")
     settings = [
         Sampling(0),
         Sampling(0.8, seed=1),
@@ -188,10 +188,10 @@ def test_settings_differ_within_a_batch():
         assert generate(model, TOKENIZER, [ids], 15, stop_ids=(), **vars(one)) == [request.tokens]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MODELS)
 def test_log_probabilities_are_the_model_s_own(name):
-    """Of the text as the model reads it at once, before temperature, penalties and filters."""
-    model, sampling = make(name), Sampling(0.8, top_k=9, repetition_penalty=1.2, seed=3)
+    """Of one forward pass over all tokens, before temperature, penalties and filters."""
+    model, sampling = build(name), Sampling(0.8, top_k=9, repetition_penalty=1.2, seed=3)
     requests = [
         new_request(TOKENIZER, ids, 10, sampling, (), top_logprobs=n) for ids, n in zip(PROMPTS, (3, 0, None, 5))
     ]
@@ -241,12 +241,12 @@ def test_settings_out_of_range(bad):
 )
 def test_prompts_that_cannot_be_answered(ids, new, message):
     with pytest.raises(UserError, match=message) as caught:
-        generate(make("no state"), TOKENIZER, [[1], ids], new)
+        generate(build("no state"), TOKENIZER, [[1], ids], new)
     assert "\n" not in str(caught.value)
 
 
 def test_logits_that_are_not_finite_stop_with_a_reason():
-    model = make("no state")
+    model = build("no state")
     model.lm_head.bias.data[3] = float("nan")
     for temperature in (0, 1):
         with pytest.raises(UserError, match="not finite"):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from checks import ModelUnderTest
-from engine.inference.chat import open_speaker
+from engine.inference.chat import open_chat_model
 from engine.inference.generate import generate
 from engine.runs import registry
 from model import BaseModelArgs
@@ -103,7 +103,7 @@ def test_a_model_that_mixes_dtypes_is_one_line(precision, monkeypatch):
     run = registry.LoadedRun(model, TOKENIZER, {"stage": "sft"}, Path("run"), Path("run/final"), "")
     monkeypatch.setattr(registry, "load_run", lambda *_, **__: run)
     with pytest.raises(UserError, match="--precision=fp32"):
-        open_speaker("run", "cpu", precision)
+        open_chat_model("run", "cpu", precision)
 
 
 def test_an_expert_of_a_stack_is_its_dequantized_weight():

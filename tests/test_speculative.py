@@ -1,4 +1,4 @@
-"""Speculation changes the number of the model's calls and nothing else: the tokens are those without it."""
+"""Speculative decoding changes the number of forward passes and nothing else: the tokens are those without it."""
 
 import itertools
 import os
@@ -7,15 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.inference.chat import Reply
+from engine.inference.chat import ChatModel
 from engine.inference.generate import decode, generate, new_request, stream
 from engine.inference.sampling import Sampling
+from engine.inference.speculative import SpeculativeScheduler
 from model import get_model_and_args
-from tests.support.decoding_models import EVERY, PROMPTS, TINY, TOKENIZER, V, build, make
+from tests.support.decoding_models import EVERY, PROMPTS, TINY, TOKENIZER, V, build
 from tests.support.models import SHIPPED
 from utils.errors import UserError
 
-DRAFTING = [name for name in SHIPPED if make(name).draft is not None]
+DRAFTING = [name for name in SHIPPED if build(name).draft is not None]
 SETTINGS = (
     dict(temperature=0),
     dict(temperature=0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, seed=3),
@@ -24,9 +25,9 @@ SAMPLES = int(os.environ.get("SPECULATIVE_SAMPLES", 3000))
 
 
 def pairs():
-    """Every model by lookup, those with a drafting module by it too."""
+    """Every model by prompt lookup, those with a draft module by that too."""
     names = [getattr(name, "values", (name,))[0] for name in EVERY if name != "no state"]
-    return [(name, "ngram") for name in names] + [(name, "mtp") for name in DRAFTING]
+    return [(name, "ngram") for name in names] + [(name, "draft") for name in DRAFTING]
 
 
 @pytest.mark.parametrize("name, kind", pairs())
@@ -40,45 +41,46 @@ def test_the_tokens_are_those_without_speculation(name, kind):
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "no state"])
-def test_right_guesses_save_calls_and_wrong_ones_are_forgotten(name):
-    """With the answer known beforehand; and with a wrong token at every place of a guess."""
+def test_accepted_drafts_save_forward_passes_and_rejected_ones_leave_no_trace(name):
+    """With the known answer drafted, and with a wrong token at one place of each draft."""
     model, ids = build(name), PROMPTS[0]
     answer = generate(model, TOKENIZER, [ids], 25, stop_ids=(), temperature=0)[0]
 
-    def told(wrong):
-        def guess(request, hidden, new):
-            ahead = answer[len(request.tokens) : len(request.tokens) + 4]
+    def lookup(wrong):
+        def draft(text):
+            n_tokens = len(text) - len(ids)
+            ahead = answer[n_tokens : n_tokens + 4]
             return [(token + 1) % V if place == wrong else token for place, token in enumerate(ahead)]
 
-        return guess
+        return draft
 
-    for wrong, calls in ((None, 6), (0, 25), (1, 13), (3, 7)):
+    for wrong, forward_passes in ((None, 6), (0, 25), (1, 13), (3, 7)):
         request = new_request(TOKENIZER, ids, 25, Sampling(0), ())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("engine.inference.speculative.look_up", told(wrong))
+            patch.setattr("engine.inference.speculative.prompt_lookup", lookup(wrong))
             for _ in decode(model, [request], "ngram"):
                 pass
         assert request.tokens == answer and request.finish == "length"
-        assert request.calls == calls
-        assert request.hits == 25 - calls and request.guesses >= request.hits
+        assert request.forward_passes == forward_passes
+        assert request.accepted == 25 - forward_passes and request.drafted >= request.accepted
 
 
 @pytest.mark.parametrize("name", DRAFTING)
 @torch.no_grad()
-def test_drafts_step_by_step_are_those_of_the_whole_text(name):
+def test_drafts_step_by_step_are_those_of_one_pass(name):
     """As in training: at position i from its output and the embedding of token i + 1; and padding changes nothing."""
-    model = make(name)
+    model = build(name)
     ids = torch.randint(0, V, (2, 20), generator=torch.Generator().manual_seed(0))
     state, drafts = model.init_state(2), model.init_state(2)
     model(ids, state=state)
-    whole = model.draft(state.hidden[:, :-1], ids[:, 1:], model.init_state(2))[0]
+    at_once = model.draft(state.hidden[:, :-1], ids[:, 1:], model.init_state(2))[0]
     at, parts = 0, []
     for count in (5, 1, 3, 1, 1, 8):
         parts.append(model.draft(state.hidden[:, at : at + count], ids[:, at + 1 : at + 1 + count], drafts)[0])
         drafts.advance(count)
         at += count
     assert at == 19
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(parts, dim=1), at_once, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -102,22 +104,23 @@ def test_sampled_tokens_follow_the_exact_distribution(name):
     with torch.no_grad():
         logs = model.eval()(torch.tensor([[1, 2, *answer] for answer in answers]))[0].double().log_softmax(-1)
     expected = sum(logs[range(64), 1 + place, [answer[place] for answer in answers]] for place in range(3)).exp()
-    counts, guesses, hits = torch.zeros(64), 0, 0
+    counts, drafted, accepted = torch.zeros(64), 0, 0
     for seed in range(SAMPLES):
         request = new_request(TOKENIZER, [1, 2], 3, Sampling(seed=seed), ())
-        for _ in decode(model, [request], "mtp"):
+        for _ in decode(model, [request], "draft"):
             pass
         counts[answers.index(tuple(request.tokens))] += 1
-        guesses, hits = guesses + request.guesses, hits + request.hits
-    assert expected.sum() == pytest.approx(1) and 0.1 < hits / guesses < 0.9
+        drafted, accepted = drafted + request.drafted, accepted + request.accepted
+    assert expected.sum() == pytest.approx(1) and 0.1 < accepted / drafted < 0.9
     chi2 = ((counts - SAMPLES * expected) ** 2 / (SAMPLES * expected)).sum().item()
     assert chi2 < 63 + 5 * (2 * 63) ** 0.5  # five standard deviations above its mean of 63
 
 
-def test_what_cannot_speculate_says_so():
+def test_unsupported_speculation_is_one_line():
     for name, kind, message in (
         ("no state", "ngram", "takes `state`"),
-        ("recurrent", "mtp", "ngram"),
+        ("recurrent", "draft", "ngram"),
+        ("recurrent", "mtp", "--speculative=draft"),
         ("recurrent", "magic", "choose one"),
     ):
         with pytest.raises(UserError, match=message):
@@ -130,11 +133,39 @@ def test_what_cannot_speculate_says_so():
         generate(model, TOKENIZER, [[1]], 3, speculative="ngram")
 
 
-def test_the_figures_of_a_reply_count_calls_and_guesses():
-    model = build("recurrent")
+def chat_model(name, speculative=""):
     tokenizer = SimpleNamespace(eos_id=-2, im_end_id=-2, special_ids=(), token_bytes=lambda token: b"%d " % token)
-    plain, quick = (Reply(model, tokenizer, [1, 2, 3] * 4, 20, Sampling(0), speculative=kind) for kind in ("", "ngram"))
-    assert "".join(plain) == "".join(quick)
-    figures = quick.figures()
-    assert figures["tokens"] == 20 and figures["calls"] == 20 - figures["hits"]
-    assert "calls" not in plain.figures()
+    run = SimpleNamespace(model=build(name), tokenizer=tokenizer, config={"stage": "sft"})
+    chat = ChatModel(run, speculative=speculative)
+    chat.prompt_ids = lambda ids, max_new_tokens: (ids, 0)  # ids in place of messages
+    return chat
+
+
+def test_the_stats_of_a_generation_count_forward_passes_and_drafted_tokens():
+    with chat_model("recurrent") as plain, chat_model("recurrent", "ngram") as speculating:
+        expected, generation = (chat.generate([1, 2, 3] * 4, 20, temperature=0) for chat in (plain, speculating))
+        assert "".join(expected) == "".join(generation)
+        stats = generation.stats()
+        assert stats["tokens"] == 20 and stats["forward_passes"] == 20 - stats["accepted"]
+        assert "forward_passes" not in expected.stats()
+
+
+@pytest.mark.parametrize("name, kind", pairs())
+def test_the_next_turn_prefills_only_the_new_tokens(name, kind):
+    """Whatever was drafted and rejected before; a module that drafts goes on from the cached prefix as well."""
+    model = build(name)
+    scheduler = SpeculativeScheduler(model, kind)
+    ids, new = [1, 7, 8, 9], 0
+    for turn in range(3):
+        sampling = Sampling(0.9, top_p=0.9, seed=turn)
+        request, alone = (new_request(TOKENIZER, ids, 9, sampling, {2}) for _ in range(2))
+        scheduler.add(request)
+        while scheduler.busy:
+            scheduler.step()
+        for _ in decode(model, [alone]):
+            pass
+        assert request.tokens == alone.tokens and request.finish == alone.finish
+        assert len(ids) - request.cached_tokens == (len(ids) if turn == 0 else new), turn
+        new = len(ids) + len(request.tokens) + 2 - len(scheduler.slots[0].ids)
+        ids = [*ids, *request.tokens, 2, 11 + turn]
+        assert scheduler.batch.state.can_rewind() is False or new <= 3

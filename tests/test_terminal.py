@@ -1,4 +1,4 @@
-"""test.py as people use it: one shot, in a pipe, and on a real (pseudo) terminal; and that no output commands it."""
+"""test.py as people use it: one shot, in a pipe, on a pseudo-terminal; control characters never reach the terminal."""
 
 import codecs
 import fcntl
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.inference.chat import choose_run, fit, open_speaker
+from engine.inference.chat import choose_run, fit_conversation, open_chat_model
+from engine.inference.scheduler import PromptTooLong
 from tests.support.small_runs import CHAT, POEM, small_runs
 from utils.errors import UserError
 from utils.logo import print_logo
@@ -43,7 +44,7 @@ def base_run():
     return str(next(small_runs().glob("pretrain_*")))
 
 
-def test_harmless_text():
+def test_control_characters_are_stripped():
     assert strip_control_chars("春\t晓\nplain €") == "春\t晓\nplain €"
     assert strip_control_chars("\x1b]0;title\x07a\x1b[2Jb\rc\x08d\x9b31me\x7f\x00") == "]0;titlea[2Jbcd31me"
     assert strip_control_chars("ab\u202ecd\u2066e\u200f") == "abcde"
@@ -75,11 +76,11 @@ def test_help_is_quick():
     assert "--temperature=0.7" in shown.stdout and "--run" in shown.stdout
 
 
-def test_the_compiler_is_not_imported_to_talk():
-    """It takes as long as torch itself; and with a mixture, which asks the compiler to leave its experts alone."""
+def test_the_compiler_is_not_imported_to_chat():
+    """Importing it takes as long as importing torch; also with MoE, which marks its expert loop for the compiler."""
     code = (
-        "import sys\nfrom engine.inference.chat import open_speaker\n"
-        "assert ''.join(open_speaker(sys.argv[1], 'cpu').answer([{'role': 'user', 'content': 'x'}], 3))\n"
+        "import sys\nfrom engine.inference.chat import open_chat_model\n"
+        "assert ''.join(open_chat_model(sys.argv[1], 'cpu').generate([{'role': 'user', 'content': 'x'}], 3))\n"
         "print('torch._dynamo' in sys.modules, 'matplotlib' in sys.modules)"
     )
     for path in small_runs().glob("*_*"):
@@ -92,16 +93,16 @@ def test_the_compiler_is_not_imported_to_talk():
     ({"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "latin-1"}),
 )
 def test_utf8_whatever_the_locale(locale):
-    told = run(f"--output_path={small_runs()}", "--temperature=0", input="谁写的\n", env={**os.environ, **locale})
-    assert (told.returncode, told.stdout, told.stderr) == (0, CHAT["谁写的"] + "\n", "")
+    shown = run(f"--output_path={small_runs()}", "--temperature=0", input="谁写的\n", env={**os.environ, **locale})
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, CHAT["谁写的"] + "\n", "")
 
 
 def test_one_shot_and_pipe():
     place = f"--output_path={small_runs()}"
     shot = run(place, "--temperature=0", "--prompt", "谁写的")
-    assert (shot.returncode, shot.stdout, shot.stderr) == (0, CHAT["谁写的"] + "\n", "")  # the run that can chat
+    assert (shot.returncode, shot.stdout, shot.stderr) == (0, CHAT["谁写的"] + "\n", "")  # of the fine-tuned run
     answer = run("--run", base_run(), "--temperature=0", "--max_new_tokens=30", "--prompt", "春眠").stdout
-    assert answer.startswith("春眠不觉晓，") and "\ufffd" not in answer[:-2]  # a base model goes on
+    assert answer.startswith("春眠不觉晓，") and "\ufffd" not in answer[:-2]  # a base model continues the text
     with subprocess.Popen(["printf", "hel\\377lo"], stdout=subprocess.PIPE) as pipe:  # a stray byte is no error
         piped = run(place, stdin=pipe.stdout)
     assert piped.returncode == 0 and piped.stderr == ""
@@ -115,15 +116,17 @@ def test_one_shot_and_pipe():
         (["--prompt=x", "--output_path={empty}"], "no trained run"),
         (["--prompt=x", "--run={empty}"], "no run folder"),
         (["--prompt=x", "--output_path={runs}", "--top_p=3"], "top_p"),
+        (["--prompt=x", "--output_path={runs}", "--speculative=mtp"], "--speculative=draft"),
+        (["--prompt=x", "--output_path={runs}", "--speculative=magic"], "choose one of draft, ngram"),
         (["--prompt=x", "--output_path={runs}", "--device=gpu"], "expected one of auto, cuda"),
         (["--prompt=x", "--output_path={runs}", "--temprature=3"], "did you mean --temperature"),
         (["--output_path={runs}"], "nothing to answer"),
     ),
 )
 def test_errors_are_one_line(arguments, message, tmp_path):
-    told = run(*(argument.format(empty=tmp_path, runs=small_runs()) for argument in arguments))
-    assert told.returncode == 2 and told.stdout == ""
-    assert told.stderr.startswith("error: ") and message in told.stderr and told.stderr.count("\n") == 1
+    shown = run(*(argument.format(empty=tmp_path, runs=small_runs()) for argument in arguments))
+    assert shown.returncode == 2 and shown.stdout == ""
+    assert shown.stderr.startswith("error: ") and message in shown.stderr and shown.stderr.count("\n") == 1
 
 
 def test_the_newest_run_that_can_chat_is_chosen(tmp_path):
@@ -134,33 +137,100 @@ def test_the_newest_run_that_can_chat_is_chosen(tmp_path):
         choose_run(tmp_path / "nothing")
 
 
-def test_old_turns_make_room():
+def test_the_oldest_turns_are_left_out():
     tokenizer = load_tokenizer(small_runs() / "tokenizer")
     turns = [{"role": role, "content": POEM} for _ in range(6) for role in ("user", "assistant")]
     messages = [{"role": "system", "content": "be brief"}, *turns, {"role": "user", "content": "谁写的"}]
-    whole, dropped = fit(tokenizer, messages, 10_000, 100)
+    full, dropped = fit_conversation(tokenizer, messages, 10_000, 100)
     assert dropped == 0
-    ids, dropped = fit(tokenizer, messages, len(whole) // 2, 100)
+    ids, dropped = fit_conversation(tokenizer, messages, len(full) // 2, 100)
     assert 0 < dropped < 12 and dropped % 2 == 0
-    assert len(ids) + 100 <= len(whole) // 2
-    assert ids == fit(tokenizer, messages[:1] + messages[1 + dropped :], 10_000, 100)[0]  # the system prompt stays
-    last = len(fit(tokenizer, messages[:1] + messages[-1:], 10_000, 100)[0])
-    assert fit(tokenizer, messages, last + 1, 100) == (fit(tokenizer, messages[:1] + messages[-1:], 10_000, 1)[0], 12)
-    with pytest.raises(UserError, match="shorten"):
-        fit(tokenizer, messages, last, 100)
+    assert len(ids) + 100 <= len(full) // 2
+    assert ids == fit_conversation(tokenizer, messages[:1] + messages[1 + dropped :], 10_000, 100)[0]
+    last = len(fit_conversation(tokenizer, messages[:1] + messages[-1:], 10_000, 100)[0])
+    assert fit_conversation(tokenizer, messages, last + 1, 100) == (
+        fit_conversation(tokenizer, messages[:1] + messages[-1:], 10_000, 1)[0],
+        12,
+    )
+    assert len(fit_conversation(tokenizer, messages, last, 100)[0]) == last  # the length check refuses it
 
 
-def test_reply_fields_are_right_at_any_moment():
-    speaker = open_speaker(small_runs() / choose_run(small_runs()).name, device="cpu")
-    reply = speaker.answer([{"role": "user", "content": "背一首春晓"}], 200, temperature=0)
-    assert reply.figures() == dict(tokens=0, tokens_per_s=0.0, first_seconds=0.0, finish="stopped", dropped=0)
-    so_far = ""
-    for piece in reply:
+def test_a_prompt_that_does_not_fit_is_one_line(chat_model):
+    with pytest.raises(PromptTooLong, match="shorten"):
+        chat_model.generate([{"role": "user", "content": POEM * 200}], 100)
+
+
+@pytest.fixture()
+def chat_model():
+    with open_chat_model(choose_run(small_runs()), device="cpu") as chat_model:
+        yield chat_model
+
+
+def test_the_fields_of_a_generation_are_consistent_at_any_time(chat_model):
+    generation = chat_model.generate([{"role": "user", "content": "背一首春晓"}], 200, temperature=0)
+    assert generation.stats() == dict(tokens=0, tokens_per_s=0.0, first_seconds=0.0, finish="stopped", dropped=0)
+    prompt, so_far = generation.ids, ""
+    for piece in generation:
         so_far += piece
-        assert reply.text == so_far and "\ufffd" not in so_far and reply.finish == "stopped"
-    assert so_far == CHAT["背一首春晓"] and reply.finish == "stop"
-    cut = speaker.answer([{"role": "user", "content": "背一首春晓"}], 7, temperature=0)
+        assert generation.text == so_far and "\ufffd" not in so_far and generation.finish == "stopped"
+        assert len(generation.ids) - len(prompt) == generation.tokens == generation.stats()["tokens"]
+        assert chat_model.tokenizer.decode(generation.ids[len(prompt) :]).rstrip("\ufffd") == so_far
+    assert so_far == CHAT["背一首春晓"] and generation.finish == "stop"
+    cut = chat_model.generate([{"role": "user", "content": "背一首春晓"}], 7, temperature=0)
     assert len("".join(cut)) >= 2 and (cut.tokens, cut.finish) == (7, "length")
+
+
+def chat(chat_model, questions, **settings):
+    """The answers to a conversation's questions, and the tokens of each prompt that had to be prefilled."""
+    messages, answers, prefilled = [], [], []
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        before = chat_model.worker.scheduler.prefilled_tokens
+        generation = chat_model.generate(messages, 200, **settings)
+        answers.append("".join(generation))
+        prefilled.append(chat_model.worker.scheduler.prefilled_tokens - before)
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return messages, answers, prefilled
+
+
+@pytest.mark.parametrize("speculative", ("", "ngram"))
+def test_the_next_turn_prefills_only_the_new_tokens(speculative):
+    questions = ["背一首春晓", "谁写的", "hello"]
+    with open_chat_model(choose_run(small_runs()), "cpu", speculative=speculative) as chat_model:
+        messages, answers, prefilled = chat(chat_model, questions, temperature=0)
+        prompts = [chat_model.prompt_ids(messages[: 2 * turn + 1])[0] for turn in range(3)]
+        tokenizer = chat_model.tokenizer
+    assert answers[:2] == [CHAT[question] for question in questions[:2]]
+    assert prefilled[0] == len(prompts[0])
+    for turn in (1, 2):
+        known = len(prompts[turn - 1]) + len(tokenizer.encode(answers[turn - 1]))
+        assert prefilled[turn] == len(prompts[turn]) - known < 40
+    with open_chat_model(choose_run(small_runs()), "cpu") as fresh:  # no turn before, so all of it is prefilled
+        assert "".join(fresh.generate(messages[:5], 200, temperature=0)) == answers[2]
+        assert fresh.worker.scheduler.prefilled_tokens == len(prompts[2])
+
+
+def test_an_abandoned_generation_frees_the_slot(chat_model):
+    """Cancelled, or no longer iterated over: the next answer does not wait for it."""
+    ask = [{"role": "user", "content": "背一首春晓"}]
+    for way in ("cancel", "break"):
+        generation = chat_model.generate(ask, 400, temperature=2.0, seed=5)
+        for _ in generation:
+            if way == "break":
+                break
+            generation.cancel()
+        assert generation.finish == "stopped" and 0 < generation.tokens < 400
+        assert "".join(chat_model.generate(ask, 200, temperature=0)) == CHAT["背一首春晓"]
+
+
+def test_an_exception_of_the_model_reaches_the_reader(chat_model, monkeypatch, capsys):
+    ask = [{"role": "user", "content": "谁写的"}]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(chat_model.model), "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(chat_model.generate(ask, 9))
+    assert "".join(chat_model.generate(ask, 99, temperature=0)) == CHAT["谁写的"]
+    assert capsys.readouterr().err == ""
 
 
 def _own_terminal():
@@ -246,9 +316,9 @@ def test_a_chat_on_a_terminal(terminal, tmp_path):
             ("assistant", CHAT["谁写的"]),
         )
     ]
-    for line, told in (
+    for line, shown in (
         ("/set temperature 0.5", "temperature 0.5"),
-        ("/set top_p 7", "out of range"),
+        ("/set top_p 7", "must be above 0 and at most 1"),
         ("/set temperature warm", "expected float"),
         ("/set", "takes a name and a value"),
         ("/show", "temperature 0.5"),
@@ -261,7 +331,7 @@ def test_a_chat_on_a_terminal(terminal, tmp_path):
         ("/save", "takes a file name"),
     ):
         chat.say(line)
-        chat.until(told)
+        chat.until(shown)
     chat.say(f"/save {tmp_path / 'system.jsonl'}")  # /system began a new conversation
     chat.until("1 messages appended")
     chat.say("/reset")
@@ -270,7 +340,7 @@ def test_a_chat_on_a_terminal(terminal, tmp_path):
     assert chat.process.wait(20) == 0
 
 
-def test_ctrl_c_stops_the_answer_only(terminal):
+def test_ctrl_c_stops_only_the_answer(terminal):
     chat = terminal("--run", base_run(), "--temperature=0", "--max_new_tokens=2000")
     chat.say("春眠")
     chat.until("春眠不觉晓，处处")
@@ -291,8 +361,8 @@ def test_ctrl_c_stops_the_answer_only(terminal):
 def test_every_setting_can_be_set(terminal):
     chat = terminal(f"--output_path={small_runs()}")
     chat.say("/help")
-    told = chat.until("may have several lines")
-    assert all(f"/{name}" in told for name in ("reset", "system", "set", "show", "save", "quit"))
+    shown = chat.until("may have several lines")
+    assert all(f"/{name}" in shown for name in ("reset", "system", "set", "show", "save", "quit"))
     for name, value in (
         ("temperature", "0.35"),
         ("top_k", "7"),
@@ -329,5 +399,5 @@ def test_a_terminal_without_colours(terminal, monkeypatch):
     monkeypatch.setenv("INPUTRC", os.devnull)
     chat = terminal(f"--output_path={small_runs()}", "--temperature=0")
     chat.say("谁写的")
-    told = chat.until("tokens/s") + chat.until("› ")
-    assert CHAT["谁写的"] in told and "\x1b[" not in re.sub(r"\x1b\[\?2004[hl]", "", told)  # bracketed paste on, off
+    shown = chat.until("tokens/s") + chat.until("› ")
+    assert CHAT["谁写的"] in shown and "\x1b[" not in re.sub(r"\x1b\[\?2004[hl]", "", shown)  # bracketed paste on, off

@@ -77,7 +77,7 @@ def check_bounds(config: "DataclassInstance") -> None:
     for field in dataclasses.fields(config):
         bounds = field.metadata.get("bounds") or {}
         value = getattr(config, field.name)
-        values = value if isinstance(value, (tuple, list)) else [value]
+        values = value if isinstance(value, (tuple, list)) else [] if value is None else [value]
         if not all(BOUNDS[kind][1](each, limit) for kind, limit in bounds.items() for each in values):
             wanted = " and ".join(f"{BOUNDS[kind][0]} {limit:g}" for kind, limit in bounds.items())
             raise UserError(f"--{field.name}={value}: must be {wanted}")

@@ -1,6 +1,7 @@
-"""The logo, for people: printed on a terminal, and nowhere else."""
+"""The logo, printed on terminals only."""
 
 import sys
+from typing import TextIO
 
 from utils.terminal import paint
 
@@ -13,7 +14,7 @@ LOGO = r"""
 """
 
 
-def print_logo(subtitle="", stream=None):
+def print_logo(subtitle: str = "", stream: TextIO | None = None) -> None:
     """Print the logo and a line below it if the stream (default stdout) is a terminal."""
     stream = stream or sys.stdout
     if stream.isatty():

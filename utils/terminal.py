@@ -1,9 +1,11 @@
-"""What a terminal needs: colours where they are wanted, and text that cannot command it."""
+"""Terminal output: colours where they are wanted, and text without control characters."""
 
 import locale
 import os
 import sys
 import unicodedata
+from types import ModuleType
+from typing import TextIO
 
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36"}
 RESET = "\033[0m"
@@ -11,8 +13,8 @@ RESET = "\033[0m"
 BIDI_CONTROLS = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-def strip_control_chars(text):
-    """The text without control characters, except newline and tab: it can be printed, and does nothing else."""
+def strip_control_chars(text: str) -> str:
+    """Return the text without control characters, except newline and tab: safe to print on a terminal."""
     return "".join(
         char
         for char in text
@@ -20,34 +22,34 @@ def strip_control_chars(text):
     )
 
 
-def colourful(stream=None):
-    """Whether to colour what goes to this stream (default stdout): a terminal, and NO_COLOR is not set."""
+def colourful(stream: TextIO | None = None) -> bool:
+    """Return whether `stream` (default stdout) gets colours: it is a terminal, and NO_COLOR is not set."""
     stream = stream or sys.stdout
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
-def paint(text, *styles, stream=None):
-    """The text in these styles, for a stream that is a terminal; unchanged for any other."""
+def paint(text: str, *styles: str, stream: TextIO | None = None) -> str:
+    """Return the text in these styles for a terminal, unchanged for any other stream."""
     if not colourful(stream):
         return text
     return f"{_start(styles)}{text}{RESET}"
 
 
-def prompt(text, *styles):
-    """Ask for a line on the terminal; EOFError and KeyboardInterrupt pass through.
+def prompt(text: str, *styles: str) -> str:
+    """Read a line from the terminal; EOFError and KeyboardInterrupt pass through.
 
-    The marks \\001 and \\002 tell readline which characters take no room; without them long lines wrap wrongly.
+    The marks \\001 and \\002 enclose characters of width 0 for readline; without them long lines wrap wrongly.
     """
     if not colourful():
         return input(text)
     return input(f"\001{_start(styles)}\002{text}\001{RESET}\002")
 
 
-def speak_utf8():
-    """UTF-8 in and out, whatever the locale says; a stray byte, or a half character, is shown as one that is none.
+def use_utf8() -> None:
+    """Set UTF-8 for input and output, whatever the locale; an invalid byte becomes a replacement character.
 
-    The C library has to know as well: readline counts the columns of a line by it, where a Chinese character takes two,
-    and it asks the environment before every line.
+    readline counts columns by the locale of the C library, which it reads from the environment before every line; a
+    Chinese character takes two.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -56,8 +58,8 @@ def speak_utf8():
         os.environ["LC_ALL"] = "C.UTF-8"
 
 
-def line_history(name):
-    """Give `input` line editing, and a history that outlives the program; without readline, nothing happens."""
+def line_history(name: str) -> None:
+    """Give `input` line editing and a persistent history; without readline, do nothing."""
     try:
         import readline
     except ImportError:
@@ -71,16 +73,16 @@ def line_history(name):
         if os.path.exists(path):
             readline.read_history_file(path)
     except OSError:
-        return  # a home that cannot be written to: the history then lasts one session
+        return  # the home cannot be written to: the history lasts one session
     readline.set_history_length(1000)
     atexit.register(_save_history, readline, path)
 
 
-def _start(styles):
+def _start(styles: tuple[str, ...]) -> str:
     return f"\033[{';'.join(STYLES[style] for style in styles)}m"
 
 
-def _save_history(readline, path):
+def _save_history(readline: ModuleType, path: str) -> None:
     try:
         readline.write_history_file(path)
     except OSError:

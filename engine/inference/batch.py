@@ -1,79 +1,97 @@
-"""The rows of a batch, and what the model remembers of each: in its state, or by reading the texts again."""
+"""The sequences of a running batch: their state in the model, or their tokens, read again in every step."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from model.basemodel import State
+from model.basemodel import BaseModel, State
+
+DecodeStep = Callable[[torch.Tensor, State], torch.Tensor]  # ids (B, T), state -> logits (B, 1|T, V)
 
 
-def open_rows(model, n_rows, max_len):
-    """`n_rows` empty rows with room for `max_len` tokens each, of the kind that the model's forward asks for."""
-    return (StateRows if model.accepts("state") else TextRows)(model, n_rows, max_len)
+def open_batch(
+    model: BaseModel, n_slots: int, max_len: int, decode_step: DecodeStep | None = None
+) -> "CachedBatch | RecomputeBatch":
+    """Return `n_slots` empty slots for `max_len` tokens each: cached, if the model's forward takes a state."""
+    if model.accepts("state"):
+        return CachedBatch(model, n_slots, max_len, decode_step)
+    return RecomputeBatch(model, n_slots, max_len)
 
 
-class StateRows:
-    """Rows of one state of the contract: each token is read once, and the memory is taken once."""
+def forward_step(model: BaseModel, ids: torch.Tensor, state: State, decode_step: DecodeStep | None = None) -> Any:
+    """Return the logits (B, 1|T, V) of one forward pass; `decode_step` replaces the plain forward of `model`."""
+    return model(ids, state=state)[0] if decode_step is None else decode_step(ids, state)
 
-    def __init__(self, model, n_rows, max_len):
-        self.model, self.state, self.blank = model, model.init_state(n_rows, max_len), model.init_state(1, max_len)
 
-    def clear(self, row):
-        """Forget a row. All of it becomes zeros: a key that is not finite would spoil its row even behind a mask."""
-        self.state.overwrite([row], self.blank)
+class CachedBatch:
+    """Slots of one `State`: each token is read once."""
 
-    def swap(self, a, b):
+    def __init__(self, model: BaseModel, n_slots: int, max_len: int, decode_step: DecodeStep | None = None) -> None:
+        self.model = model
+        self.decode_step = decode_step
+        self.max_len = max_len
+        self.state = model.init_state(n_slots, max_len)
+        self._empty = model.init_state(1, max_len)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot. All of it becomes zero: even behind a mask, a non-finite key spoils the attention."""
+        if len(self.state.pos) > 1:
+            self.state.overwrite([slot], self._empty)
+        else:  # a new state: on a CPU, memory for a long max_seq_len is only taken as it is filled
+            self.state = self.model.init_state(1, self.max_len)
+
+    def swap(self, a: int, b: int) -> None:
         self.state.overwrite([a, b], self.state.select([b, a]))
 
-    def append(self, first, lengths, ids):
-        """Read `ids` (B, T) behind the rows from `first` on, which hold `lengths` tokens: the last logits (B, V).
+    def append(self, first: int, lengths: list[int], ids: torch.Tensor) -> torch.Tensor:
+        """Append `ids` (B, T) to the slots from `first` on, which hold `lengths` tokens: the last logits (B, V).
 
-        The rows are a slice, so the model writes into the one state through views, without copying any of it. What a
-        layer does not write in place but replaces, as a recurrence may, is put back.
+        A slice of slots is a set of views, which the model updates in place. A tensor that a layer replaces instead,
+        as a recurrence may, is copied back.
         """
-        state, rows = self.state, slice(first, first + len(ids))
-        if len(ids) == len(state.pos):  # all of them: the state itself
-            state.max_pos, state.last_only = max(lengths), True
-            logits = read(self.model, ids, state)
+        state = self.state
+        slots = slice(first, first + len(ids))
+        if len(ids) == len(state.pos):  # all slots: no views needed
+            state.max_pos = max(lengths)
+            state.last_only = True
+            logits = forward_step(self.model, ids, state, self.decode_step)
             state.advance(ids.shape[1])
             return logits[:, -1]
-        views = [{name: tensor[rows] for name, tensor in layer.items()} for layer in state.layers]
-        part = State(state.pos[rows], state.max_len, [dict(view) for view in views], max(lengths), last_only=True)
-        logits = read(self.model, ids, part)
+        views = [{name: tensor[slots] for name, tensor in layer.items()} for layer in state.layers]
+        part = State(state.pos[slots], state.max_len, [dict(view) for view in views], max(lengths), last_only=True)
+        logits = forward_step(self.model, ids, part, self.decode_step)
         part.advance(ids.shape[1])
-        state.pos[rows] = part.pos
-        for layer, view, now in zip(state.layers, views, part.layers, strict=True):
-            for name, tensor in now.items():
+        state.pos[slots] = part.pos
+        for layer, view, new in zip(state.layers, views, part.layers, strict=True):
+            for name, tensor in new.items():
                 if tensor is not view.get(name):
                     if name not in layer:
                         layer[name] = tensor.new_zeros(len(state.pos), *tensor.shape[1:])
-                    layer[name][rows] = tensor
+                    layer[name][slots] = tensor
         return logits[:, -1]
 
 
-def read(model, ids, state):
-    """The logits (B, 1|T, V) of one forward through a state; compiled where that was asked for."""
-    reader = getattr(model, "reader", None)
-    return model(ids, state=state)[0] if reader is None else reader(ids, state)
+class RecomputeBatch:
+    """The tokens themselves: every step runs the plain forward over all of them. Slow, and works for every model.
 
-
-class TextRows:
-    """The texts themselves, read from the start for every token: slow, and needs nothing but the plain forward.
-
-    Shorter rows are padded on the right, where a causal model cannot see it.
+    Shorter sequences are padded on the right, where a causal model does not look.
     """
 
-    def __init__(self, model, n_rows, max_len):
-        device = next(model.parameters()).device
-        self.model, self.ids = model, torch.zeros(n_rows, max_len, dtype=torch.long, device=device)
+    def __init__(self, model: BaseModel, n_slots: int, max_len: int) -> None:
+        self.model = model
+        self.ids = torch.zeros(n_slots, max_len, dtype=torch.long, device=next(model.parameters()).device)
 
-    def clear(self, row):
-        """Nothing to do: what stands behind a text is overwritten before it is read."""
+    def clear(self, slot: int) -> None:
+        """Do nothing: leftover tokens are overwritten before they are read."""
 
-    def swap(self, a, b):
+    def swap(self, a: int, b: int) -> None:
         self.ids[[a, b]] = self.ids[[b, a]]
 
-    def append(self, first, lengths, ids):
-        """As for a state."""
-        texts, device = self.ids[first : first + len(ids)], ids.device
+    def append(self, first: int, lengths: list[int], ids: torch.Tensor) -> torch.Tensor:
+        """Append `ids` (B, T) as `CachedBatch.append` does."""
+        texts = self.ids[first : first + len(ids)]
+        device = ids.device
         at = torch.tensor(lengths, device=device)[:, None] + torch.arange(ids.shape[1], device=device)  # (B, T)
         texts.scatter_(1, at, ids)
         logits = self.model(texts[:, : max(lengths) + ids.shape[1]])[0]  # (B, T, V)

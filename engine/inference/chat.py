@@ -1,32 +1,45 @@
-"""A conversation with a run: what the terminal and the page share."""
+"""One chat model for the terminal, the page and the server: a loaded run, its prompts, its worker, its answers."""
 
+import queue
 import time
+import weakref
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from engine.distributed.process_group import find_device
-from engine.inference.generate import decode, new_request
-from engine.inference.inspect import spelled, thinking
+from engine.inference import inspect
+from engine.inference.batch import DecodeStep
+from engine.inference.generate import new_request
+from engine.inference.options import check_speculative_name
+from engine.inference.request import Request
 from engine.inference.sampling import Sampling
-from engine.inference.scheduler import room
-from engine.inference.speculative import check_speculative
+from engine.inference.scheduler import Scheduler, max_completion_tokens
+from engine.inference.speculative import SpeculativeScheduler, check_speculative
+from engine.inference.worker import BatchWorker
 from engine.runs import registry
+from engine.runs.registry import LoadedRun, RunInfo
+from model.basemodel import BaseModel
 from model.kernels.prepare import prepare_for_decoding
 from utils.chat_template import encode_chat
 from utils.errors import UserError
+from utils.tokenizer import Tokenizer
 
-BASE = "pretrain"  # the stage whose models have seen no conversation
+BASE = "pretrain"  # the stage of base models, which have seen no conversation
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 
 
-def talkers(output_path):
-    """The trained runs of a folder (`RunInfo`), those that can chat before base models, newest first."""
+def chat_runs(output_path: str | Path) -> list[RunInfo]:
+    """Return the trained runs of a folder, fine-tuned runs before base models, newest first."""
     return sorted(registry.find_runs(output_path), key=lambda run: run.stage == BASE)  # a stable sort
 
 
-def choose_run(output_path):
-    """The path of the run to talk to when none is named; UserError when there is none."""
-    runs = talkers(output_path)
+def choose_run(output_path: str | Path) -> Path:
+    """Return the path of the first of `chat_runs`; UserError when there is none."""
+    runs = chat_runs(output_path)
     if not runs:
         raise UserError(
             f"no trained run in {output_path}: train one with `python pretrain.py` and `python sft.py`, "
@@ -35,25 +48,37 @@ def choose_run(output_path):
     return runs[0].path
 
 
-def open_speaker(path, device="auto", precision="fp32", compile=False, speculative="", rows=1):
-    """Load the run at `path` and make it ready to talk; UserError when there is nothing to load.
+def open_chat_model(
+    run: str | Path,
+    device: str = "auto",
+    precision: str = "fp32",
+    compile: bool = False,
+    speculative: str = "",
+    slots: int = 1,
+    max_queue: int | None = None,
+) -> "ChatModel":
+    """Load the run in folder `run` and prepare it for decoding; UserError when it cannot be loaded.
 
-    precision: of the weights; int8: those of the matrices, and bf16 for all else. compile: a compiled decode step, for
-    `rows` answers at once. speculative: of the answers, as `decode`.
+    precision: of the weights; int8: of the matrices, the rest in bf16. compile: compile the decode step. speculative:
+    "draft" or "ngram", for one slot. slots: requests that are answered at once. max_queue: requests that may wait.
     """
-    run = registry.load_run(path, device=find_device(device), dtype=DTYPES[precision])
-    model = run.model
+    check_speculative_name(speculative)
+    loaded = registry.load_run(run, device=find_device(device), dtype=DTYPES[precision])
+    if speculative:  # before the decode step is compiled, which takes a while
+        check_speculative(loaded.model, speculative)
+    decode_step = _prepare(loaded.model, precision, compile, slots)
+    return ChatModel(loaded, decode_step, speculative, slots, max_queue)
+
+
+def _prepare(model: BaseModel, precision: str, compile: bool, slots: int) -> DecodeStep:
     if precision != "fp32":
-        check_types(model, precision)
-    model.reader = prepare_for_decoding(model, precision, compile, rows)
-    if speculative:
-        check_speculative(model, speculative)
-    return Speaker(model, run.tokenizer, run.config["stage"], speculative, run)
+        check_dtypes(model, precision)
+    return prepare_for_decoding(model, precision, compile, slots)
 
 
 @torch.inference_mode()
-def check_types(model, precision):
-    """UserError for a model that computes in fp32 with a weight that it takes as it is, of whatever type that is."""
+def check_dtypes(model: BaseModel, precision: str) -> None:
+    """Raise UserError for a model that multiplies fp32 activations by a weight of lower precision."""
     try:
         model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
     except RuntimeError as error:
@@ -65,114 +90,195 @@ def check_types(model, precision):
         ) from error
 
 
-class Speaker:
-    """A loaded run that answers: the next turn of a chat, or, from a base model, the rest of a text."""
+class ChatModel:
+    """A loaded run that answers: the next turn of a chat or, if it is a base model, the continuation of a text.
 
-    def __init__(self, model, tokenizer, stage, speculative="", run=None):
-        self.model, self.tokenizer, self.speculative = model, tokenizer, speculative
-        self.run = run  # its LoadedRun, where it came from one
-        self.is_base = stage == BASE  # it has seen no conversation yet
+    All answers come from one `worker`. A slot keeps the tokens of its last turn, so that the next turn of the same
+    conversation prefills only what is new. Close it, or use it in a `with`.
+    """
 
-    def answer(self, messages, max_new_tokens, **sampling):
-        """A `Reply` to messages [{"role", "content"}, ...], the last of them the user's; UserError if it cannot fit.
+    def __init__(
+        self,
+        run: LoadedRun,
+        decode_step: DecodeStep | None = None,
+        speculative: str = "",
+        slots: int = 1,
+        max_queue: int | None = None,
+    ) -> None:
+        """decode_step: a faster forward, as `prepare_for_decoding` returns it. The rest as in `open_chat_model`."""
+        self.run = run
+        self.model: BaseModel = run.model
+        self.tokenizer: Tokenizer = run.tokenizer
+        self.speculative = speculative
+        self.is_base = run.config["stage"] == BASE
+        scheduler: Scheduler
+        if speculative:
+            scheduler = SpeculativeScheduler(self.model, speculative, max_queue=max_queue, decode_step=decode_step)
+        else:
+            scheduler = Scheduler(self.model, slots, max_queue=max_queue, decode_step=decode_step)
+        self.worker = BatchWorker(scheduler)
+        self._finalizer = weakref.finalize(self, self.worker.close)  # also when a cache drops the model, and at exit
 
-        A base model goes on from the last message and sees none of the others.
+    def close(self) -> None:
+        """Stop the worker; its requests end as cancelled."""
+        self._finalizer()
+
+    def __enter__(self) -> "ChatModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @cached_property
+    def reports_expert_load(self) -> bool:
+        """Whether the model reports the load of its experts (engine/inference/inspect.py)."""
+        return inspect.reports_expert_load(self.model)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the prompt of a text that the model is to continue: `<s>` and the text."""
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+
+    def prompt_ids(self, messages: list[dict[str, str]], max_new_tokens: int | None = None) -> tuple[list[int], int]:
+        """Return the prompt of messages [{"role", "content"}, ...] and the number of messages left out.
+
+        A base model gets the last message as text. A chat gets the chat template; with `max_new_tokens`, the oldest
+        turns are left out until such an answer fits (`fit_conversation`).
         """
         if self.is_base:
-            ids, dropped = [self.tokenizer.bos_id] + self.tokenizer.encode(messages[-1]["content"]), 0
-        else:
-            ids, dropped = fit(self.tokenizer, messages, self.model.args.max_seq_len, max_new_tokens)
-        return Reply(self.model, self.tokenizer, ids, max_new_tokens, Sampling(**sampling), dropped, self.speculative)
+            return self.text_ids(messages[-1]["content"]), 0
+        if max_new_tokens is None:
+            return encode_chat(self.tokenizer, messages, add_generation_prompt=True)[0], 0
+        return fit_conversation(self.tokenizer, messages, self.model.args.max_seq_len, max_new_tokens)
 
-    def check(self, max_new_tokens, **sampling):
-        """UserError when a setting is out of its range."""
-        room(self.model, [0], max_new_tokens)
-        Sampling(**sampling)
+    def generate(self, messages: list[dict[str, str]], max_new_tokens: int, **sampling: Any) -> "Generation":
+        """Return the answer to messages, the last of them the user's; it is generated while it is iterated over.
+
+        sampling: the fields of `Sampling`. UserError for a setting out of bounds or a prompt that does not fit.
+        """
+        ids, dropped = self.prompt_ids(messages, max_new_tokens)
+        max_completion_tokens(self.model, ids, max_new_tokens)
+        request = new_request(self.tokenizer, ids, max_new_tokens, Sampling(**sampling), text=True)
+        return Generation(self, request, dropped)
 
 
-class Reply:
-    """An answer while it is written: iterate over its pieces of text. Its fields are right at any moment."""
+class Update(NamedTuple):
+    """A snapshot of a request after a step of the scheduler."""
 
-    def __init__(self, model, tokenizer, ids, max_new_tokens, sampling, dropped=0, speculative=""):
-        self.text = ""  # all pieces so far
-        self.tokens = 0  # tokens so far
+    n_tokens: int
+    text: str
+    finish: str | None
+    at: float  # time.perf_counter()
+
+
+class Generation:
+    """One answer: iterate over its pieces of text. Between two pieces all fields are those of the latest piece."""
+
+    def __init__(self, chat_model: ChatModel, request: Request, dropped: int = 0) -> None:
+        self.text = ""
+        self.tokens = 0  # number of tokens
         self.seconds = 0.0  # from the call to the latest token
-        self.first_seconds = 0.0  # from the call to the first token: reading the prompt
-        self.finish = "stopped"  # "stop": the model ended it; "length": no room left; "stopped": by the reader
+        self.first_seconds = 0.0  # from the call to the first token: the prefill
+        self.finish = "stopped"  # "stop": by the model; "length": no room left; "stopped": by the reader
         self.dropped = dropped  # messages left out because they did not fit
-        room(model, ids, max_new_tokens)
-        self._speculative = speculative
-        self._tokenizer = tokenizer
-        self._model, self._request = model, new_request(tokenizer, ids, max_new_tokens, sampling, text=True)
+        self._chat_model = chat_model  # which lives, and so keeps its worker, until the answer has ended
+        self._request = request
+        self._updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
+        request.notify = self._notify
+        request.reraise = True
 
-    def __iter__(self):
-        request, start = self._request, time.perf_counter()
-        for _ in decode(self._model, [request], self._speculative):
-            if len(request.tokens) > self.tokens:
-                self.tokens = len(request.tokens)
-                self.seconds = time.perf_counter() - start
-                self.first_seconds = self.first_seconds or self.seconds
-            piece = request.text[len(self.text) :]
-            if piece:
-                self.text += piece
-                yield piece
-            self.finish = request.finish or self.finish
+    def _notify(self) -> None:
+        """In the worker's thread, between two steps."""
+        request = self._request
+        self._updates.put(Update(len(request.tokens), request.text, request.finish, time.perf_counter()))
 
-    def watch(self, n_top):
-        """Before it is iterated over: note the n_top likeliest tokens beside each that is chosen, for `spelled`."""
+    def __iter__(self) -> Iterator[str]:
+        start = time.perf_counter()
+        self._chat_model.worker.submit(self._request)
+        try:
+            finish = None
+            while finish is None:
+                n_tokens, text, finish, at = self._updates.get()
+                if finish == "error":
+                    raise self._request.exception or UserError(self._request.error)
+                if n_tokens > self.tokens:
+                    self.tokens = n_tokens
+                    self.seconds = at - start
+                    self.first_seconds = self.first_seconds or self.seconds
+                piece = text[len(self.text) :]
+                if piece:
+                    self.text = text
+                    yield piece
+            if finish in ("stop", "length"):
+                self.finish = finish
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Stop generating; from any thread, and without effect on an answer that has ended."""
+        self._request.cancelled = True
+
+    def request_logprobs(self, n_top: int) -> None:
+        """Before the iteration: record the n_top likeliest tokens beside each token, for `token_details`."""
         self._request.top_logprobs = n_top
 
     @property
-    def ids(self):
+    def ids(self) -> list[int]:
         """The tokens of the prompt and of the answer so far."""
-        return [*self._request.ids, *self._request.tokens]
+        return [*self._request.ids, *self._request.tokens[: self.tokens]]
 
-    def spelled(self, start=0):
-        """The tokens from number `start` on, with what else could have come (engine/inference/inspect.py)."""
-        return spelled(self._tokenizer, self._request, start)
-
-    def parts(self):
-        """(what was thought, what is said): the text so far."""
-        return thinking(self._tokenizer, self._request)
-
-    def figures(self):
-        """What to tell below the answer, without the model: tokens, tokens_per_s, first_seconds, finish, dropped; of a
-        speculating one also calls of the model, guesses, and hits among them.
-
-        tokens_per_s counts from the call, so the reading of the prompt is in it.
-        """
-        speculation = (
-            {name: getattr(self._request, name) for name in ("calls", "guesses", "hits")} if self._speculative else {}
+    def token_details(self, first: int = 0) -> list[dict[str, Any]]:
+        """Return the tokens from index `first` on, with their probabilities (engine/inference/inspect.py)."""
+        return inspect.token_details(
+            self._chat_model.tokenizer, self._answer_ids(), self._request.logprobs, self._starts(), self.text, first
         )
-        rate = self.tokens / self.seconds if self.seconds else 0.0
+
+    def split_reasoning(self) -> tuple[str, str]:
+        """Return the text so far as (reasoning, reply)."""
+        return inspect.split_reasoning(self._chat_model.tokenizer, self._answer_ids(), self._starts(), self.text)
+
+    def stats(self) -> dict[str, Any]:
+        """Return tokens, tokens_per_s, first_seconds, finish and dropped; with speculation also forward_passes, drafted
+        and accepted.
+
+        tokens_per_s counts from the call, so it includes the prefill.
+        """
+        request = self._request
+        speculation = {
+            "forward_passes": request.forward_passes,
+            "drafted": request.drafted,
+            "accepted": request.accepted,
+        }
         return {
-            **speculation,
+            **(speculation if self._chat_model.speculative else {}),
             "tokens": self.tokens,
-            "tokens_per_s": rate,
+            "tokens_per_s": self.tokens / self.seconds if self.seconds else 0.0,
             "first_seconds": self.first_seconds,
             "finish": self.finish,
             "dropped": self.dropped,
         }
 
+    def _answer_ids(self) -> list[int]:
+        return self._request.tokens[: self.tokens]
 
-def fit(tokenizer, messages, max_seq_len, max_new_tokens):
+    def _starts(self) -> list[int]:
+        assert self._request.detokenizer is not None
+        return self._request.detokenizer.starts[: self.tokens]
+
+
+def fit_conversation(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], max_seq_len: int, max_new_tokens: int
+) -> tuple[list[int], int]:
     """Encode a conversation so that an answer fits: (ids, number of messages left out).
 
-    The oldest turns go first; the system prompt and the last message stay. A quarter of the sequence is kept free for
-    the answer, or less when less is asked for. UserError when even the last message alone leaves no room.
+    The oldest turns go first; the system prompt and the last message stay. A quarter of the sequence is reserved for
+    the answer, or less if `max_new_tokens` is less. What is left may still be too long: `max_completion_tokens` checks.
     """
     reserve = min(max_new_tokens, max_seq_len // 4)
     system = [message for message in messages[:1] if message["role"] == "system"]
-    turns, total = messages[len(system) :], len(messages)
+    turns = messages[len(system) :]
     while True:
         ids, _ = encode_chat(tokenizer, system + turns, add_generation_prompt=True)
         later = [i for i, message in enumerate(turns) if message["role"] == "user" and i > 0]
         if len(ids) + reserve <= max_seq_len or not later:
-            break
+            return ids, len(messages) - len(system) - len(turns)
         turns = turns[later[0] :]
-    if len(ids) >= max_seq_len:
-        raise UserError(
-            f"the message has {len(ids)} tokens with its system prompt, and the model takes {max_seq_len}, "
-            "answer included: shorten it"
-        )
-    return ids, total - len(system) - len(turns)

@@ -1,48 +1,54 @@
-"""Ids to text that stays: streaming never shows half a character, nor what turns out to be a stop string."""
+"""Token ids to text in a stream: no half characters, and no text that a stop string may still swallow."""
 
-from utils.tokenizer import StreamDecoder
+from collections.abc import Iterable
+
+from utils.tokenizer import StreamDecoder, Tokenizer
 
 
-class Writer:
-    """Takes ids one at a time; `text` is what is final of their text, up to the first of the stop strings.
+class StreamDetokenizer:
+    """Takes ids one at a time; `text` is the part that is final, up to the first of the stop strings.
 
-    `stopped` tells that one was found; it is not part of the text. `starts` has for every id the number of characters
-    before it: an id is part of the text if that is less than len(text), or if nothing was cut.
+    `stopped`: a stop string was found; it is not part of the text. `starts[i]`: characters before id i; the id
+    belongs to the text if that is less than len(text), or if nothing was cut off.
     """
 
-    def __init__(self, tokenizer, stop=()):
-        self.text, self.stopped, self.starts = "", False, []
-        self._stop, self._held, self._decoder = tuple(stop), "", StreamDecoder(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str] = ()) -> None:
+        self.text = ""
+        self.stopped = False
+        self.starts: list[int] = []
+        self._stop = tuple(stop)
+        self._held = ""  # decoded, but possibly the start of a stop string
+        self._decoder = StreamDecoder(tokenizer)
 
     def push(self, token_id: int) -> None:
-        """Add an id's text."""
+        """Append the text of an id."""
         self.starts.append(len(self.text) + len(self._held))
         self._add(self._decoder.push(token_id))
 
     def close(self) -> None:
-        """The end of the ids: what was held back is text after all."""
+        """End the stream: text that was held back becomes final."""
         if not self.stopped:
             self._add(self._decoder.flush())
         if not self.stopped:
-            self.text, self._held = self.text + self._held, ""
+            self.text += self._held
+            self._held = ""
 
     def _add(self, piece: str) -> None:
         self._held += piece
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
         if found:
-            self.text, self._held, self.stopped = self.text + self._held[: min(found)], "", True
+            self.text += self._held[: min(found)]
+            self._held = ""
+            self.stopped = True
         elif piece:
-            final = len(self._held) - self._may_begin()
-            self.text, self._held = self.text + self._held[:final], self._held[final:]
+            final = len(self._held) - self._partial_stop()
+            self.text += self._held[:final]
+            self._held = self._held[final:]
 
-    def _may_begin(self) -> int:
-        """How many of the last characters may be the beginning of a stop string."""
+    def _partial_stop(self) -> int:
+        """Return how many of the last characters may be the beginning of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
-        return next(
-            (
-                n
-                for n in range(min(longest, len(self._held)), 0, -1)
-                if any(stop.startswith(self._held[-n:]) for stop in self._stop)
-            ),
-            0,
-        )
+        for n in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-n:]) for stop in self._stop):
+                return n
+        return 0

@@ -1,73 +1,108 @@
-"""Text from a model, by the contract alone: with `state` when the model takes it, else by reading the prefix again."""
+"""Text from a model through the contract alone: with its state if it has one, else by running all tokens again."""
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from engine.inference.batch import DecodeStep
 from engine.inference.request import Request
 from engine.inference.sampling import Sampling
-from engine.inference.scheduler import Batch, room
-from engine.inference.speculative import speculate
+from engine.inference.scheduler import Scheduler, max_completion_tokens
+from engine.inference.speculative import SpeculativeScheduler
+from model.basemodel import BaseModel
 from utils.errors import UserError
+from utils.tokenizer import Tokenizer
 
 
-def generate(model, tokenizer, prompt_ids, max_new_tokens, stop_ids=None, stop=(), speculative="", **sampling):
-    """Answer a batch of prompts of any lengths: a list of token ids a prompt, without the prompt and the stop token.
+def generate(
+    model: BaseModel,
+    tokenizer: Tokenizer,
+    prompt_ids: list[list[int]],
+    max_new_tokens: int,
+    stop_ids: Iterable[int] | None = None,
+    stop: Iterable[str] = (),
+    speculative: str = "",
+    decode_step: DecodeStep | None = None,
+    **sampling: Any,
+) -> list[list[int]]:
+    """Answer a batch of prompts of any lengths: a list of token ids per prompt, without the prompt and the stop token.
 
-    `prompt_ids` is a list of lists of ids; `stop_ids` defaults to the end of a document or of a turn, `stop` are
-    strings; `sampling` takes the fields of `Sampling`; `speculative` is "mtp" or "ngram" (engine/inference/speculative.py), for
-    one prompt after another. A row ends at a stop, after max_new_tokens, or when prompt and
-    answer fill max_seq_len. Raises UserError for an empty prompt, one that leaves no room, or an id the model does not
-    have.
+    stop_ids: default the end of a document or of a turn; stop: strings; sampling: the fields of `Sampling`;
+    speculative: "draft" or "ngram" (engine/inference/speculative.py), one prompt after another; decode_step: as
+    `prepare_for_decoding` returns it. An answer ends at a stop, after max_new_tokens, or when prompt and answer fill
+    max_seq_len. UserError for an empty prompt, one that leaves no room, or an id outside the vocabulary.
     """
-    sampling = Sampling(**sampling)
+    settings = Sampling(**sampling)
     requests = [
-        new_request(tokenizer, ids, max_new_tokens, sampling.of_row(row), stop_ids, stop)
-        for row, ids in enumerate(prompt_ids)
+        new_request(tokenizer, ids, max_new_tokens, settings.offset_seed(index), stop_ids, stop)
+        for index, ids in enumerate(prompt_ids)
     ]
-    for _ in decode(model, requests, speculative):
+    for _ in decode(model, requests, speculative, decode_step):
         pass
     return [request.tokens for request in requests]
 
 
-def stream(model, tokenizer, ids, max_new_tokens, stop_ids=None, stop=(), speculative="", **sampling):
-    """Answer one prompt as it is written: an iterator of token ids; arguments and errors as in `generate`."""
+def stream(
+    model: BaseModel,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    max_new_tokens: int,
+    stop_ids: Iterable[int] | None = None,
+    stop: Iterable[str] = (),
+    speculative: str = "",
+    **sampling: Any,
+) -> Iterator[int]:
+    """Yield the token ids of one answer as they are generated; arguments and errors as in `generate`."""
     request = new_request(tokenizer, ids, max_new_tokens, Sampling(**sampling), stop_ids, stop)
-    given = 0
+    n_yielded = 0
     for _ in decode(model, [request], speculative):
-        yield from request.tokens[given:]
-        given = len(request.tokens)
+        yield from request.tokens[n_yielded:]
+        n_yielded = len(request.tokens)
 
 
-def new_request(tokenizer, ids, max_new_tokens, sampling, stop_ids=None, stop=(), text=False, **more):
-    """A `Request` that ends where documents and turns do, unless other `stop_ids` are given."""
-    stop_ids = {tokenizer.eos_id, tokenizer.im_end_id} if stop_ids is None else set(stop_ids)
-    return Request(ids, max_new_tokens, sampling, stop_ids, tokenizer if text or stop else None, stop, **more)
+def new_request(
+    tokenizer: Tokenizer,
+    ids: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Iterable[int] | None = None,
+    stop: Iterable[str] = (),
+    text: bool = False,
+    **options: Any,
+) -> Request:
+    """Return a `Request` that ends at the end of a document or turn, unless other `stop_ids` are given.
 
-
-def decode(model, requests, speculative=""):
-    """Answer requests side by side, or speculating one after another: yields after each step the requests that moved.
-
-    UserError for a prompt that cannot be answered, and when the model's numbers are no longer finite.
+    text: detokenize the answer, as stop strings do in any case. options: further arguments of `Request`.
     """
+    stop_ids = {tokenizer.eos_id, tokenizer.im_end_id} if stop_ids is None else set(stop_ids)
+    return Request(ids, max_new_tokens, sampling, stop_ids, tokenizer if text or stop else None, stop, **options)
+
+
+def decode(
+    model: BaseModel, requests: list[Request], speculative: str = "", decode_step: DecodeStep | None = None
+) -> Iterator[list[Request]]:
+    """Answer requests, side by side or, with speculation, one after another; yields those that changed in each step.
+
+    UserError for a prompt that cannot be answered, and for non-finite logits.
+    """
+    if not requests:
+        return
     was_training = model.training
     model.eval()
     try:
-        for moved in _speculate(model, requests, speculative) if speculative else _side_by_side(model, requests):
-            for request in moved:
+        max_len = max(
+            len(request.ids) + max_completion_tokens(model, request.ids, request.max_new_tokens) for request in requests
+        )
+        scheduler = (
+            SpeculativeScheduler(model, speculative, max_len, decode_step=decode_step)
+            if speculative
+            else Scheduler(model, len(requests), max_len, decode_step=decode_step)
+        )
+        scheduler.add(*requests)
+        while scheduler.busy:
+            changed = scheduler.step()
+            for request in changed:
                 if request.error:
                     raise UserError(request.error)
-            yield moved
+            yield changed
     finally:
         model.train(was_training)
-
-
-def _side_by_side(model, requests):
-    if not requests:
-        return
-    longest = max(len(request.ids) + room(model, request.ids, request.max_new_tokens) for request in requests)
-    batch = Batch(model, len(requests), longest)
-    batch.add(*requests)
-    while batch.busy:
-        yield batch.step()
-
-
-def _speculate(model, requests, kind):
-    for request in requests:
-        yield from speculate(model, request, kind)

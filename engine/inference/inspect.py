@@ -1,84 +1,94 @@
-"""What a learner wants to see of an answer: what else could have come, where it was thinking, which experts took it."""
+"""An answer from inside: token probabilities, reasoning apart from the reply, and the load of the experts."""
 
 import math
+from typing import Any
 
 import torch
 
+from engine.inference.request import Logprobs
+from model.basemodel import BaseModel
+from utils.tokenizer import Tokenizer
 
-def spelled(tokenizer, request, start=0):
-    """The tokens of an answer from number `start` on, as they can be shown: a list of dicts.
 
-    text: what the token adds to the text; "·" where it is a part of a character that a later one completes. p: how
-    likely the model found it, before all filters. top: the likeliest as [text, p], likeliest first.
+def token_details(
+    tokenizer: Tokenizer, tokens: list[int], logprobs: list[Logprobs], starts: list[int], text: str, first: int = 0
+) -> list[dict[str, Any]]:
+    """Return what can be shown of each token of an answer from index `first` on, as a list of dicts.
+
+    starts: characters of `text` before each token. In the dicts, text: what the token adds to the text, "·" for a part
+    of a character that a later token completes; p: its probability before all filters; top: the likeliest tokens as
+    [text, p], likeliest first.
     """
 
-    def word(token):
+    def name_of(token: int) -> str:
         return tokenizer.decode([token], skip_special=False)
 
-    text, starts, tokens = request.text, request.writer.starts, []
-    for number in range(start, len(request.logprobs)):
-        token, (own, top) = request.tokens[number], request.logprobs[number]
-        end = starts[number + 1] if number + 1 < len(starts) else len(text)
-        name = word(token)
-        tokens.append(
+    details = []
+    for index in range(first, len(tokens)):
+        token = tokens[index]
+        own, top = logprobs[index]
+        end = starts[index + 1] if index + 1 < len(starts) else len(text)
+        name = name_of(token)
+        details.append(
             {
-                "text": text[starts[number] : end] or ("·" if "\ufffd" in name else name),
+                "text": text[starts[index] : end] or ("·" if "\ufffd" in name else name),
                 "p": math.exp(own),
-                "top": [[word(other), math.exp(log)] for other, log in top.items()],
+                "top": [[name_of(other), math.exp(logprob)] for other, logprob in top.items()],
             }
         )
-    return tokens
+    return details
 
 
-def thinking(tokenizer, request):
-    """An answer's text as (what was thought, what is said), told apart by <think> and </think>.
+def split_reasoning(tokenizer: Tokenizer, tokens: list[int], starts: list[int], text: str) -> tuple[str, str]:
+    """Split an answer at <think> and </think> into (reasoning, reply).
 
-    They are single tokens, which leave no text; a model whose data held them as text writes them as text.
+    They are single tokens without text; a model whose training data held them as text writes them as text.
     """
-    text, tokens, starts = request.text, request.tokens, request.writer.starts
     if tokenizer.think_id in tokens or tokenizer.end_think_id in tokens:
         begin = starts[tokens.index(tokenizer.think_id)] if tokenizer.think_id in tokens else 0
         end = starts[tokens.index(tokenizer.end_think_id)] if tokenizer.end_think_id in tokens else len(text)
         return text[begin:end].strip(), (text[:begin] + text[end:]).strip()
     if text.lstrip().startswith("<think>"):
-        thought, _, said = text.lstrip().removeprefix("<think>").partition("</think>")
-        return thought.strip(), said.strip()
+        reasoning, _, reply = text.lstrip().removeprefix("<think>").partition("</think>")
+        return reasoning.strip(), reply.strip()
     return "", text
 
 
-def is_load(name, value):
-    """Whether an entry of other_vars is the load of experts: `.../load...`, one row a layer."""
+def is_load(name: str, value: torch.Tensor) -> bool:
+    """Return whether an entry of other_vars is an expert load: `.../load...`, one row per layer."""
     return name.rpartition("/")[2].startswith("load") and value.ndim == 2
 
 
 @torch.inference_mode()
-def expert_loads(model, ids, first):
-    """{name: (T, L, E)}: how many tokens each expert of each layer takes, for the tokens ids[first:], one at a time.
+def expert_loads(model: BaseModel, ids: list[int], first: int) -> dict[str, torch.Tensor]:
+    """Return {name: (T, L, E)}: tokens routed to each expert of each layer, for each of the tokens ids[first:].
 
-    `other_vars` sums over the tokens of a call, so each gets a call of its own. Of a model without `state` the sum over
-    the whole text is all there is: T is 1. Empty for a model that reports no load.
+    `other_vars` sums over the tokens of a call, so each token gets its own. Without `state` there is only the sum over
+    all tokens: T is 1. Empty for a model that reports no load.
     """
-    device, found = next(model.parameters()).device, {}
+    device = next(model.parameters()).device
 
-    def read(tokens, **state):
+    def forward(tokens: list[int], **state: Any) -> dict[str, torch.Tensor]:
         return model(torch.tensor([tokens], device=device), **state)[2]
 
     if not model.accepts("state"):
-        readings = [read(ids)]
+        per_call = [forward(ids)]
     else:
-        state, readings = model.init_state(1, len(ids)), []
+        state = model.init_state(1, len(ids))
+        per_call = []
         for part in [ids[:first], *([token] for token in ids[first:])]:
             if part:
-                readings.append(read(part, state=state))
+                per_call.append(forward(part, state=state))
                 state.advance(len(part))
-        readings = readings[1:] if first else readings
-    for reading in readings:
-        for name, value in reading.items():
+        per_call = per_call[1:] if first else per_call
+    loads: dict[str, list[torch.Tensor]] = {}
+    for other_vars in per_call:
+        for name, value in other_vars.items():
             if is_load(name, value):
-                found.setdefault(name, []).append(value.cpu())
-    return {name: torch.stack(values) for name, values in found.items()}
+                loads.setdefault(name, []).append(value.cpu())
+    return {name: torch.stack(values) for name, values in loads.items()}
 
 
-def reports_load(model):
-    """Whether `expert_loads` has something to tell of this model."""
+def reports_expert_load(model: BaseModel) -> bool:
+    """Return whether the model reports the load of its experts."""
     return bool(expert_loads(model, [0], 0))

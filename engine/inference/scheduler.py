@@ -1,4 +1,4 @@
-"""Continuous batching: requests join and leave a running batch at any step, and none of them can tell."""
+"""Continuous batching: requests enter and leave a running batch at any step, and none depends on the others."""
 
 import threading
 from collections import deque
@@ -6,20 +6,31 @@ from itertools import groupby
 
 import torch
 
-from engine.inference.batch import open_rows
-from engine.inference.sampling import log_probabilities, pick
+from engine.inference.batch import DecodeStep, open_batch
+from engine.inference.request import Logprobs, Request
+from engine.inference.sampling import Sampling, log_probabilities, sample
+from model.basemodel import BaseModel
 from utils.errors import UserError
 
-READ_TOKENS = 4096  # of prompts a step: those who are being answered wait no longer than that takes
+PREFILL_TOKENS = 4096  # of prompts per step: bounds how long running requests wait for a prefill
 
 
 class QueueFull(Exception):
-    """More requests wait than the batch takes."""
+    """More requests wait than the scheduler's queue takes."""
 
 
-def room(model, ids, max_new_tokens):
-    """How many tokens may follow this prompt; UserError when there is nothing to go by or no room for a token."""
-    vocab_size, longest = model.args.vocab_size, model.args.max_seq_len
+class PromptTooLong(UserError):
+    """The prompt leaves no room for a token of the answer."""
+
+
+def max_completion_tokens(model: BaseModel, ids: list[int], max_new_tokens: int) -> int:
+    """Return how many tokens may follow the prompt `ids`: the only length check.
+
+    UserError for an empty prompt, an id outside the vocabulary, or max_new_tokens below 1; PromptTooLong for a prompt
+    that fills max_seq_len.
+    """
+    vocab_size = model.args.vocab_size
+    max_seq_len = model.args.max_seq_len
     if not ids:
         raise UserError("the prompt is empty: a model needs at least one token, such as <s>, to go on from")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
@@ -27,205 +38,241 @@ def room(model, ids, max_new_tokens):
             f"the prompt has a token id outside the model's vocabulary of {vocab_size}: "
             "use the tokenizer that is in the run folder"
         )
-    if len(ids) >= longest:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens and the model takes {longest}, prompt and answer together: "
+    if len(ids) >= max_seq_len:
+        raise PromptTooLong(
+            f"the prompt has {len(ids)} tokens and the model takes {max_seq_len}, prompt and answer together: "
             "shorten the prompt, or train with a larger --max_seq_len"
         )
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} asks for nothing: give 1 or more")
-    return min(max_new_tokens, longest - len(ids))
+    return min(max_new_tokens, max_seq_len - len(ids))
 
 
-class Memory:
-    """What a row of the batch has read."""
+class Slot:
+    """The tokens that one slot of the batch has read. They stay after the request as a cached prefix."""
 
-    def __init__(self):
-        self.ids = []  # the tokens; they stay when the request has left, for whoever goes on from there
-        self.left = 0  # the step at which the last request left
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.last_used = 0  # the step in which its last request was retired
 
 
-class Batch:
-    """`slots` rows of one state; the first rows belong to the requests that are being answered, in any order.
+class Scheduler:
+    """Assigns requests to the slots of one batch; the running requests occupy the first slots, in any order.
 
-    `step` is all there is to it, a plain function that the caller repeats while `busy`. Requests are taken in the order
-    they came, and each that is being answered gets one token a step, so that none waits for another for ever. A row
-    keeps its memory when its request leaves: the next turn of the conversation, whose prompt begins with all of it,
-    reads only what is new. The memory that was left longest ago makes room for what is not known.
+    Call `step` while `busy`: each step gives every running request one token. Requests are admitted first come, first
+    served. A slot keeps its tokens when its request is retired: if the next prompt begins with all of them, as the next
+    turn of a conversation does, only the rest is prefilled. The least recently used prefix is evicted first.
     """
 
-    def __init__(self, model, slots, max_len=None, queue=None):
-        self.model, self.queue = model, queue  # queue: how many may wait, None: any number
+    def __init__(
+        self,
+        model: BaseModel,
+        n_slots: int,
+        max_len: int | None = None,
+        max_queue: int | None = None,
+        decode_step: DecodeStep | None = None,
+    ) -> None:
+        """max_len: tokens per slot (default max_seq_len). max_queue: requests that may wait (default: any number)."""
+        self.model = model
+        self.max_queue = max_queue
         self.device = next(model.parameters()).device
-        self.rows = open_rows(model, slots, max_len or model.args.max_seq_len)
-        self.memories = [Memory() for _ in range(slots)]
-        self.running, self.waiting = [], deque()
-        self.steps = self.read = self.reused = 0  # steps; tokens of prompts that were read; that were known already
-        self._lock = threading.Lock()  # of `waiting` alone: never held while the model works
+        self.batch = open_batch(model, n_slots, max_len or model.args.max_seq_len, decode_step)
+        self.slots = [Slot() for _ in range(n_slots)]
+        self.running: list[Request] = []
+        self.waiting: deque[Request] = deque()
+        self.steps = 0
+        self.prefilled_tokens = 0  # of prompts
+        self.cached_tokens = 0  # of prompts, found in a slot
+        self._lock = threading.Lock()  # guards `waiting` alone; never held during a forward pass
 
     @property
-    def busy(self):
+    def busy(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def add(self, *requests):
-        """Let requests wait for their turn, all or none. UserError for a prompt that cannot be answered, QueueFull."""
+    def add(self, *requests: Request) -> None:
+        """Queue requests, all or none. UserError for a prompt that cannot be answered, QueueFull."""
         for request in requests:
-            request.start(
-                room(self.model, request.ids, request.max_new_tokens), self.model.args.vocab_size, self.device
-            )
+            limit = max_completion_tokens(self.model, request.ids, request.max_new_tokens)
+            request.start(limit, self.model.args.vocab_size, self.device)
         with self._lock:
-            if self.queue is not None and len(self.waiting) + len(requests) > self.queue:
+            if self.max_queue is not None and len(self.waiting) + len(requests) > self.max_queue:
                 raise QueueFull
             self.waiting.extend(requests)
 
     @torch.inference_mode()
-    def step(self):
-        """Let go of who has ended, take in who waits, and write one token each: the requests that grew or ended."""
+    def step(self) -> list[Request]:
+        """Cancel, decode, admit, sample and retire: the requests that got a token or ended."""
         self.steps += 1
-        moved, parts = self._let_go(), []
+        changed = self._cancel()
+        changed += self._decode()
+        for request in changed:
+            request.notify()
+        return changed
+
+    def abort(self, error: str, exception: Exception | None = None) -> list[Request]:
+        """Fail all running requests and invalidate every cached prefix: the model failed in the middle of a step."""
+        failed = self.running
+        self.running = []
+        for slot in self.slots:
+            slot.ids = []
+        for request in failed:
+            request.exception = exception
+            request.end("error", error)
+            request.notify()
+        return failed
+
+    def _decode(self) -> list[Request]:
+        """Sample one token for every running and every admitted request; returns them."""
+        logits = []
         if self.running:
-            parts.append(self._append(0, [request.tokens[-1:] for request in self.running]))
-        parts += self._take_in()
-        if parts:
-            choose(self.running, parts[0] if len(parts) == 1 else torch.cat(parts))
-            moved += self.running
-            self._leave()
-        for request in moved:
-            request.notify()
-        return moved
+            logits.append(self._forward(0, [request.tokens[-1:] for request in self.running]))
+        logits += self._prefill(self._admit())
+        if not logits:
+            return []
+        sample_batch(self.running, logits[0] if len(logits) == 1 else torch.cat(logits))
+        sampled = [*self.running]
+        self._retire()
+        return sampled
 
-    def abort(self, finish, error=""):
-        """End the requests that are being answered, and trust no memory: the model failed in the middle of a step."""
-        gone, self.running = self.running, []
-        for memory in self.memories:
-            memory.ids = []
-        for request in gone:
-            request.end(finish, error)
-            request.notify()
-
-    def _let_go(self):
-        """End the requests that were cancelled or ran out of time, the waiting ones too; returns them."""
+    def _cancel(self) -> list[Request]:
+        """End the requests that were cancelled or are overdue, waiting or running; returns them."""
         with self._lock:
-            gone = [request for request in self.waiting if request.cancelled or request.overdue()]
-            for request in gone:
+            ended = [request for request in self.waiting if request.cancelled or request.overdue()]
+            for request in ended:
                 self.waiting.remove(request)
-        gone += [request for request in self.running if request.cancelled or request.overdue()]
-        for request in gone:
+        ended += [request for request in self.running if request.cancelled or request.overdue()]
+        for request in ended:
             request.end("cancelled" if request.cancelled else "deadline")
-        self._leave()
-        return gone
+        self._retire()
+        return ended
 
-    def _take_in(self):
-        """Read the prompts of those whose turn it is; returns their logits, behind those of the running ones."""
-        joining, free = [], self.memories[len(self.running) :]
+    def _admit(self) -> list[Request]:
+        """Move waiting requests into free slots, those with the fewest tokens to prefill first; returns them."""
+        admitted = []
+        free = self.slots[len(self.running) :]
         for request in self._next(len(free)):
-            memory = self._best(free, request.ids)
-            free.remove(memory)
-            joining.append((request, memory))
-
-        def unread(pair):
-            return len(pair[0].ids) - len(pair[1].ids)
-
-        joining.sort(key=unread)
-        first, parts = len(self.running), []
-        for request, memory in joining:
-            self._swap(self.memories.index(memory), len(self.running))
+            slot = self._find_slot(free, request.ids)
+            free.remove(slot)
+            request.cached_tokens = len(slot.ids)
+            self.cached_tokens += request.cached_tokens
+            admitted.append((request, slot))
+        admitted.sort(key=lambda pair: _uncached(pair[0]))
+        for request, slot in admitted:
+            self._swap(self.slots.index(slot), len(self.running))
             self.running.append(request)
-            request.reused = len(memory.ids)
-            self.reused += request.reused
-        # Equally many tokens go through in one pass. No padding: a recurrent state would swallow it.
-        for count, group in groupby(joining, unread):
-            new = [request.ids[-count:] for request, _ in group]
-            parts.append(self._append(first, new))
-            self.read += count * len(new)
-            first += len(new)
-        return parts
+        return [request for request, _ in admitted]
 
-    def _next(self, most):
-        """Up to `most` of those who wait, first come, first served."""
-        taken, tokens = [], 0
-        with self._lock:
-            while self.waiting and len(taken) < most and tokens < READ_TOKENS:
-                taken.append(self.waiting.popleft())
-                tokens += len(taken[-1].ids)
-        return taken
+    def _prefill(self, admitted: list[Request]) -> list[torch.Tensor]:
+        """Read the prompts of the last running requests; returns their logits, in order.
 
-    def _best(self, free, ids):
-        """The memory to go on from: the longest that the prompt begins with, else the oldest, made empty.
-
-        All of a memory must fit: a recurrent state cannot go back to an earlier token.
+        Prompts with equally many new tokens share a forward pass. There is no padding: a recurrent state would keep it.
         """
-        known = [memory for memory in free if len(memory.ids) < len(ids) and memory.ids == ids[: len(memory.ids)]]
-        best = max(known, key=lambda memory: len(memory.ids), default=None)
-        if best is None or not best.ids:
-            best = min(free, key=lambda memory: memory.left)
-            best.ids = []
-            self.rows.clear(self.memories.index(best))
-        return best
-
-    def _append(self, first, new):
-        """Read as many new tokens in each of the rows from `first` on: logits (B, V)."""
-        memories = self.memories[first : first + len(new)]
-        logits = self.rows.append(
-            first, [len(memory.ids) for memory in memories], torch.tensor(new, device=self.device)
-        )
-        for memory, ids in zip(memories, new):
-            memory.ids += ids
+        first = len(self.running) - len(admitted)
+        logits = []
+        for count, group in groupby(admitted, _uncached):
+            new = [request.ids[-count:] for request in group]
+            logits.append(self._forward(first, new))
+            self.prefilled_tokens += count * len(new)
+            first += len(new)
         return logits
 
-    def _leave(self):
-        """Rows whose request has ended change places with the last running one."""
-        for row in reversed(range(len(self.running))):
-            request, memory, last = self.running[row], self.memories[row], len(self.running) - 1
+    def _next(self, at_most: int) -> list[Request]:
+        """Take up to `at_most` waiting requests from the queue, within PREFILL_TOKENS."""
+        taken: list[Request] = []
+        n_tokens = 0
+        with self._lock:
+            while self.waiting and len(taken) < at_most and n_tokens < PREFILL_TOKENS:
+                taken.append(self.waiting.popleft())
+                n_tokens += len(taken[-1].ids)
+        return taken
+
+    def _find_slot(self, free: list[Slot], ids: list[int]) -> Slot:
+        """Return the slot with the longest cached prefix of `ids`, else the least recently used one, emptied.
+
+        The prompt must begin with all tokens of the slot: a recurrent state cannot go back to an earlier token.
+        """
+        matching = [slot for slot in free if len(slot.ids) < len(ids) and slot.ids == ids[: len(slot.ids)]]
+        best = max(matching, key=lambda slot: len(slot.ids), default=None)
+        if best is None or not best.ids:
+            best = min(free, key=lambda slot: slot.last_used)
+            best.ids = []
+            self._clear(self.slots.index(best))
+        return best
+
+    def _clear(self, index: int) -> None:
+        self.batch.clear(index)
+
+    def _forward(self, first: int, new: list[list[int]]) -> torch.Tensor:
+        """Append equally many tokens to each of the slots from `first` on: logits (B, V)."""
+        slots = self.slots[first : first + len(new)]
+        lengths = [len(slot.ids) for slot in slots]
+        logits = self.batch.append(first, lengths, torch.tensor(new, device=self.device))
+        for slot, ids in zip(slots, new, strict=True):
+            slot.ids += ids
+        return logits
+
+    def _retire(self) -> None:
+        """Swap the slots of ended requests behind those of the running ones."""
+        for index in reversed(range(len(self.running))):
+            request = self.running[index]
+            slot = self.slots[index]
+            last = len(self.running) - 1
             if request.finish is not None:
-                memory.left = self.steps
-                self._swap(row, last)
-                self.running[row] = self.running[last]
+                slot.last_used = self.steps
+                self._swap(index, last)
+                self.running[index] = self.running[last]
                 self.running.pop()
                 if request.finish == "error":
-                    memory.ids = []  # nobody goes on from there
+                    slot.ids = []  # not a prefix to reuse
 
-    def _swap(self, a, b):
+    def _swap(self, a: int, b: int) -> None:
         if a != b:
-            self.rows.swap(a, b)
-            self.memories[a], self.memories[b] = self.memories[b], self.memories[a]
+            self.batch.swap(a, b)
+            self.slots[a], self.slots[b] = self.slots[b], self.slots[a]
 
 
-def choose(requests, logits):
-    """Give every request its next token. logits (B, V), a row a request."""
-    raw, device = logits, logits.device
-    penalized = [row for row, request in enumerate(requests) if request.settings.penalizes()]
+def _uncached(request: Request) -> int:
+    """The number of tokens of its prompt that must be prefilled."""
+    return len(request.ids) - request.cached_tokens
+
+
+def sample_batch(requests: list[Request], logits: torch.Tensor) -> None:
+    """Sample the next token of every request from logits (B, V), one row per request."""
+    unpenalized = logits
+    device = logits.device
+    penalized = [index for index, request in enumerate(requests) if request.settings.has_penalties()]
     if penalized:
         logits = logits.float().clone()
-        for row in penalized:
-            logits[row] = requests[row].penalize(logits[row])
-    alike = {}
-    for row, request in enumerate(requests):
-        alike.setdefault(request.settings, []).append(row)
-    greedy = all(settings.temperature == 0 for settings in alike)  # then nothing is drawn
-    uniform = None if greedy else torch.tensor([one.uniforms[len(one.tokens)] for one in requests], device=device)
-    if len(alike) == 1:
-        tokens = pick(logits, requests[0].settings, uniform)
+        for index in penalized:
+            logits[index] = requests[index].penalize(logits[index])
+    by_settings: dict[Sampling, list[int]] = {}
+    for index, request in enumerate(requests):
+        by_settings.setdefault(request.settings, []).append(index)
+    greedy = all(settings.temperature == 0 for settings in by_settings)  # then no random number is used
+    uniform = None
+    if not greedy:
+        uniform = torch.tensor([request.uniforms[len(request.tokens)] for request in requests], device=device)
+    if len(by_settings) == 1:
+        tokens = sample(logits, requests[0].settings, uniform)
     else:
         tokens = torch.empty(len(requests), dtype=torch.long, device=device)
-        for settings, rows in alike.items():
-            rows = torch.tensor(rows, device=device)
-            tokens[rows] = pick(logits[rows], settings, None if greedy else uniform[rows])
-    chosen = tokens.tolist()  # the one place where the host waits for the device
-    logprobs = _logprobs(requests, raw, tokens)
-    for row, request in enumerate(requests):
-        request.accept(chosen[row], logprobs.get(row))
+        for settings, indices in by_settings.items():
+            at = torch.tensor(indices, device=device)
+            tokens[at] = sample(logits[at], settings, None if uniform is None else uniform[at])
+    chosen = tokens.tolist()  # the only synchronization with the device
+    logprobs = _logprobs(requests, unpenalized, tokens)
+    for index, request in enumerate(requests):
+        request.accept(chosen[index], logprobs.get(index))
 
 
-def _logprobs(requests, logits, tokens):
-    """{row: (log-probability of its token, {id: log-probability} of the likeliest)} of those who ask."""
-    rows = [row for row, request in enumerate(requests) if request.top_logprobs is not None]
-    if not rows:
+def _logprobs(requests: list[Request], logits: torch.Tensor, tokens: torch.Tensor) -> dict[int, Logprobs]:
+    """Return {index: log-probabilities} of the requests that ask for them."""
+    asking = {i: request.top_logprobs for i, request in enumerate(requests) if request.top_logprobs is not None}
+    if not asking:
         return {}
-    index = torch.tensor(rows, device=logits.device)
-    most = max(requests[row].top_logprobs for row in rows)
-    own, top, ids = log_probabilities(logits[index], tokens[index].clamp(min=0), most)
+    index = torch.tensor(list(asking), device=logits.device)
+    own, top, ids = log_probabilities(logits[index], tokens[index].clamp(min=0), max(asking.values()))
     return {
-        row: (one, dict(list(zip(ids_of_row, logs))[: requests[row].top_logprobs]))
-        for row, one, ids_of_row, logs in zip(rows, own.tolist(), ids.tolist(), top.tolist())
+        i: (own_logprob, dict(list(zip(top_ids, logs))[:n_top]))
+        for (i, n_top), own_logprob, top_ids, logs in zip(asking.items(), own.tolist(), ids.tolist(), top.tolist())
     }

@@ -1,111 +1,191 @@
-"""Speculative decoding: guesses at the next tokens are read together with the last one, and kept where they are right.
+"""Speculative decoding: drafted tokens are verified together with the last one, and kept where they are right.
 
-A guess is right when it is the token that the model, with the request's own settings and random numbers, writes there
-anyway. So the answer is token for token the one without speculation, greedy or sampled, and only the number of the
-model's calls differs. (For a guess that is certain of itself, the rule of Leviathan et al. 2023, section 2.3, accepts
-with the same probability p(guess), and what follows a refused one has the same distribution.)
+A drafted token is right if it is the token that the model samples there anyway, with the request's own settings and
+random numbers. So the answer is token for token the one without speculation, greedy or sampled, and only the number of
+forward passes differs. (For a draft of probability 1, the rule of Leviathan et al. 2023, section 2.3, accepts with the
+same probability p(draft), and the token after a rejected one has the same distribution.)
 """
+
+from typing import Protocol
 
 import torch
 
-from engine.inference.batch import read
-from engine.inference.scheduler import choose, room
+from engine.inference.batch import CachedBatch, DecodeStep, forward_step
+from engine.inference.options import check_speculative_name
+from engine.inference.request import Request
+from engine.inference.scheduler import Scheduler, sample_batch
+from model.basemodel import BaseModel
 from utils.errors import UserError
 
-KINDS = ("mtp", "ngram")
 NGRAM = (3, 2)  # tokens that must match, the longer first
-NGRAM_GUESSES = 6  # tokens that are copied from behind the match
+NGRAM_DRAFTED = 6  # tokens that are copied from behind the match
 
 
-@torch.inference_mode()
-def speculate(model, request, kind):
-    """Answer one request: yields [request] after each call of the model.
-
-    Counts `request.calls` of the model, `request.guesses`, and `request.hits` among them. UserError as `Batch.add`, and
-    for a model that cannot.
-    """
-    check_speculative(model, kind)
-    limit = room(model, request.ids, request.max_new_tokens)
-    device = next(model.parameters()).device
-    request.start(limit, model.args.vocab_size, device)
-    longest = len(request.ids) + limit
-    state = model.init_state(1, longest)
-    guesser = Drafts(model, longest) if kind == "mtp" else look_up
-    unread, guesses = list(request.ids), []  # what the state has not seen; what may follow
-    while request.finish is None:
-        if request.cancelled or request.overdue():
-            request.end("cancelled" if request.cancelled else "deadline")
-            request.notify()
-            yield [request]
-            return
-        before = state.clone() if guesses and not state.can_rewind() else None
-        state.last_only, known = not guesses, len(unread) - 1
-        logits = read(model, torch.tensor([unread + guesses], device=device), state)[0]
-        state.advance(len(unread) + len(guesses))
-        hidden, written = state.hidden, len(request.tokens)
-        request.calls += 1
-        request.guesses += len(guesses)
-        for guess, row in zip([*guesses, None], logits[-1 - len(guesses) :]):
-            choose([request], row[None])
-            if request.finish is not None or request.tokens[-1] != guess:
-                break
-        new = request.tokens[written:]
-        right = sum(guess == token for guess, token in zip(guesses, new))
-        request.hits += right
-        if request.finish is None:
-            if right == len(guesses):
-                unread = new[-1:]
-            elif before is None:
-                state.rewind(len(guesses) - right)
-                unread = new[-1:]
-            else:  # a memory that only goes forward: read again what was right
-                state, unread = before, unread + new
-            if hidden is not None:
-                hidden = hidden[:, : known + len(new)]
-            guesses = guesser(request, hidden, new)[: limit - len(request.tokens) - 1]
-        request.notify()
-        yield [request]
-
-
-def check_speculative(model, kind):
-    """UserError when the model cannot speculate so."""
-    if kind not in KINDS:
-        raise UserError(f"--speculative={kind}: choose one of {', '.join(KINDS)}")
+def check_speculative(model: BaseModel, kind: str) -> None:
+    """Raise UserError for an unknown `kind`, or one that the model does not support."""
+    check_speculative_name(kind)
     if not model.accepts("state"):
         raise UserError(
             f"--speculative={kind} needs a model whose forward takes `state`, and {model.model_name} does "
             "not: leave it out"
         )
-    if kind == "mtp" and model.draft is None:
+    if kind == "draft" and model.draft is None:
         raise UserError(
-            f"--speculative=mtp needs a model with a module that drafts, and this {model.model_name} has "
+            f"--speculative=draft needs a model with a module that drafts, and this {model.model_name} has "
             "none: use --speculative=ngram, or train one with such a module"
         )
 
 
-class Drafts:
-    """The model's own draft of one token, the likeliest (DeepSeek-V3, section 2.2.3), with a state of its own."""
+class Proposer(Protocol):
+    """Drafts the tokens that may come next."""
 
-    def __init__(self, model, longest):
-        self.model, self.state = model, model.init_state(1, longest)
+    def reset(self) -> None:
+        """Forget the sequence: another one begins."""
+
+    def observe(self, hidden: torch.Tensor | None, start: int) -> None:
+        """Take the `state.hidden` (1, T, D) of the tokens from position `start` on, which are final."""
+
+    def propose(self, ids: list[int]) -> list[int]:
+        """Return drafted tokens after `ids`, prompt and answer so far."""
+
+
+class SpeculativeScheduler(Scheduler):
+    """A scheduler with one slot whose step verifies drafted tokens: one forward pass may give several tokens.
+
+    Counts `forward_passes`, `drafted` and `accepted` of a request.
+    """
+
+    batch: CachedBatch
+
+    def __init__(
+        self,
+        model: BaseModel,
+        kind: str,
+        max_len: int | None = None,
+        max_queue: int | None = None,
+        decode_step: DecodeStep | None = None,
+    ) -> None:
+        """kind: "draft" or "ngram"; UserError for a model that cannot. The rest as in `Scheduler`."""
+        check_speculative(model, kind)
+        super().__init__(model, 1, max_len, max_queue, decode_step)
+        self.proposer: Proposer = DraftProposer(model, self.batch.max_len) if kind == "draft" else NgramProposer()
+
+    def _decode(self) -> list[Request]:
+        if not self.running:
+            for request in self._admit():
+                self.prefilled_tokens += len(request.ids) - request.cached_tokens
+        if not self.running:
+            return []
+        request = self.running[0]
+        drafted = self._propose(request)
+        start = len(self.slots[0].ids)
+        pending = [*request.ids, *request.tokens][start:]
+        before = self.batch.state.clone() if drafted and not self.batch.state.can_rewind() else None
+        logits = self._verify(pending, drafted)
+        hidden = self.batch.state.hidden
+        n_accepted = self._accept(request, drafted, logits)
+        self._keep(pending, drafted, n_accepted, before)
+        self.proposer.observe(None if hidden is None else hidden[:, : len(pending) + n_accepted], start)
+        self._retire()
+        return [request]
+
+    def _propose(self, request: Request) -> list[int]:
+        """Return drafted tokens, fewer than the answer has left; none before the first token of the answer."""
+        if not request.tokens:
+            return []
+        drafted = self.proposer.propose([*request.ids, *request.tokens])
+        return drafted[: request.limit - len(request.tokens) - 1]
+
+    def _verify(self, pending: list[int], drafted: list[int]) -> torch.Tensor:
+        """Read the tokens that the state lacks and the drafted ones: logits of the last pending and the drafted."""
+        state = self.batch.state
+        state.max_pos = len(self.slots[0].ids)
+        state.last_only = not drafted
+        ids = torch.tensor([pending + drafted], device=self.device)
+        logits = forward_step(self.model, ids, state, self.batch.decode_step)[0]  # (1|T, V)
+        state.advance(len(pending) + len(drafted))
+        return logits[-1 - len(drafted) :]
+
+    def _accept(self, request: Request, drafted: list[int], logits: torch.Tensor) -> int:
+        """Sample up to the first token that differs from the drafted one; returns how many were right."""
+        n_before = len(request.tokens)
+        for draft, row in zip([*drafted, None], logits, strict=True):
+            sample_batch([request], row[None])
+            if request.finish is not None or request.tokens[-1] != draft:
+                break
+        n_accepted = sum(draft == token for draft, token in zip(drafted, request.tokens[n_before:]))
+        request.forward_passes += 1
+        request.drafted += len(drafted)
+        request.accepted += n_accepted
+        return n_accepted
+
+    def _keep(self, pending: list[int], drafted: list[int], n_accepted: int, before: object) -> None:
+        """Take rejected tokens out of the state: by rewinding, or by the copy from before, and reading again."""
+        slot = self.slots[0]
+        n_rejected = len(drafted) - n_accepted
+        if n_rejected and before is not None:
+            self.batch.state = before
+            return
+        if n_rejected:
+            self.batch.state.rewind(n_rejected)
+        slot.ids = slot.ids + pending + drafted[:n_accepted]
+
+    def _clear(self, index: int) -> None:
+        super()._clear(index)
+        self.proposer.reset()
+
+
+class DraftProposer:
+    """The likeliest token of the model's own `draft` (DeepSeek-V3, section 2.2.3), with a state of its own."""
+
+    def __init__(self, model: BaseModel, max_len: int) -> None:
+        self.model = model
+        self.max_len = max_len
+        self.reset()
+
+    def reset(self) -> None:
+        self.state = self.model.init_state(1, self.max_len)
         self.state.last_only = True
+        self._hidden: torch.Tensor | None = None  # of the positions that the state has not read
 
-    def __call__(self, request, hidden, new):
-        # Each position goes in with the token that follows it: the settled ones only, so nothing is ever taken back.
-        seen = self.state.max_pos
-        text = request.ids + request.tokens
-        ids = torch.tensor([text[seen + 1 :]], device=hidden.device)
-        logits = self.model.draft(hidden[:, -ids.shape[1] :], ids, self.state)[0]
-        self.state.advance(ids.shape[1])
+    def observe(self, hidden: torch.Tensor | None, start: int) -> None:
+        assert hidden is not None, "a model that drafts leaves state.hidden"
+        n_read = self.state.max_pos
+        if start > n_read:
+            assert self._hidden is not None
+            self._hidden = torch.cat([self._hidden[:, : start - n_read], hidden], dim=1)
+        else:
+            self._hidden = hidden[:, n_read - start :]
+
+    def propose(self, ids: list[int]) -> list[int]:
+        # Position i is read together with token i + 1: final tokens only, so this state is never rewound.
+        assert self._hidden is not None
+        next_ids = torch.tensor([ids[self.state.max_pos + 1 :]], device=self._hidden.device)
+        assert self.model.draft is not None
+        logits = self.model.draft(self._hidden, next_ids, self.state)[0]
+        self.state.advance(next_ids.shape[1])
+        self._hidden = None
         return [logits[0, -1].argmax().item()]
 
 
-def look_up(request, hidden, new):
-    """What followed the last time that the text ended like this (prompt lookup): a model that quotes is sped up."""
-    text = request.ids + request.tokens
+class NgramProposer:
+    """Copies what followed the last occurrence of the latest tokens: fast for models that quote the prompt."""
+
+    def reset(self) -> None:
+        pass
+
+    def observe(self, hidden: torch.Tensor | None, start: int) -> None:
+        pass
+
+    def propose(self, ids: list[int]) -> list[int]:
+        return prompt_lookup(ids)
+
+
+def prompt_lookup(ids: list[int]) -> list[int]:
+    """Return the tokens behind the last earlier occurrence of the n-gram that `ids` ends with, [] if there is none."""
     for n in NGRAM:
-        tail = text[-n:]
-        for start in range(len(text) - n - 1, -1, -1):
-            if text[start : start + n] == tail:
-                return text[start + n : start + n + NGRAM_GUESSES]
+        ngram = ids[-n:]
+        for start in range(len(ids) - n - 1, -1, -1):
+            if ids[start : start + n] == ngram:
+                return ids[start + n : start + n + NGRAM_DRAFTED]
     return []

@@ -1,57 +1,69 @@
-"""A batch with a thread of its own, so that requests may come from anywhere at any time."""
+"""A scheduler in a thread of its own: requests may be submitted from any thread at any time."""
 
 import sys
 import threading
 import traceback
 
-from engine.inference.scheduler import Batch, QueueFull
+from engine.inference.request import Request
+from engine.inference.scheduler import QueueFull, Scheduler
 
 
-class Service:
-    """Answers what is submitted, from any thread; `notify` of a request tells its owner that it grew or ended.
+class BatchWorker:
+    """Runs the scheduler while there are requests; a request's `notify` says that it got a token or ended.
 
-    Use it in a `with`, or `close` it: the requests that are left then end as cancelled.
+    The thread starts with the first request. Use it in a `with`, or `close` it: requests that are left are cancelled.
     """
 
-    def __init__(self, model, slots, queue):
-        self.batch = Batch(model, slots, queue=queue)
-        self._wake, self._closing = threading.Event(), False
-        self._thread = threading.Thread(target=self._work, name="batch", daemon=True)
-        self._thread.start()
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self._wake = threading.Event()
+        self._closing = False
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
 
     @property
-    def alive(self):
-        return self._thread.is_alive()
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return not self._closing and (self._thread is None or self._thread.is_alive())
 
-    def submit(self, *requests):
-        """Let requests be answered, all or none: UserError and QueueFull as of `Batch.add`."""
-        if self._closing:
-            raise QueueFull
-        self.batch.add(*requests)
+    def submit(self, *requests: Request) -> None:
+        """Queue requests, all or none; UserError and QueueFull as `Scheduler.add`, QueueFull after `close`."""
+        with self._starting:
+            if self._closing:
+                raise QueueFull
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="batch-worker", daemon=True)
+                self._thread.start()
+        self.scheduler.add(*requests)
         self._wake.set()
 
-    def close(self):
-        self._closing = True
+    def close(self) -> None:
+        """Stop the thread after the current step and cancel the requests that are left."""
+        with self._starting:
+            self._closing = True
         self._wake.set()
-        self._thread.join()
-        for request in [*self.batch.running, *self.batch.waiting]:
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
             request.cancelled = True
-        self.batch.step()
+        if self.scheduler.busy:
+            self.scheduler.step()
 
-    def __enter__(self):
+    def __enter__(self) -> "BatchWorker":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _work(self):
+    def _run(self) -> None:
         while not self._closing:
-            if not self.batch.busy:
+            if not self.scheduler.busy:
                 self._wake.wait()
                 self._wake.clear()
                 continue
             try:
-                self.batch.step()
-            except Exception:  # memory ran out, say: what is being answered is lost, the next may fit
-                traceback.print_exc(file=sys.stderr)
-                self.batch.abort("error", "the model failed on a request: the server's log says how")
+                self.scheduler.step()
+            except Exception as error:  # e.g. out of memory: the running requests fail, the next one may fit
+                failed = self.scheduler.abort("the model failed on a request: the server's log says how", error)
+                if not all(request.reraise for request in failed):
+                    traceback.print_exc(file=sys.stderr)

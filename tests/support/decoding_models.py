@@ -71,26 +71,18 @@ class Remembers(NoState):
         return self.lm_head(torch.tanh(x + 3 * sums / (at + 1)[..., None])), None, {}
 
 
-def make(name, longest=LONGEST):
+def build(name, longest=LONGEST):
+    """A model of EVERY, or "recurrent", with large random weights: rounding does not decide the likeliest token."""
     torch.manual_seed(3)
     if name in ("no state", "recurrent"):
         return {"no state": NoState, "recurrent": Remembers}[name](BaseModelArgs(V, longest)).eval()
-    Model, ModelArgs = get_model_and_args(name)
-    known = {field.name for field in dataclasses.fields(ModelArgs)}
-    model = Model(ModelArgs(vocab_size=V, max_seq_len=longest, **{k: v for k, v in TINY.items() if k in known}))
-    with torch.no_grad():  # far from uniform, so that the likeliest token is no matter of rounding
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(std=0.3)
-    return model.eval()
-
-
-def build(name, longest=LONGEST):
-    if name not in PLANTED:
-        return make(name, longest)
-    torch.manual_seed(3)
-    Model = PLANTED[name]
-    model = Model(Model.Args(vocab_size=V, max_seq_len=longest))
+    if name in PLANTED:
+        Model = PLANTED[name]
+        model = Model(Model.Args(vocab_size=V, max_seq_len=longest))
+    else:
+        Model, ModelArgs = get_model_and_args(name)
+        known = {field.name for field in dataclasses.fields(ModelArgs)}
+        model = Model(ModelArgs(vocab_size=V, max_seq_len=longest, **{k: v for k, v in TINY.items() if k in known}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

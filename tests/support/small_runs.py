@@ -1,4 +1,4 @@
-"""Two run folders made in seconds, for tests that talk to a model: their models know a few texts by heart."""
+"""Two run folders made in seconds, for tests that chat with a model: their models have learned a few texts by heart."""
 
 import atexit
 import dataclasses
@@ -43,7 +43,7 @@ SIZES = {
 
 @functools.cache
 def small_runs():
-    """The folder of the two runs, made once a test session."""
+    """The folder of the two runs, made once per test session."""
     folder = tempfile.mkdtemp(prefix="small_runs_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     make_runs(folder)
@@ -56,26 +56,26 @@ def poem_tokenizer(folder):
 
 
 def make_runs(output):
-    """Write pretrain_<model> (goes on with the poem for ever) and sft_<other model> (knows CHAT) into `output`."""
+    """Write pretrain_<model> (continues the poem without end) and sft_<other model> (knows CHAT) into `output`."""
     tokenizer = poem_tokenizer(Path(output) / "tokenizer")
     text = [tokenizer.bos_id, *tokenizer.encode(POEM * 4)]
     pretrain = make_run(
         output, "pretrain", BASE_MODEL, tokenizer, [(text, [1] * len(text))], max_seq_len=2048, steps=60
     )
-    rows = [
+    sequences = [
         encode_chat(tokenizer, [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}])
         for ask, answer in CHAT.items()
     ]
     first = [{"role": "user", "content": "背一首春晓"}, {"role": "assistant", "content": CHAT["背一首春晓"]}]
-    rows.append(
+    sequences.append(
         encode_chat(
             tokenizer, first + [{"role": "user", "content": "谁写的"}, {"role": "assistant", "content": CHAT["谁写的"]}]
         )
     )
-    return pretrain, make_run(output, "sft", CHAT_MODEL, tokenizer, rows, max_seq_len=512, steps=90)
+    return pretrain, make_run(output, "sft", CHAT_MODEL, tokenizer, sequences, max_seq_len=512, steps=90)
 
 
-def make_run(output, stage, name, tokenizer, rows, max_seq_len, steps):
+def make_run(output, stage, name, tokenizer, sequences, max_seq_len, steps):
     torch.manual_seed(0)
     Model, ModelArgs = get_model_and_args(name)
     known = {field.name for field in dataclasses.fields(ModelArgs)}
@@ -85,11 +85,11 @@ def make_run(output, stage, name, tokenizer, rows, max_seq_len, steps):
         **{key: value for key, value in SIZES.items() if key in known},
     )
     model = Model(args)
-    length = max(len(ids) for ids, _ in rows) - 1
-    inputs, targets = torch.full((len(rows), length), tokenizer.pad_id), torch.full((len(rows), length), -100)
-    for row, (ids, mask) in enumerate(rows):
-        inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, : len(ids) - 1] = torch.where(torch.tensor(mask[1:]) == 1, torch.tensor(ids[1:]), -100)
+    length = max(len(ids) for ids, _ in sequences) - 1
+    inputs, targets = torch.full((len(sequences), length), tokenizer.pad_id), torch.full((len(sequences), length), -100)
+    for index, (ids, mask) in enumerate(sequences):
+        inputs[index, : len(ids) - 1] = torch.tensor(ids[:-1])
+        targets[index, : len(ids) - 1] = torch.where(torch.tensor(mask[1:]) == 1, torch.tensor(ids[1:]), -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     records = []
     for step in range(1, steps + 1):

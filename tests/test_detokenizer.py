@@ -1,19 +1,19 @@
-"""Text as it is streamed: stop strings against a search in the whole text, and never half a character."""
+"""Streamed text: stop strings against a search in the full text, and no half characters."""
 
 import random
 
 import pytest
 
-from engine.inference.detokenizer import Writer
+from engine.inference.detokenizer import StreamDetokenizer
 from engine.inference.generate import decode, generate, new_request
 from engine.inference.sampling import Sampling
-from tests.support.decoding_models import V, make
+from tests.support.decoding_models import V, build
 from tests.support.tokenizers import make_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))  # a token a byte: every character is cut
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))  # one token per byte: every character is cut
 
 
 def first_stop(text, stop):
@@ -23,40 +23,40 @@ def first_stop(text, stop):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_stop_strings_against_a_search_in_the_whole_text(tokenizer, seed):
+def test_stop_strings_against_a_search_in_the_full_text(tokenizer, seed):
     rng = random.Random(seed)
     alphabet = "ab春\n"
     text = "".join(rng.choices(alphabet, k=60))
     stop = ["".join(rng.choices(alphabet, k=rng.randint(1, 6))) for _ in range(rng.randint(0, 3))]
-    writer, shown, expected = Writer(tokenizer, stop), "", first_stop(text, stop)
+    detokenizer, shown, expected = StreamDetokenizer(tokenizer, stop), "", first_stop(text, stop)
     ids = tokenizer.encode(text)
     for number, token in enumerate(ids, 1):
-        writer.push(token)
-        assert writer.text.startswith(shown) and expected.startswith(writer.text)  # final, and right from the start
-        shown = writer.text
-        whole = tokenizer.decode(ids[:number]).rstrip("\ufffd")
-        assert writer.stopped == any(s in whole for s in stop)
-        if writer.stopped:
+        detokenizer.push(token)
+        assert detokenizer.text.startswith(shown) and expected.startswith(detokenizer.text)  # every piece is final
+        shown = detokenizer.text
+        full = tokenizer.decode(ids[:number]).rstrip("\ufffd")
+        assert detokenizer.stopped == any(s in full for s in stop)
+        if detokenizer.stopped:
             break
         longest = max(map(len, stop), default=1) - 1
-        assert len(whole) - len(shown) <= longest  # no more is held back than may be a stop string
-    writer.close()
-    assert writer.text == expected
+        assert len(full) - len(shown) <= longest  # only a possible stop string is held back
+    detokenizer.close()
+    assert detokenizer.text == expected
     lengths = [len(tokenizer.decode(ids[:i]).rstrip("\ufffd")) for i in range(number)]
-    assert writer.starts == lengths
+    assert detokenizer.starts == lengths
 
 
 def test_text_that_ends_inside_a_character_or_a_stop_string(tokenizer):
-    writer = Writer(tokenizer, ["###"])
+    detokenizer = StreamDetokenizer(tokenizer, ["###"])
     for token in tokenizer.encode("春##")[:-1] + tokenizer.encode("晓")[:2]:
-        writer.push(token)
-    assert writer.text == "春"  # "#" may begin a stop string
-    writer.close()
-    assert writer.text == "春#\ufffd" and not writer.stopped
+        detokenizer.push(token)
+    assert detokenizer.text == "春"  # "#" may begin a stop string
+    detokenizer.close()
+    assert detokenizer.text == "春#\ufffd" and not detokenizer.stopped
 
 
 def test_generation_ends_at_a_stop_string():
-    model = make("no state")
+    model = build("no state")
     byte = {token: token % 26 + 97 for token in range(V)}  # any text will do: ids of letters
     letters = SimpleLetters(byte)
     plain = generate(model, letters, [[1, 7]], 40, stop_ids=(), temperature=1.0, seed=0)[0]
