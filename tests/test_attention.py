@@ -52,10 +52,10 @@ def test_blocked_attention_is_attention(heads, groups, v_dim, mask, block, monke
 
 def test_a_block_reads_no_key_behind_what_it_sees(monkeypatch):
     monkeypatch.setattr(cpu_attention, "BLOCK", 3)
-    assert cpu_attention.visible_keys(None, 7, 7) == [3, 6, 7]
-    assert cpu_attention.visible_keys(document_mask(), 7, 7) == [3, 6, 7]
-    assert cpu_attention.visible_keys(both_ways_mask(), 7, 7) == [5, 7, 7]
-    assert cpu_attention.visible_keys(torch.zeros(2, 1, 4, 9, dtype=torch.bool), 4, 9) == [1, 1]
+    assert cpu_attention.keys_per_block(None, 7, 7) == [3, 6, 7]
+    assert cpu_attention.keys_per_block(document_mask(), 7, 7) == [3, 6, 7]
+    assert cpu_attention.keys_per_block(both_ways_mask(), 7, 7) == [5, 7, 7]
+    assert cpu_attention.keys_per_block(torch.zeros(2, 1, 4, 9, dtype=torch.bool), 4, 9) == [1, 1]
 
 
 def test_fewer_queries_than_keys(monkeypatch):

@@ -1,4 +1,4 @@
-"""Weights at 8 bits: near the weights they stand for, whatever module holds them; and a compiled step of decoding."""
+"""int8 weights: near the weights they stand for, whatever module holds them."""
 
 import copy
 from pathlib import Path
@@ -8,31 +8,30 @@ import torch
 import torch.nn.functional as F
 
 from checks import ModelUnderTest
-from engine.inference.chat import open_speaker
-from engine.inference.compile import compile_decoding
+from engine.inference.chat import open_chat_model
 from engine.inference.generate import generate
 from engine.runs import registry
 from model import BaseModelArgs
-from model.kernels.int8 import FEW_ROWS, Int8Linear, Int8Weight, to_int8
+from model.kernels.int8 import FEW_TOKENS, Int8Linear, Int8Weight, to_int8
 from model.kernels.moe import chosen_matmul, expert_matmul
 from tests.planted.right import RightModelArgs
 from tests.planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
 from tests.support.decoding_models import PROMPTS, TOKENIZER, NoState, V, bf16, build
-from tests.support.models import BASE_MODEL, CHAT_MODEL, SHIPPED
+from tests.support.models import SHIPPED
 from utils.errors import UserError
 
 EVERY = [*SHIPPED, "Recurrent", "Hybrid", "no state"]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_products_are_those_of_the_unpacked_weight(dtype):
+def test_matmuls_are_those_of_the_dequantized_weight(dtype):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 48, 64, generator=generator) * torch.logspace(-3, 1, 48)[:, None]
     weight[2, 7] = 0
     held = Int8Weight(weight.to(dtype))
     scale = weight.to(dtype).float().abs().amax(-1, keepdim=True) / 127
     tolerance = scale * (0.501 if dtype == torch.float32 else 1.1)  # bf16: the scale is rounded too
-    assert ((held.unpacked().float() - weight.to(dtype).float()).abs() <= tolerance).all()
+    assert ((held.dequantized().float() - weight.to(dtype).float()).abs() <= tolerance).all()
     exact, rounding = held.q.double() * held.scale.double()[..., None], 1e-6 if dtype == torch.float32 else 1e-2
 
     def check(x, expert, out):
@@ -40,12 +39,12 @@ def test_products_are_those_of_the_unpacked_weight(dtype):
         bound = rounding * (exact[expert].abs() @ x.double().abs())
         assert ((out.double() - exact[expert] @ x.double()).abs() <= bound).all()
 
-    for rows in (1, FEW_ROWS, FEW_ROWS + 1):
-        x = torch.randn(rows, 64, generator=generator).to(dtype)
+    for tokens in (1, FEW_TOKENS, FEW_TOKENS + 1):
+        x = torch.randn(tokens, 64, generator=generator).to(dtype)
         for token, out in zip(x, held.linear(x, 3)):
             check(token, 3, out)
     x, chosen = torch.randn(6, 64, generator=generator).to(dtype), torch.tensor([[0, 3], [3, 4], [1, 1]])
-    for stack in (held, held.unpacked()):
+    for stack in (held, held.dequantized()):
         for token, experts, outs in zip(x, chosen.tolist(), chosen_matmul(x[:3, None], stack, chosen)):
             for expert, out in zip(experts, outs):
                 check(token, expert, out)
@@ -55,16 +54,18 @@ def test_products_are_those_of_the_unpacked_weight(dtype):
 
 
 @pytest.mark.parametrize("width", (1, 8, 17, 24, 37, 40))
-def test_rows_of_any_width_are_multiplied(width):
+def test_tokens_of_any_width_are_multiplied(width):
     generator = torch.Generator().manual_seed(0)
     held = Int8Weight(torch.randn(5, width, generator=generator).bfloat16())
-    x = torch.randn(FEW_ROWS, width, generator=generator).bfloat16()
-    torch.testing.assert_close(held.linear(x).double(), x.double() @ held.unpacked().double().T, rtol=0.03, atol=0.03)
+    x = torch.randn(FEW_TOKENS, width, generator=generator).bfloat16()
+    torch.testing.assert_close(
+        held.linear(x).double(), x.double() @ held.dequantized().double().T, rtol=0.03, atol=0.03
+    )
 
 
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
-def test_a_model_at_8_bits_is_near_the_model(name):
+def test_an_int8_model_is_near_the_model(name):
     model = build(name)
     exact, held = copy.deepcopy(model), to_int8(model)
     ids = torch.tensor([PROMPTS[2]])
@@ -96,64 +97,15 @@ def test_a_linear_whose_weight_the_model_reads_stays_as_it_is():
     assert model(torch.tensor([[1, 2]]))[0].requires_grad and model.more(torch.ones(1, 4)).shape == (1, 4)
 
 
-def test_a_model_without_a_state_is_not_compiled_and_that_is_said(capsys):
-    model = build("no state")
-    compile_decoding(model)
-    assert not hasattr(model, "reader") and "keeps no state" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("precision", ("bf16", "int8"))
-def test_a_model_that_mixes_types_is_one_line(precision, monkeypatch):
+def test_a_model_that_mixes_dtypes_is_one_line(precision, monkeypatch):
     model = bf16(ModelUnderTest.of(Fp32GateTakesItsMatrixAsItIs, RightModelArgs).build().eval())
     run = registry.LoadedRun(model, TOKENIZER, {"stage": "sft"}, Path("run"), Path("run/final"), "")
     monkeypatch.setattr(registry, "load_run", lambda *_, **__: run)
     with pytest.raises(UserError, match="--precision=fp32"):
-        open_speaker("run", "cpu", precision)
+        open_chat_model("run", "cpu", precision)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, at_8_bits", [(BASE_MODEL, False), (BASE_MODEL, True), ("Recurrent", False)])
-def test_a_compiled_step_has_the_tokens_of_the_plain_one(name, at_8_bits):
-    """In fp32, where no rounding decides; alone and side by side; speculating too."""
-    model = build(name)
-    if at_8_bits:
-        to_int8(model)
-    plain = generate(model, TOKENIZER, PROMPTS, 25, stop_ids=(), temperature=0)
-    compile_decoding(model, rows=len(PROMPTS))
-    assert generate(model, TOKENIZER, PROMPTS[:1], 25, stop_ids=(), temperature=0) == plain[:1]
-    assert generate(model, TOKENIZER, PROMPTS, 25, stop_ids=(), temperature=0) == plain
-    assert generate(model, TOKENIZER, PROMPTS[:1], 25, stop_ids=(), temperature=0, speculative="ngram") == plain[:1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, longest, rows",
-    [
-        *((name, 300, 3) for name in SHIPPED),
-        (CHAT_MODEL, 48, 3),
-        (BASE_MODEL, 48, 20),
-        ("Recurrent", 48, 3),
-    ],
-)
-def test_two_programs_do_for_all_lengths_and_numbers_of_rows(name, longest, rows):
-    """What is compiled later would be compiled in the middle of an answer, and without the weights packed."""
-    model = bf16(build(name, longest))
-    compile_decoding(model, rows)
-    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for count, length in ((1, 1), (1, 250), (2, 7), (rows, 250), (rows, 1)):  # 256 keys: attention once asked
-            length = min(length, longest - 12)
-            generate(model, TOKENIZER, [[5] * length] * count, 12, stop_ids=(), temperature=0)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
-
-
-@pytest.mark.slow
-def test_two_compiled_models_are_not_taken_for_each_other():
-    """Their programs are made of the same code, and differ in the weights that they hold."""
-    first, second = build("mini_llama3"), to_int8(build("mini_llama3"))
-    with torch.no_grad():
-        second.norm.weight.mul_(torch.linspace(-1, 1, len(second.norm.weight)))
-    for model in (first, second):
-        plain = generate(model, TOKENIZER, PROMPTS[:1], 12, stop_ids=(), temperature=0)
-        compile_decoding(model)
-        assert generate(model, TOKENIZER, PROMPTS[:1], 12, stop_ids=(), temperature=0) == plain
+def test_an_expert_of_a_stack_is_its_dequantized_weight():
+    stack = Int8Weight(torch.randn(3, 8, 16))
+    assert all(torch.equal(stack[expert], weight) for expert, weight in enumerate(stack.dequantized()))

@@ -23,6 +23,7 @@ from engine.inference.worker import BatchWorker
 from engine.runs import registry
 from engine.runs.registry import LoadedRun, RunInfo
 from model.basemodel import BaseModel
+from model.kernels.prepare import prepare_for_decoding
 from utils.chat_template import encode_chat
 from utils.errors import UserError
 from utils.tokenizer import Tokenizer
@@ -69,19 +70,10 @@ def open_chat_model(
     return ChatModel(loaded, decode_step, speculative, slots, max_queue)
 
 
-def _prepare(model: BaseModel, precision: str, compile: bool, slots: int) -> DecodeStep | None:
+def _prepare(model: BaseModel, precision: str, compile: bool, slots: int) -> DecodeStep:
     if precision != "fp32":
         check_dtypes(model, precision)
-    if precision == "int8":
-        from model.kernels.int8 import to_int8
-
-        to_int8(model)
-    if not compile:
-        return None
-    from engine.inference.compile import compile_decoding
-
-    compile_decoding(model, slots)
-    return model.__dict__.pop("reader", None)
+    return prepare_for_decoding(model, precision, compile, slots)
 
 
 @torch.inference_mode()

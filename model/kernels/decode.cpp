@@ -1,9 +1,9 @@
-// The products of a decoding step on a processor: a few rows times large weights, and attention of one query a row.
+// Decode kernels for the CPU: linear layers and experts of a few tokens, attention of one query per sequence.
 //
-// Shapes: N rows, D inputs, F outputs, E experts, A chosen ones a row; B batch, S keys, H heads, G groups, K head dim.
-// 32 outputs are computed side by side, so a weight is kept packed (kernels.py), its inputs in steps of one (fp32),
-// two (bf16) or four (int8): (F / 32, steps, 32, inputs of a step), zeros where F or D has no more. Each thread then
-// reads one stretch of memory from its start to its end. Activations are fp32 or bf16, sums are fp32.
+// Shapes: N tokens, D inputs, F outputs, E experts, A active experts per token; B batch, S keys, H heads, G kv heads,
+// K head dim. Weights are packed (decode.py) in blocks of 32 outputs: (F / 32, steps, 32, inputs per step), padded with
+// zeros, where a step holds one input (fp32), two (bf16) or four (int8). Each thread then reads one contiguous segment
+// of memory. Activations are fp32 (for fp32 weights) or bf16 (for bf16 and int8 weights); sums are fp32.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -25,70 +25,76 @@ namespace {
 using at::Tensor;
 using bf16 = at::BFloat16;
 
-constexpr int LANES = 16, OUTPUTS = 2 * LANES;  // numbers of a vector; outputs side by side
-constexpr int ROWS = 8;  // that share one read of a weight, and heads one of a value
+constexpr int LANES = 16;          // fp32 values per vector
+constexpr int BLOCK = 2 * LANES;   // outputs per block of a packed weight
+constexpr int MAX_TOKENS = 8;      // tokens that share one read of a weight, and heads that share one read of a value
 
-typedef float Floats __attribute__((vector_size(64)));     // 16 numbers
-typedef uint32_t Pairs __attribute__((vector_size(64)));   // 16 pairs of bf16, the first of a pair in the low half
-typedef int32_t Ints __attribute__((vector_size(64)));
+typedef float FloatVec __attribute__((vector_size(64)));
+typedef uint32_t Bf16x2Vec __attribute__((vector_size(64)));  // 16 pairs of bf16, the first of each in the low half
+typedef int32_t IntVec __attribute__((vector_size(64)));
 
 #if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
 #endif
 
 template <class V>
-inline V read(const void* from) {
+inline V load(const void* from) {
   V value;
   std::memcpy(&value, from, sizeof value);
   return value;
 }
-inline void write(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
-inline Floats low(Pairs pairs) { return (Floats)(pairs << 16); }
-inline Floats high(Pairs pairs) { return (Floats)(pairs & 0xffff0000u); }
+inline void store(float* to, FloatVec value) { std::memcpy(to, &value, sizeof value); }
+inline FloatVec first_of_pair(Bf16x2Vec pairs) { return (FloatVec)(pairs << 16); }
+inline FloatVec second_of_pair(Bf16x2Vec pairs) { return (FloatVec)(pairs & 0xffff0000u); }
 
-// e^x as 2^n 2^f, the latter by its Taylor series: |f| <= 1/2, where the rest is 1e-7. What is too small becomes 1e-38.
-inline Floats exponential(Floats x) {
-  Floats least = Floats{} - 87, most = Floats{} + 88, half = Floats{} + 0.5f;
-  x = x < least ? least : x > most ? most : x;
-  Floats z = x * 1.44269504f;
-  Ints n = __builtin_convertvector(z < 0.f ? z - half : z + half, Ints);  // the nearest
-  Floats f = (z - __builtin_convertvector(n, Floats)) * 0.693147181f, sum = f / 720 + 1.f / 120;
+// exp(x) = 2^n 2^f with |f| <= 1/2; 2^f by its Taylor series, relative error 1e-7. Clamped to exp(-87) .. exp(88).
+inline FloatVec exp_approx(FloatVec x) {
+  FloatVec lowest = FloatVec{} - 87, highest = FloatVec{} + 88, half = FloatVec{} + 0.5f;
+  x = x < lowest ? lowest : x > highest ? highest : x;
+  FloatVec z = x * 1.44269504f;
+  FloatVec nearest = z < 0.f ? z - half : z + half;
+  IntVec n = __builtin_convertvector(nearest == nearest ? nearest : FloatVec{}, IntVec);  // NaN has no integer
+  FloatVec f = (z - __builtin_convertvector(n, FloatVec)) * 0.693147181f, sum = f / 720 + 1.f / 120;
   sum = sum * f + 1.f / 24;
   sum = sum * f + 1.f / 6;
   sum = sum * f + 0.5f;
   sum = sum * f + 1.f;
   sum = sum * f + 1.f;
-  return (Floats)((Ints)sum + (n << 23));
+  return (FloatVec)((IntVec)sum + (n << 23));
 }
 
-// A step of the weights of 16 outputs, and their sums with what they are multiplied by added.
-struct Fours { Pairs first, second; };
-inline Floats weights(const float* from) { return read<Floats>(from); }
-inline Pairs weights(const bf16* from) { return read<Pairs>(from); }
-inline Pairs pairs_of(Ints first, Ints second) {  // a whole number of 8 bits is exact in bf16
-  auto a = (Pairs)__builtin_convertvector(first, Floats), b = (Pairs)__builtin_convertvector(second, Floats);
+// ------------------------------------------------------------------- one step of 16 outputs
+
+struct Int8x4 { Bf16x2Vec first, second; };  // four int8 weights per output, widened to two pairs of bf16
+
+inline FloatVec load_weights(const float* from) { return load<FloatVec>(from); }
+inline Bf16x2Vec load_weights(const bf16* from) { return load<Bf16x2Vec>(from); }
+inline Bf16x2Vec to_bf16_pairs(IntVec first, IntVec second) {  // an 8-bit integer is exact in bf16
+  auto a = (Bf16x2Vec)__builtin_convertvector(first, FloatVec);
+  auto b = (Bf16x2Vec)__builtin_convertvector(second, FloatVec);
   return (a >> 16) | (b & 0xffff0000u);
 }
-inline Fours weights(const int8_t* from) {
-  auto four = read<Ints>(from);
-  return {pairs_of(four << 24 >> 24, four << 16 >> 24), pairs_of(four << 8 >> 24, four >> 24)};
+inline Int8x4 load_weights(const int8_t* from) {
+  auto packed = load<IntVec>(from);
+  return {to_bf16_pairs(packed << 24 >> 24, packed << 16 >> 24), to_bf16_pairs(packed << 8 >> 24, packed >> 24)};
 }
-inline Floats multiply_add(Floats sum, Floats w, float x) { return sum + w * x; }
-inline Floats multiply_add(Floats sum, Pairs w, Pairs x) {
+
+inline FloatVec multiply_add(FloatVec sum, FloatVec w, float x) { return sum + w * x; }
+inline FloatVec multiply_add(FloatVec sum, Bf16x2Vec w, Bf16x2Vec x) {
 #ifdef __AVX512BF16__
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+  return (FloatVec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
 #else
-  return sum + low(w) * low(x) + high(w) * high(x);
+  return sum + first_of_pair(w) * first_of_pair(x) + second_of_pair(w) * second_of_pair(x);
 #endif
 }
-inline Floats multiply_add(Floats sum, Pairs w, uint32_t x) { return multiply_add(sum, w, Pairs{} + x); }
-inline Floats multiply_add(Floats sum, Fours w, uint64_t x) {
+inline FloatVec multiply_add(FloatVec sum, Bf16x2Vec w, uint32_t x) { return multiply_add(sum, w, Bf16x2Vec{} + x); }
+inline FloatVec multiply_add(FloatVec sum, Int8x4 w, uint64_t x) {
   return multiply_add(multiply_add(sum, w.first, uint32_t(x)), w.second, uint32_t(x >> 32));
 }
 
-// What weights of type T are multiplied by: the type of the activations, and as many of them as a step has.
+// The activations that go with weights of type T: their type, and the word that holds those of one step.
 template <class T>
 struct Input;
 template <>
@@ -100,93 +106,130 @@ struct Input<int8_t> { using Value = bf16; using Step = uint64_t; };
 template <class T>
 constexpr int PER_STEP = sizeof(typename Input<T>::Step) / sizeof(typename Input<T>::Value);
 
-// The outputs of R rows: w (steps, 32, ...), x[r] (steps,) -> out (R, 32). Few rows keep several sums of each, or one
-// addition would wait for the other.
-template <int R, class T, class Step>
-void block_of(const T* w, const Step* const* x, int64_t steps, float* out) {
-  constexpr int WAYS = R > 2 ? 1 : R > 1 ? 2 : 4, HALF = LANES * PER_STEP<T>;
-  Floats sum[WAYS][R][2] = {};
-  auto add = [&](int way, int64_t at) {
-    auto first = weights(w + at * 2 * HALF), second = weights(w + at * 2 * HALF + HALF);
-    for (int r = 0; r < R; r++) {
-      sum[way][r][0] = multiply_add(sum[way][r][0], first, x[r][at]);
-      sum[way][r][1] = multiply_add(sum[way][r][1], second, x[r][at]);
+// ------------------------------------------------------------------- matmul of one block
+
+// One block for N tokens: w (steps, 32, ...), x[n] (steps,) -> out (N, 32). With one or two tokens each sum is split
+// over several accumulators, to hide the latency of the additions.
+template <int N, class T, class Step>
+void block_matmul_of(const T* w, const Step* const* x, int64_t steps, float* out) {
+  constexpr int ACCUMULATORS = N > 2 ? 1 : N > 1 ? 2 : 4, HALF = LANES * PER_STEP<T>;
+  FloatVec sum[ACCUMULATORS][N][2] = {};
+  auto add = [&](int accumulator, int64_t step) {
+    auto first = load_weights(w + step * 2 * HALF), second = load_weights(w + step * 2 * HALF + HALF);
+    for (int n = 0; n < N; n++) {
+      sum[accumulator][n][0] = multiply_add(sum[accumulator][n][0], first, x[n][step]);
+      sum[accumulator][n][1] = multiply_add(sum[accumulator][n][1], second, x[n][step]);
     }
   };
-  int64_t at = 0;
-  for (; at + WAYS <= steps; at += WAYS)
-    for (int way = 0; way < WAYS; way++) add(way, at + way);
-  for (; at < steps; at++) add(0, at);
-  for (int r = 0; r < R; r++)
+  int64_t step = 0;
+  for (; step + ACCUMULATORS <= steps; step += ACCUMULATORS)
+    for (int i = 0; i < ACCUMULATORS; i++) add(i, step + i);
+  for (; step < steps; step++) add(0, step);
+  for (int n = 0; n < N; n++)
     for (int half = 0; half < 2; half++) {
-      for (int way = 1; way < WAYS; way++) sum[0][r][half] += sum[way][r][half];
-      write(out + r * OUTPUTS + half * LANES, sum[0][r][half]);
+      for (int i = 1; i < ACCUMULATORS; i++) sum[0][n][half] += sum[i][n][half];
+      store(out + n * BLOCK + half * LANES, sum[0][n][half]);
     }
 }
 
-// The same for any number of rows: out(r, its 32 sums) is called for each.
+// The same for any number of tokens, split evenly into groups of at most MAX_TOKENS: calls out(n, its 32 sums).
 template <class T, class Step, class Out>
-void block(const T* w, const std::vector<const Step*>& x, int64_t steps, Out out) {
+void block_matmul(const T* w, const std::vector<const Step*>& x, int64_t steps, Out out) {
   using Kernel = void (*)(const T*, const Step* const*, int64_t, float*);
-  static constexpr Kernel KERNELS[] = {block_of<1, T, Step>, block_of<2, T, Step>, block_of<3, T, Step>,
-                                       block_of<4, T, Step>, block_of<5, T, Step>, block_of<6, T, Step>,
-                                       block_of<7, T, Step>, block_of<8, T, Step>};
-  int64_t rows = x.size(), parts = (rows + ROWS - 1) / ROWS;
-  float sums[ROWS * OUTPUTS];
-  for (int64_t part = 0; part < parts; part++) {
-    int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
+  static constexpr Kernel KERNELS[] = {block_matmul_of<1, T, Step>, block_matmul_of<2, T, Step>,
+                                       block_matmul_of<3, T, Step>, block_matmul_of<4, T, Step>,
+                                       block_matmul_of<5, T, Step>, block_matmul_of<6, T, Step>,
+                                       block_matmul_of<7, T, Step>, block_matmul_of<8, T, Step>};
+  int64_t tokens = x.size(), groups = (tokens + MAX_TOKENS - 1) / MAX_TOKENS;
+  float sums[MAX_TOKENS * BLOCK];
+  for (int64_t group = 0; group < groups; group++) {
+    int64_t first = tokens * group / groups, count = tokens * (group + 1) / groups - first;
     KERNELS[count - 1](w, x.data() + first, steps, sums);
-    for (int64_t r = 0; r < count; r++) out(first + r, sums + r * OUTPUTS);
+    for (int64_t n = 0; n < count; n++) out(first + n, sums + n * BLOCK);
   }
 }
 
-// Calls run(first element) with the type of the weights.
+// ------------------------------------------------------------------- checked access to tensors
+
+// Calls run(pointer to the first element) with the type of the weights.
 template <class Run>
-void by_type(const Tensor& weight, Run run) {
+void dispatch_by_type(const Tensor& weight, Run run) {
   if (weight.scalar_type() == at::kFloat) return run(weight.const_data_ptr<float>());
   if (weight.scalar_type() == at::kBFloat16) return run(weight.const_data_ptr<bf16>());
-  TORCH_CHECK(weight.scalar_type() == at::kChar, "weights are fp32, bf16 or int8, not ", weight.scalar_type());
+  TORCH_CHECK(weight.scalar_type() == at::kChar, "weights must be fp32, bf16 or int8, not ", weight.scalar_type());
   run(weight.const_data_ptr<int8_t>());
 }
 
-// The rows of x (N, D) as weights of `steps` steps read them; in `room` where D is no multiple of a step, with zeros.
+// weight: (F / 32, steps, 32, PER_STEP), or with a dimension of experts in front; contiguous, of type T.
 template <class T>
-auto rows_of(const Tensor& x, int64_t steps, std::vector<typename Input<T>::Value>& room) {
+void check_packed(const Tensor& weight, int64_t dim) {
+  TORCH_CHECK(weight.scalar_type() == c10::CppTypeToScalarType<T>::value, "packed weights differ in type");
+  TORCH_CHECK(weight.dim() == dim, "a packed weight must have ", dim, " dimensions, not ", weight.dim());
+  TORCH_CHECK(weight.is_contiguous(), "a packed weight must be contiguous, not of strides ", weight.strides());
+  TORCH_CHECK(weight.size(-2) == BLOCK && weight.size(-1) == PER_STEP<T>, "a packed weight of ", weight.scalar_type(),
+              " must end in (", BLOCK, ", ", PER_STEP<T>, "), not in ", weight.sizes().slice(dim - 2));
+}
+
+// One fp32 scale per output of `weight`, padding included.
+const float* scale_pointer(const Tensor& scale, const Tensor& weight) {
+  int64_t outputs = BLOCK;
+  for (int64_t i = 0; i < weight.dim() - 3; i++) outputs *= weight.size(i);
+  TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.is_contiguous(), "scales must be contiguous fp32");
+  TORCH_CHECK(scale.numel() == outputs, scale.numel(), " scales for a packed weight of ", outputs, " outputs");
+  return scale.const_data_ptr<float>();
+}
+
+// Pointers to the N tokens of x (N, D), as weights of `steps` steps read them. They point into `buffer` where D is not
+// a multiple of a step (padded with zeros) or x is not aligned to one.
+template <class T>
+auto token_pointers(const Tensor& x, int64_t steps, std::vector<typename Input<T>::Value>& buffer) {
   using Value = typename Input<T>::Value;
   using Step = typename Input<T>::Step;
   int64_t n = x.size(0), d = x.size(1), width = steps * PER_STEP<T>;
-  TORCH_CHECK(d <= width && d > width - PER_STEP<T>, "rows of ", d, " numbers, but weights of about ", width, " inputs");
+  TORCH_CHECK(x.scalar_type() == c10::CppTypeToScalarType<Value>::value, "activations of ", x.scalar_type(),
+              " do not fit the weights");
+  TORCH_CHECK(d <= width && d > width - PER_STEP<T>, "tokens of ", d, " values do not fit weights of about ", width,
+              " inputs");
   const Value* from = x.const_data_ptr<Value>();
-  if (width != d) {
-    room.assign(n * width, Value(0));
-    for (int64_t r = 0; r < n; r++) std::copy(from + r * d, from + (r + 1) * d, room.data() + r * width);
-    from = room.data();
+  if (width != d || reinterpret_cast<uintptr_t>(from) % sizeof(Step)) {
+    buffer.assign(n * width, Value(0));
+    for (int64_t i = 0; i < n; i++) std::copy(from + i * d, from + (i + 1) * d, buffer.data() + i * width);
+    from = buffer.data();
   }
-  std::vector<const Step*> rows(n);
-  for (int64_t r = 0; r < n; r++) rows[r] = reinterpret_cast<const Step*>(from + r * width);
-  return rows;
+  std::vector<const Step*> tokens(n);
+  for (int64_t i = 0; i < n; i++) tokens[i] = reinterpret_cast<const Step*>(from + i * width);
+  return tokens;
 }
 
-const float* scales(const Tensor& scale) { return scale.defined() ? scale.const_data_ptr<float>() : nullptr; }
+// ------------------------------------------------------------------- linear
 
-// x (..., D) times weight (F, D), packed, and by scale (F,) where it is given -> (..., F)
+// x (..., D) times a packed weight (F, D), times scale (F,) if given -> (..., F)
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& scale, int64_t n_outputs) {
-  auto sizes = input.sizes().vec();
-  sizes.back() = n_outputs;
-  Tensor x = input.contiguous().view({-1, input.size(-1)}), out = at::empty(sizes, input.options());
-  const float* by = scale.has_value() ? scales(*scale) : nullptr;
-  by_type(weight, [&](auto* w) {
+  TORCH_CHECK(input.dim() > 0, "activations must have a dimension of inputs");
+  Tensor out;
+  dispatch_by_type(weight, [&](auto* w) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
     using Value = typename Input<T>::Value;
-    int64_t steps = weight.size(1);
-    std::vector<Value> room;
-    auto rows = rows_of<T>(x, steps, room);
+    check_packed<T>(weight, 4);
+    int64_t blocks = weight.size(0), steps = weight.size(1);
+    TORCH_CHECK(n_outputs <= blocks * BLOCK && n_outputs > (blocks - 1) * BLOCK, n_outputs,
+                " outputs do not fit a packed weight of ", blocks, " blocks of ", BLOCK);
+    const float* scales = scale.has_value() && scale->defined() ? scale_pointer(*scale, weight) : nullptr;
+    auto sizes = input.sizes().vec();
+    int64_t tokens = 1;
+    for (size_t i = 0; i + 1 < sizes.size(); i++) tokens *= sizes[i];
+    Tensor x = input.contiguous().view({tokens, sizes.back()});
+    sizes.back() = n_outputs;
+    out = at::empty(sizes, input.options());
+    std::vector<Value> buffer;
+    auto pointers = token_pointers<T>(x, steps, buffer);
     Value* to = out.mutable_data_ptr<Value>();
-    at::parallel_for(0, weight.size(0), 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b++) {
-        int64_t first = b * OUTPUTS, count = std::min<int64_t>(OUTPUTS, n_outputs - first);
-        block(w + first * steps * PER_STEP<T>, rows, steps, [&](int64_t r, const float* sums) {
-          for (int64_t i = 0; i < count; i++) to[r * n_outputs + first + i] = by ? sums[i] * by[first + i] : sums[i];
+        int64_t first = b * BLOCK, count = std::min<int64_t>(BLOCK, n_outputs - first);
+        block_matmul(w + first * steps * PER_STEP<T>, pointers, steps, [&](int64_t n, const float* sums) {
+          Value* token = to + n * n_outputs + first;
+          for (int64_t i = 0; i < count; i++) token[i] = scales ? sums[i] * scales[first + i] : sums[i];
         });
       }
     });
@@ -194,312 +237,387 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return out;
 }
 
-// Each row through its chosen experts, down(silu(gate(x)) * up(x)): x (N, D), chosen (N, A) -> (N, A, D).
-// matrices and scales: of gate, up (E, F / 32, ...) and down (E, D / 32, ...); no scales: none.
-Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList matrices, at::TensorList scale) {
-  TORCH_CHECK(matrices.size() == 3 && (scale.empty() || scale.size() == 3), "gate, up and down are wanted");
-  Tensor x = input.contiguous(), chosen = chosen_.contiguous();
-  int64_t dim = x.size(1), active = chosen.size(1), pairs = chosen.numel();
-  Tensor out = at::empty({x.size(0), active, dim}, x.options());
-  const Tensor &gate = matrices[0], &down = matrices[2];
-  std::vector<std::vector<int64_t>> of_expert(gate.size(0));  // the pairs of a row and an expert
-  for (int64_t i = 0; i < pairs; i++) of_expert.at(chosen.const_data_ptr<int64_t>()[i]).push_back(i);
-  std::vector<int64_t> used;
-  for (size_t e = 0; e < of_expert.size(); e++)
-    if (!of_expert[e].empty()) used.push_back(e);
-  const float* by[3] = {};
-  for (size_t i = 0; i < scale.size(); i++) by[i] = scales(scale[i]);
-  TORCH_CHECK(chosen.size(0) == x.size(0) && matrices[1].sizes() == gate.sizes() && down.size(0) == gate.size(0) &&
-              down.size(1) == (dim + OUTPUTS - 1) / OUTPUTS, "the experts do not fit together");
+// ------------------------------------------------------------------- experts
 
-  by_type(gate, [&](auto* first_weight) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(first_weight)>>;
-    using Value = typename Input<T>::Value;
-    using Step = typename Input<T>::Step;
-    const T* w[3] = {first_weight, matrices[1].const_data_ptr<T>(), down.const_data_ptr<T>()};
-    std::vector<Value> room;
-    auto rows = rows_of<T>(x, gate.size(2), room);
-    int64_t in_blocks = gate.size(1), out_blocks = down.size(1), width = in_blocks * OUTPUTS;
-    TORCH_CHECK(down.size(2) * PER_STEP<T> <= width, "the experts do not fit together");
-    std::vector<Value> hidden(pairs * width);
-    std::vector<std::vector<const Step*>> in(used.size()), between(used.size());
+// One call of `experts`: pair i = (token i / A, its active expert i % A).
+template <class T>
+struct Experts {
+  using Value = typename Input<T>::Value;
+  using Step = typename Input<T>::Step;
+
+  const Tensor &gate, &up, &down;                  // (E, blocks, steps, 32, PER_STEP)
+  const float* scales[3];                          // of gate, up and down, or null
+  int64_t dim, active, pairs;
+  std::vector<std::vector<int64_t>> pairs_of;      // by expert
+  std::vector<int64_t> used;                       // the experts that have a token
+  int64_t width;                                   // of the hidden activations, a multiple of 32
+  std::vector<Value> hidden;                       // (pairs, width), silu(gate(x)) * up(x)
+  std::vector<std::vector<const Step*>> inputs;    // by used expert: the tokens, read by gate and up
+  std::vector<std::vector<const Step*>> hidden_inputs;  // by used expert: rows of `hidden`, read by down
+
+  Experts(const Tensor& x, const Tensor& chosen, at::TensorList matrices, at::TensorList scale)
+      : gate(matrices[0]), up(matrices[1]), down(matrices[2]), scales{}, dim(x.size(1)), active(chosen.size(1)),
+        pairs(chosen.numel()) {
+    for (const Tensor& matrix : matrices) check_packed<T>(matrix, 5);
+    int64_t n_experts = gate.size(0);
+    width = gate.size(1) * BLOCK;
+    int64_t down_inputs = down.size(2) * PER_STEP<T>;
+    TORCH_CHECK(up.sizes() == gate.sizes() && down.size(0) == n_experts, "experts: gate ", gate.sizes(), ", up ",
+                up.sizes(), " and down ", down.sizes(), " do not fit together");
+    TORCH_CHECK(down.size(1) == (dim + BLOCK - 1) / BLOCK, "experts: down has ", down.size(1), " blocks for ", dim,
+                " outputs");
+    TORCH_CHECK(down_inputs <= width && down_inputs > width - BLOCK, "experts: down reads ", down_inputs,
+                " inputs of ", width, " hidden activations");
+    for (size_t i = 0; i < scale.size(); i++) scales[i] = scale_pointer(scale[i], matrices[i]);
+    pairs_of.resize(n_experts);
+    const int64_t* experts = chosen.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < pairs; i++) {
+      TORCH_CHECK_INDEX(0 <= experts[i] && experts[i] < n_experts, "expert ", experts[i], " of ", n_experts);
+      pairs_of[experts[i]].push_back(i);
+    }
+    for (int64_t e = 0; e < n_experts; e++)
+      if (!pairs_of[e].empty()) used.push_back(e);
+    hidden.resize(pairs * width);
+  }
+
+  void point_at(const std::vector<const Step*>& tokens) {
+    inputs.resize(used.size());
+    hidden_inputs.resize(used.size());
     for (size_t u = 0; u < used.size(); u++)
-      for (int64_t pair : of_expert[used[u]]) {
-        in[u].push_back(rows[pair / active]);
-        between[u].push_back(reinterpret_cast<const Step*>(hidden.data() + pair * width));
+      for (int64_t pair : pairs_of[used[u]]) {
+        inputs[u].push_back(tokens[pair / active]);
+        hidden_inputs[u].push_back(reinterpret_cast<const Step*>(hidden.data() + pair * width));
       }
-    auto size_of = [](const Tensor& t) { return t.size(2) * OUTPUTS * PER_STEP<T>; };  // of a block
-    at::parallel_for(0, used.size() * in_blocks, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> gates(pairs * OUTPUTS);
-      for (int64_t i = begin; i < end; i++) {
-        int64_t u = i / in_blocks, b = used[u] * in_blocks + i % in_blocks, first = i % in_blocks * OUTPUTS;
-        auto scaled = [&](int which, float sum, int lane) {
-          return by[which] ? sum * by[which][b * OUTPUTS + lane] : sum;
-        };
-        block(w[0] + b * size_of(gate), in[u], gate.size(2), [&](int64_t r, const float* sums) {
-          float* gate = &gates[r * OUTPUTS];
-          for (int lane = 0; lane < OUTPUTS; lane++) gate[lane] = scaled(0, sums[lane], lane);
-          for (int lane = 0; lane < OUTPUTS; lane += LANES) {
-            auto g = read<Floats>(gate + lane);
-            write(gate + lane, g / (1.f + exponential(-g)));
-          }
-        });
-        block(w[1] + b * size_of(gate), in[u], gate.size(2), [&](int64_t r, const float* sums) {
-          Value* to = hidden.data() + of_expert[used[u]][r] * width + first;
-          for (int lane = 0; lane < OUTPUTS; lane++) to[lane] = gates[r * OUTPUTS + lane] * scaled(1, sums[lane], lane);
-        });
+  }
+
+  static const T* block_of(const Tensor& matrix, int64_t b) {
+    return matrix.const_data_ptr<T>() + b * matrix.size(2) * BLOCK * PER_STEP<T>;
+  }
+
+  // hidden = silu(gate(x)) * up(x) of one block of a used expert; `gates` is room for (pairs, 32).
+  void gate_up_block(int64_t u, int64_t block, float* gates) {
+    int64_t b = used[u] * gate.size(1) + block;
+    auto scaled = [&](int which, float sum, int lane) {
+      return scales[which] ? sum * scales[which][b * BLOCK + lane] : sum;
+    };
+    block_matmul(block_of(gate, b), inputs[u], gate.size(2), [&](int64_t n, const float* sums) {
+      float* g = gates + n * BLOCK;
+      for (int lane = 0; lane < BLOCK; lane++) g[lane] = scaled(0, sums[lane], lane);
+      for (int lane = 0; lane < BLOCK; lane += LANES) {
+        auto value = load<FloatVec>(g + lane);
+        store(g + lane, value / (1.f + exp_approx(-value)));
       }
     });
-    Value* to = out.mutable_data_ptr<Value>();
-    at::parallel_for(0, used.size() * out_blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        int64_t u = i / out_blocks, b = used[u] * out_blocks + i % out_blocks, first = i % out_blocks * OUTPUTS;
-        int64_t count = std::min<int64_t>(OUTPUTS, dim - first);
-        block(w[2] + b * size_of(down), between[u], down.size(2), [&](int64_t r, const float* sums) {
-          Value* row = to + of_expert[used[u]][r] * dim + first;
-          for (int64_t lane = 0; lane < count; lane++)
-            row[lane] = by[2] ? sums[lane] * by[2][b * OUTPUTS + lane] : sums[lane];
-        });
-      }
+    block_matmul(block_of(up, b), inputs[u], gate.size(2), [&](int64_t n, const float* sums) {
+      Value* to = hidden.data() + pairs_of[used[u]][n] * width + block * BLOCK;
+      for (int lane = 0; lane < BLOCK; lane++) to[lane] = gates[n * BLOCK + lane] * scaled(1, sums[lane], lane);
     });
+  }
+
+  // out (pairs, D): one block of down(hidden) of a used expert.
+  void down_block(int64_t u, int64_t block, Value* out) {
+    int64_t b = used[u] * down.size(1) + block, count = std::min<int64_t>(BLOCK, dim - block * BLOCK);
+    const float* scale = scales[2];
+    block_matmul(block_of(down, b), hidden_inputs[u], down.size(2), [&](int64_t n, const float* sums) {
+      Value* to = out + pairs_of[used[u]][n] * dim + block * BLOCK;
+      for (int64_t lane = 0; lane < count; lane++) to[lane] = scale ? sums[lane] * scale[b * BLOCK + lane] : sums[lane];
+    });
+  }
+
+  void run(Value* out) {
+    int64_t in_blocks = gate.size(1), out_blocks = down.size(1), n_used = used.size();
+    at::parallel_for(0, n_used * in_blocks, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> gates(pairs * BLOCK);
+      for (int64_t i = begin; i < end; i++) gate_up_block(i / in_blocks, i % in_blocks, gates.data());
+    });
+    at::parallel_for(0, n_used * out_blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) down_block(i / out_blocks, i % out_blocks, out);
+    });
+  }
+};
+
+// Each token through its chosen experts, down(silu(gate(x)) * up(x)): x (N, D), chosen (N, A) int64 -> (N, A, D).
+// matrices: packed gate and up (E, F / 32, ...) and down (E, D / 32, ...); scales: one per matrix, or none.
+Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList matrices, at::TensorList scales) {
+  TORCH_CHECK(matrices.size() == 3 && (scales.empty() || scales.size() == 3), "experts needs gate, up and down");
+  TORCH_CHECK(input.dim() == 2 && chosen_.dim() == 2 && chosen_.size(0) == input.size(0), "experts: tokens ",
+              input.sizes(), " do not fit chosen experts ", chosen_.sizes());
+  TORCH_CHECK(chosen_.scalar_type() == at::kLong, "experts: chosen must be int64, not ", chosen_.scalar_type());
+  Tensor x = input.contiguous(), chosen = chosen_.contiguous();
+  Tensor out = at::empty({x.size(0), chosen.size(1), x.size(1)}, x.options());
+  dispatch_by_type(matrices[0], [&](auto* first_weight) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(first_weight)>>;
+    Experts<T> call(x, chosen, matrices, scales);
+    std::vector<typename Input<T>::Value> buffer;
+    call.point_at(token_pointers<T>(x, call.gate.size(2), buffer));
+    call.run(out.mutable_data_ptr<typename Input<T>::Value>());
   });
   return out;
 }
 
-// ------------------------------------------------------------------- attention of one query a row
+// ------------------------------------------------------------------- attention of one query per sequence
 
-constexpr int TILE = 64;  // keys; their scores are known before their values are read
-constexpr float LOWEST = -1e30f, HIDDEN = -2e30f;  // scores that no key has; the first stands for none so far
+constexpr int TILE = 64;                 // keys that are scored before their values are read
+constexpr float NO_SCORE = -1e30f;       // the maximum before any key
+constexpr float MASKED_SCORE = -2e30f;   // of a masked key; below NO_SCORE, so that its weight becomes zero
 
-inline Floats add_products(Floats sum, const float* a, const float* b) {
-  return sum + read<Floats>(a) * read<Floats>(b);
+inline FloatVec dot_add(FloatVec sum, const float* a, const float* b) {
+  return sum + load<FloatVec>(a) * load<FloatVec>(b);
 }
-inline Floats add_products(Floats sum, const bf16* a, const bf16* b) {
-  return multiply_add(sum, read<Pairs>(a), read<Pairs>(b));
+inline FloatVec dot_add(FloatVec sum, const bf16* a, const bf16* b) {
+  return multiply_add(sum, load<Bf16x2Vec>(a), load<Bf16x2Vec>(b));
 }
 
-// Lane l: a[l] + a[l ^ W], or where W is a bit of l, the same of b.
+// One stage of a tree reduction: lane l gets a[l] + a[l ^ W], or where W is a bit of l, the same of b.
 template <int W, int... L>
-Floats folded(Floats a, Floats b, std::integer_sequence<int, L...>) {
-  return SHUFFLED(a, b, (L & W ? LANES + L : L)...) + SHUFFLED(a, b, ((L & W ? LANES : 0) + (L ^ W))...);
+FloatVec reduce_lanes(FloatVec a, FloatVec b, std::integer_sequence<int, L...>) {
+  return SHUFFLE(a, b, (L & W ? LANES + L : L)...) + SHUFFLE(a, b, ((L & W ? LANES : 0) + (L ^ W))...);
 }
 template <int W>
-Floats folded(Floats a, Floats b) { return folded<W>(a, b, std::make_integer_sequence<int, LANES>()); }
+FloatVec reduce_lanes(FloatVec a, FloatVec b) {
+  return reduce_lanes<W>(a, b, std::make_integer_sequence<int, LANES>());
+}
 
-// The dot products of q (K,) with 16 keys.
+// The dot products of q (K,) with 16 keys, one per lane.
 template <class T>
-Floats dots(const T* q, const T* const* keys, int64_t dim) {
-  constexpr int64_t SIZE = sizeof(Floats) / sizeof(T);
-  Floats sum[LANES] = {};
+FloatVec dots(const T* q, const T* const* keys, int64_t dim) {
+  constexpr int64_t SIZE = sizeof(FloatVec) / sizeof(T);
+  FloatVec sum[LANES] = {};
   int64_t i = 0;
   for (; i + SIZE <= dim; i += SIZE)
-    for (int s = 0; s < LANES; s++) sum[s] = add_products(sum[s], q + i, keys[s] + i);
-  // The numbers of each sum are added up: two sums become one vector of half as many partial sums each, and so on.
-  for (int s = 0; s < 8; s++) sum[s] = folded<8>(sum[s], sum[s + 8]);
-  for (int s = 0; s < 4; s++) sum[s] = folded<4>(sum[s], sum[s + 4]);
-  for (int s = 0; s < 2; s++) sum[s] = folded<2>(sum[s], sum[s + 2]);
-  Floats all = folded<1>(sum[0], sum[1]);
+    for (int s = 0; s < LANES; s++) sum[s] = dot_add(sum[s], q + i, keys[s] + i);
+  // Reduce across lanes: each stage merges two vectors into one with half as many partial sums per key.
+  for (int s = 0; s < 8; s++) sum[s] = reduce_lanes<8>(sum[s], sum[s + 8]);
+  for (int s = 0; s < 4; s++) sum[s] = reduce_lanes<4>(sum[s], sum[s + 4]);
+  for (int s = 0; s < 2; s++) sum[s] = reduce_lanes<2>(sum[s], sum[s + 2]);
+  FloatVec all = reduce_lanes<1>(sum[0], sum[1]);
   for (; i < dim; i++)
     for (int s = 0; s < LANES; s++) all[s] += float(q[i]) * float(keys[s][i]);
   return all;
 }
 
-// What a head has gathered of some keys: the largest score, the sum of exp(score - largest), the values so weighted.
-struct Gathered {
-  float largest;
-  Floats total;  // its lanes added up
+// Online softmax of one head over the keys so far: the maximum score, the sum of exp(score - max_score), and the
+// values weighted by it.
+struct OnlineSoftmax {
+  float max_score;
+  FloatVec total;  // the sum of its lanes
   float* values;
 };
 
-// values[r] += p[r][s] * v[s] over the keys of a tile; behind them p is zero
-template <int R>
-void add_values(const float (*p)[TILE], const float* v, int64_t stride, int64_t n_keys, int64_t width, Gathered* to) {
+// values[h] += p[h][s] * v[s] over the keys of a tile; p is zero beyond the last key.
+template <int H>
+void accumulate_values(const float (*p)[TILE], const float* v, int64_t stride, int64_t n_keys, int64_t width,
+                       OnlineSoftmax* heads) {
   int64_t d = 0;
   for (; d + LANES <= width; d += LANES) {
-    Floats sum[R];
-    for (int r = 0; r < R; r++) sum[r] = read<Floats>(to[r].values + d);
+    FloatVec sum[H];
+    for (int h = 0; h < H; h++) sum[h] = load<FloatVec>(heads[h].values + d);
     for (int64_t s = 0; s < n_keys; s++) {
-      auto value = read<Floats>(v + s * stride + d);
-      for (int r = 0; r < R; r++) sum[r] += value * p[r][s];
+      auto value = load<FloatVec>(v + s * stride + d);
+      for (int h = 0; h < H; h++) sum[h] += value * p[h][s];
     }
-    for (int r = 0; r < R; r++) write(to[r].values + d, sum[r]);
+    for (int h = 0; h < H; h++) store(heads[h].values + d, sum[h]);
   }
   for (; d < width; d++)
-    for (int r = 0; r < R; r++)
-      for (int64_t s = 0; s < n_keys; s++) to[r].values[d] += p[r][s] * v[s * stride + d];
+    for (int h = 0; h < H; h++)
+      for (int64_t s = 0; s < n_keys; s++) heads[h].values[d] += p[h][s] * v[s * stride + d];
 }
-// The numbers of two vectors at even and at odd places, and the way back.
-inline Floats evens(Floats a, Floats b) {
-  return SHUFFLED(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+
+inline FloatVec even_lanes(FloatVec a, FloatVec b) {
+  return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 }
-inline Floats odds(Floats a, Floats b) {
-  return SHUFFLED(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+inline FloatVec odd_lanes(FloatVec a, FloatVec b) {
+  return SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
-inline Floats woven(Floats a, Floats b) {
-  return SHUFFLED(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+inline FloatVec interleave_low(FloatVec a, FloatVec b) {
+  return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 }
-inline Floats woven_end(Floats a, Floats b) {
-  return SHUFFLED(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+inline FloatVec interleave_high(FloatVec a, FloatVec b) {
+  return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
-inline Pairs rounded(Floats x) { return (Pairs)x + 0x7fffu + (((Pairs)x >> 16) & 1u); }  // to bf16, in the high half
-template <int R>
-void add_values(const float (*p)[TILE], const bf16* v, int64_t stride, int64_t n_keys, int64_t width, Gathered* to) {
-  uint32_t by[R][TILE / 2];  // two keys' weights side by side, as their values will be
-  for (int r = 0; r < R; r++)
+// Rounds to bf16, left in the high half of each lane.
+inline Bf16x2Vec round_to_bf16(FloatVec x) { return (Bf16x2Vec)x + 0x7fffu + (((Bf16x2Vec)x >> 16) & 1u); }
+
+// In bf16 two keys are multiplied at once: their probabilities lie side by side, and so do their values.
+template <int H>
+void accumulate_values(const float (*p)[TILE], const bf16* v, int64_t stride, int64_t n_keys, int64_t width,
+                       OnlineSoftmax* heads) {
+  uint32_t p_pairs[H][TILE / 2];
+  for (int h = 0; h < H; h++)
     for (int s = 0; s < TILE; s += 2 * LANES) {
-      auto a = read<Floats>(p[r] + s), b = read<Floats>(p[r] + s + LANES);
-      Pairs first = rounded(evens(a, b)), second = rounded(odds(a, b));
-      Pairs both = (first >> 16) | (second & 0xffff0000u);
-      std::memcpy(&by[r][s / 2], &both, sizeof both);
+      auto a = load<FloatVec>(p[h] + s), b = load<FloatVec>(p[h] + s + LANES);
+      Bf16x2Vec first = round_to_bf16(even_lanes(a, b)), second = round_to_bf16(odd_lanes(a, b));
+      Bf16x2Vec both = (first >> 16) | (second & 0xffff0000u);
+      std::memcpy(&p_pairs[h][s / 2], &both, sizeof both);
     }
   int64_t d = 0;
   for (; d + 2 * LANES <= width; d += 2 * LANES) {
-    Floats even[R], odd[R];  // of the 32 values from d on
-    for (int r = 0; r < R; r++) {
-      auto a = read<Floats>(to[r].values + d), b = read<Floats>(to[r].values + d + LANES);
-      even[r] = evens(a, b), odd[r] = odds(a, b);
+    FloatVec even[H], odd[H];  // of the 32 values from d on
+    for (int h = 0; h < H; h++) {
+      auto a = load<FloatVec>(heads[h].values + d), b = load<FloatVec>(heads[h].values + d + LANES);
+      even[h] = even_lanes(a, b);
+      odd[h] = odd_lanes(a, b);
     }
     for (int64_t s = 0; s < n_keys; s += 2) {
-      auto a = read<Pairs>(v + s * stride + d), b = s + 1 < n_keys ? read<Pairs>(v + (s + 1) * stride + d) : Pairs{};
-      Pairs first = (a & 0xffffu) | (b << 16), second = (a >> 16) | (b & 0xffff0000u);
-      for (int r = 0; r < R; r++) {
-        even[r] = multiply_add(even[r], first, by[r][s / 2]);
-        odd[r] = multiply_add(odd[r], second, by[r][s / 2]);
+      auto a = load<Bf16x2Vec>(v + s * stride + d);
+      auto b = s + 1 < n_keys ? load<Bf16x2Vec>(v + (s + 1) * stride + d) : Bf16x2Vec{};
+      Bf16x2Vec first = (a & 0xffffu) | (b << 16), second = (a >> 16) | (b & 0xffff0000u);
+      for (int h = 0; h < H; h++) {
+        even[h] = multiply_add(even[h], first, p_pairs[h][s / 2]);
+        odd[h] = multiply_add(odd[h], second, p_pairs[h][s / 2]);
       }
     }
-    for (int r = 0; r < R; r++) {
-      write(to[r].values + d, woven(even[r], odd[r]));
-      write(to[r].values + d + LANES, woven_end(even[r], odd[r]));
+    for (int h = 0; h < H; h++) {
+      store(heads[h].values + d, interleave_low(even[h], odd[h]));
+      store(heads[h].values + d + LANES, interleave_high(even[h], odd[h]));
     }
   }
   for (; d < width; d++)
-    for (int r = 0; r < R; r++)
-      for (int64_t s = 0; s < n_keys; s++) to[r].values[d] += p[r][s] * float(v[s * stride + d]);
+    for (int h = 0; h < H; h++)
+      for (int64_t s = 0; s < n_keys; s++) heads[h].values[d] += p[h][s] * float(v[s * stride + d]);
 }
 
-// One group's keys k (S, K) and values v (S, Kv), rows a stride apart, for its heads q (n_heads, K).
+// One kv head of one sequence: strided keys k (S, K) and values v (S, Kv), and its query heads q (H / G, K).
 template <class T>
-struct Group {
+struct KvHead {
   const T *q, *k, *v;
-  const bool* mask;  // (S,)
+  const bool* mask;  // (S,), true = visible
   int64_t k_stride, v_stride, dim, width;
   float scale;
 
-  // `heads` are of at most ROWS heads from `first` on.
-  void attend(int64_t begin, int64_t end, int64_t first, int64_t n_heads, Gathered* heads) const {
-    using Add = void (*)(const float (*)[TILE], const T*, int64_t, int64_t, int64_t, Gathered*);
-    static constexpr Add ADD[] = {add_values<1>, add_values<2>, add_values<3>, add_values<4>,
-                                  add_values<5>, add_values<6>, add_values<7>, add_values<8>};
-    alignas(64) float p[ROWS][TILE] = {}, hidden[TILE];  // by head; below zero where the mask hides a key
+  // Adds keys begin .. end to the softmax of n_heads <= MAX_TOKENS heads, from the head `first` on.
+  void attend(int64_t begin, int64_t end, int64_t first, int64_t n_heads, OnlineSoftmax* heads) const {
+    using Add = void (*)(const float (*)[TILE], const T*, int64_t, int64_t, int64_t, OnlineSoftmax*);
+    static constexpr Add ADD[] = {accumulate_values<1>, accumulate_values<2>, accumulate_values<3>,
+                                  accumulate_values<4>, accumulate_values<5>, accumulate_values<6>,
+                                  accumulate_values<7>, accumulate_values<8>};
+    alignas(64) float p[MAX_TOKENS][TILE] = {}, masked[TILE];  // scores, then probabilities; below zero = masked
     for (int64_t tile = begin; tile < end; tile += TILE) {
       int64_t n_keys = std::min<int64_t>(TILE, end - tile);
       for (int64_t s = 0; s < n_keys; s += LANES) {
-        const T* keys[LANES];  // those behind the last one are the last one
+        const T* keys[LANES];  // beyond the last key, the last key again
         for (int64_t i = 0; i < LANES; i++) {
           keys[i] = k + std::min(tile + s + i, end - 1) * k_stride;
-          auto next = reinterpret_cast<const char*>(keys[i] + LANES * k_stride);  // sixteen rows ahead, in time
+          auto next = reinterpret_cast<const char*>(keys[i] + LANES * k_stride);  // the key 16 keys ahead
           for (int64_t line = 0; line < dim * int64_t(sizeof(T)); line += 64) __builtin_prefetch(next + line);
         }
-        for (int64_t r = 0; r < n_heads; r++) write(p[r] + s, dots(q + (first + r) * dim, keys, dim) * scale);
+        for (int64_t h = 0; h < n_heads; h++) store(p[h] + s, dots(q + (first + h) * dim, keys, dim) * scale);
       }
-      for (int64_t s = 0; s < TILE; s++) hidden[s] = s < n_keys && mask[tile + s] ? 0 : -1;
-      for (int64_t r = 0; r < n_heads; r++) weigh(p[r], hidden, heads[r]);
+      for (int64_t s = 0; s < TILE; s++) masked[s] = s < n_keys && mask[tile + s] ? 0 : -1;
+      for (int64_t h = 0; h < n_heads; h++) update(p[h], masked, heads[h]);
       ADD[n_heads - 1](p, v + tile * v_stride, v_stride, n_keys, width, heads);
     }
   }
 
-  // Scores become weights, and what was gathered before is brought to the same largest score.
-  void weigh(float* p, const float* hidden, Gathered& head) const {
-    Floats most = Floats{} + head.largest, total = {};
+  // Turns the scores p of a tile into unnormalised probabilities, and rescales the head's sums to the new maximum.
+  void update(float* p, const float* masked, OnlineSoftmax& head) const {
+    FloatVec max_lanes = FloatVec{} + head.max_score, total = {};
     for (int s = 0; s < TILE; s += LANES) {
-      Floats score = read<Floats>(hidden + s) < 0.f ? Floats{} + HIDDEN : read<Floats>(p + s);
-      most = score > most ? score : most;
-      write(p + s, score);
+      FloatVec score = load<FloatVec>(masked + s) < 0.f ? FloatVec{} + MASKED_SCORE : load<FloatVec>(p + s);
+      max_lanes = score > max_lanes ? score : max_lanes;
+      store(p + s, score);
     }
-    float largest = most[0];
-    for (int lane = 1; lane < LANES; lane++) largest = std::max(largest, most[lane]);
+    float max_score = max_lanes[0];
+    for (int lane = 1; lane < LANES; lane++) max_score = std::max(max_score, max_lanes[lane]);
     for (int s = 0; s < TILE; s += LANES) {
-      Floats score = read<Floats>(p + s), weight = exponential(score - largest);
-      weight = score < LOWEST ? Floats{} : weight;
+      FloatVec score = load<FloatVec>(p + s), weight = exp_approx(score - max_score);
+      weight = score < NO_SCORE ? FloatVec{} : weight;
       total += weight;
-      write(p + s, weight);
+      store(p + s, weight);
     }
-    float shrunk = std::exp(head.largest - largest);
-    if (shrunk < 1)
-      for (int64_t i = 0; i < width; i++) head.values[i] *= shrunk;
-    head.total = head.total * shrunk + total;
-    head.largest = largest;
+    float rescale = std::exp(head.max_score - max_score);
+    if (rescale < 1)
+      for (int64_t i = 0; i < width; i++) head.values[i] *= rescale;
+    head.total = head.total * rescale + total;
+    head.max_score = max_score;
   }
 };
 
-// q (B, 1, H, K), k (B, S, G, K), v (B, S, G, Kv), mask (B, 1, 1, S) bool -> (B, 1, H, Kv). Each row sees some key.
+// Adds the keys that `other` has seen to `sum`.
+void merge(OnlineSoftmax& sum, const OnlineSoftmax& other, int64_t width) {
+  float max_score = std::max(sum.max_score, other.max_score);
+  float keep = std::exp(sum.max_score - max_score), add = std::exp(other.max_score - max_score);
+  for (int64_t d = 0; d < width; d++) sum.values[d] = sum.values[d] * keep + other.values[d] * add;
+  sum.total = sum.total * keep + other.total * add;
+  sum.max_score = max_score;
+}
+
+// The number of keys of each sequence up to its last visible one, at least 1: later keys are not read.
+std::vector<int64_t> visible_lengths(const Tensor& mask) {
+  std::vector<int64_t> lengths(mask.size(0));
+  for (int64_t b = 0; b < mask.size(0); b++) {
+    const bool* visible = mask.const_data_ptr<bool>() + b * mask.stride(0);
+    int64_t n = mask.size(3);
+    while (n > 1 && !visible[n - 1]) n--;
+    lengths[b] = n;
+  }
+  return lengths;
+}
+
+// As `attend`, checked: the last dimension of k, v and mask has stride 1, and q is contiguous.
 template <class T>
 Tensor attend_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
-  int64_t batch = q.size(0), n_heads = q.size(2), groups = k.size(2), in_group = n_heads / groups, width = v.size(3);
+  int64_t batch = q.size(0), n_heads = q.size(2), groups = k.size(2), per_group = n_heads / groups, width = v.size(3);
   Tensor out = at::empty({batch, 1, n_heads, width}, q.options());
-  std::vector<int64_t> n_keys(batch);  // up to the last visible one: what stands behind it is not even read
-  int64_t longest = 0;
-  for (int64_t b = 0; b < batch; b++) {
-    const bool* seen = mask.const_data_ptr<bool>() + b * mask.stride(0);
-    int64_t n = k.size(1);
-    while (n > 1 && !seen[n - 1]) n--;
-    n_keys[b] = n;
-    longest = std::max(longest, n);
-  }
-  // Keys are shared out where rows and groups are too few for the threads.
+  std::vector<int64_t> n_keys = visible_lengths(mask);
+  int64_t longest = *std::max_element(n_keys.begin(), n_keys.end());
+  // Keys are split where sequences and kv heads are too few for the threads.
   int64_t work = batch * groups, threads = at::get_num_threads();
-  int64_t parts = std::max<int64_t>(1, std::min((threads + work - 1) / work, longest / (2 * TILE)));
-  std::vector<float> values(work * parts * in_group * width);
-  std::vector<Gathered> gathered(work * parts * in_group);
-  for (size_t i = 0; i < gathered.size(); i++) gathered[i] = Gathered{LOWEST, Floats{}, values.data() + i * width};
-  int64_t grain = work * parts * longest * in_group < 2 * TILE * ROWS ? work * parts : 1;
-  at::parallel_for(0, work * parts, grain, [&](int64_t begin, int64_t end) {
+  int64_t splits = std::max<int64_t>(1, std::min((threads + work - 1) / work, longest / (2 * TILE)));
+  std::vector<float> values(work * splits * per_group * width);
+  std::vector<OnlineSoftmax> heads(work * splits * per_group);  // (B, G, splits, H / G)
+  for (size_t i = 0; i < heads.size(); i++) heads[i] = OnlineSoftmax{NO_SCORE, FloatVec{}, values.data() + i * width};
+  int64_t grain = work * splits * longest * per_group < 2 * TILE * MAX_TOKENS ? work * splits : 1;
+  at::parallel_for(0, work * splits, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      int64_t b = i / parts / groups, g = i / parts % groups, part = i % parts;
-      Group<T> group{q.const_data_ptr<T>() + b * q.stride(0) + g * in_group * q.stride(2),
+      int64_t b = i / splits / groups, g = i / splits % groups, split = i % splits;
+      KvHead<T> head{q.const_data_ptr<T>() + b * q.stride(0) + g * per_group * q.stride(2),
                      k.const_data_ptr<T>() + b * k.stride(0) + g * k.stride(2),
                      v.const_data_ptr<T>() + b * v.stride(0) + g * v.stride(2),
                      mask.const_data_ptr<bool>() + b * mask.stride(0),
                      k.stride(1), v.stride(1), k.size(3), width, float(scale)};
-      for (int64_t first = 0; first < in_group; first += ROWS)
-        group.attend(n_keys[b] * part / parts, n_keys[b] * (part + 1) / parts, first,
-                     std::min<int64_t>(ROWS, in_group - first), &gathered[i * in_group + first]);
+      for (int64_t first = 0; first < per_group; first += MAX_TOKENS)
+        head.attend(n_keys[b] * split / splits, n_keys[b] * (split + 1) / splits, first,
+                    std::min<int64_t>(MAX_TOKENS, per_group - first), &heads[i * per_group + first]);
     }
   });
   T* to = out.mutable_data_ptr<T>();
   for (int64_t i = 0; i < work; i++)
-    for (int64_t h = 0; h < in_group; h++, to += width) {
-      Gathered& sum = gathered[i * parts * in_group + h];
-      for (int64_t part = 1; part < parts; part++) {
-        const Gathered& more = gathered[(i * parts + part) * in_group + h];
-        float largest = std::max(sum.largest, more.largest);
-        float keep = std::exp(sum.largest - largest), by = std::exp(more.largest - largest);
-        for (int64_t d = 0; d < width; d++) sum.values[d] = sum.values[d] * keep + more.values[d] * by;
-        sum.total = sum.total * keep + more.total * by;
-        sum.largest = largest;
-      }
+    for (int64_t h = 0; h < per_group; h++, to += width) {
+      OnlineSoftmax& sum = heads[i * splits * per_group + h];
+      for (int64_t split = 1; split < splits; split++) merge(sum, heads[(i * splits + split) * per_group + h], width);
       float total = 0;
       for (int lane = 0; lane < LANES; lane++) total += sum.total[lane];
-      float by = 1 / total;
-      for (int64_t d = 0; d < width; d++) to[d] = sum.values[d] * by;
+      float reciprocal = 1 / total;
+      for (int64_t d = 0; d < width; d++) to[d] = sum.values[d] * reciprocal;
     }
   return out;
 }
 
+// q (B, 1, H, K), k (B, S, G, K), v (B, S, G, Kv), mask (B | 1, 1, 1, S) bool -> (B, 1, H, Kv). Each sequence must see
+// at least one key.
 Tensor attend(const Tensor& q, const Tensor& k_, const Tensor& v_, const Tensor& mask_, double scale) {
-  auto by_rows = [](const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); };
+  TORCH_CHECK(q.dim() == 4 && k_.dim() == 4 && v_.dim() == 4 && mask_.dim() == 4, "attend takes 4 dimensions");
+  TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16, "attend takes fp32 or bf16, not ",
+              q.scalar_type());
+  TORCH_CHECK(k_.scalar_type() == q.scalar_type() && v_.scalar_type() == q.scalar_type(), "keys of ", k_.scalar_type(),
+              " and values of ", v_.scalar_type(), " do not fit queries of ", q.scalar_type());
+  TORCH_CHECK(mask_.scalar_type() == at::kBool, "the mask must be bool, not ", mask_.scalar_type());
   int64_t batch = q.size(0), n_keys = k_.size(1), groups = k_.size(2);
-  TORCH_CHECK(q.size(1) == 1 && groups > 0 && q.size(2) % groups == 0 && k_.size(0) == batch && k_.size(3) == q.size(3) &&
-              v_.size(0) == batch && v_.size(1) == n_keys && v_.size(2) == groups && n_keys > 0,
+  TORCH_CHECK(q.size(1) == 1 && groups > 0 && q.size(2) % groups == 0 && n_keys > 0 && k_.size(0) == batch &&
+              k_.size(3) == q.size(3) && v_.size(0) == batch && v_.size(1) == n_keys && v_.size(2) == groups,
               "keys ", k_.sizes(), " and values ", v_.sizes(), " do not fit queries ", q.sizes());
   if (batch == 0) return at::empty({0, 1, q.size(2), v_.size(3)}, q.options());
-  Tensor k = by_rows(k_), v = by_rows(v_), mask = by_rows(mask_.expand({batch, 1, 1, n_keys}));
+  auto dense_last = [](const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); };
+  Tensor k = dense_last(k_), v = dense_last(v_), mask = dense_last(mask_.expand({batch, 1, 1, n_keys}));
   if (q.scalar_type() == at::kFloat) return attend_of<float>(q.contiguous(), k, v, mask, scale);
   return attend_of<bf16>(q.contiguous(), k, v, mask, scale);
 }
 
-// positions (B, T) -> bool (B, 1, T, S): each sees the keys up to its own place
+// positions (B, T) int64 -> bool (B, 1, T, S): each token sees the keys up to its own position.
 Tensor visible(const Tensor& positions_, int64_t n_keys) {
+  TORCH_CHECK(positions_.dim() == 2 && positions_.scalar_type() == at::kLong, "positions must be (B, T) int64");
+  TORCH_CHECK(n_keys >= 0, n_keys, " keys");
   Tensor positions = positions_.contiguous();
   Tensor out = at::zeros({positions.size(0), 1, positions.size(1), n_keys}, positions.options().dtype(at::kBool));
   bool* to = out.mutable_data_ptr<bool>();
@@ -510,7 +628,7 @@ Tensor visible(const Tensor& positions_, int64_t n_keys) {
 
 }  // namespace
 
-TORCH_LIBRARY(mini_llm, ops) {
+TORCH_LIBRARY_FRAGMENT(mini_llm, ops) {  // cpu_moe.py defines more in this namespace
   ops.def("linear(Tensor x, Tensor weight, Tensor? scale, int n_outputs) -> Tensor");
   ops.def("experts(Tensor x, Tensor chosen, Tensor[] matrices, Tensor[] scales) -> Tensor");
   ops.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor");

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from model.kernels.cpu_moe import looped_experts, slices
-from model.kernels.decode import Packed, packed_experts
 from model.kernels.int8 import Int8Weight
+from model.kernels.packed import Packed, packed_experts
 from model.kernels.precision import compute_dtype
 
 # Tokens of a decode step up to which the experts are looked up without sorting the tokens.

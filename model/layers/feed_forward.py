@@ -3,7 +3,10 @@
 import torch.nn.functional as F
 from torch import nn
 
+from model.kernels.packed import pack_swiglu, packed_form
 
+
+@packed_form(pack_swiglu)
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020). (..., D) -> (..., D)."""
 

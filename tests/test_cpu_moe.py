@@ -1,17 +1,19 @@
-"""The loop over experts against the formula, written down expert by expert and token by token."""
+"""The loop over experts against the formula, written down per expert and per token."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.kernels.cpu_moe import STEP
+from model.kernels import ENABLED
+from model.kernels.cpu_moe import SEGMENT_STEP
 from model.layers.moe import expert_load, expert_swiglu
 
-N, D, E, A, INTER = STEP + 5, 12, 6, 3, 8
+needs_loop = pytest.mark.skipif(not ENABLED, reason="MINI_LLM_KERNELS=0: the loop is off")
+N, D, E, A, INTER = SEGMENT_STEP + 5, 12, 6, 3, 8
 
 
-def mixture(dtype=torch.float64):
+def moe(dtype=torch.float64):
     """Leaves x, weight, gate, up, down, and a choice that leaves the last expert without tokens."""
     generator = torch.Generator().manual_seed(0)
     shapes = (N, D), (N, A), (E, INTER, D), (E, INTER, D), (E, D, INTER)
@@ -23,7 +25,7 @@ def run(x, weight, gate, up, down, chosen):
     return expert_swiglu(x, chosen, weight, gate, up, down)
 
 
-def by_the_formula(x, weight, gate, up, down, chosen):
+def formula(x, weight, gate, up, down, chosen):
     rows = []
     for token, weights, experts in zip(x, weight, chosen.tolist()):
         rows.append(sum(w * (down[e] @ (F.silu(gate[e] @ token) * (up[e] @ token))) for w, e in zip(weights, experts)))
@@ -32,9 +34,9 @@ def by_the_formula(x, weight, gate, up, down, chosen):
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_results_and_gradients(dtype, rounding):
-    leaves, chosen = mixture(dtype)
+    leaves, chosen = moe(dtype)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    want, got = by_the_formula(*exact, chosen), run(*leaves, chosen)
+    want, got = formula(*exact, chosen), run(*leaves, chosen)
     assert expert_load(chosen, E).tolist() == [(chosen == e).sum() for e in range(E)]
     grads = torch.autograd.grad(got.square().sum(), leaves)
     for a, b in zip((got, *grads), (want, *torch.autograd.grad(want.square().sum(), exact)), strict=True):
@@ -42,9 +44,10 @@ def test_results_and_gradients(dtype, rounding):
         assert (a.double() - b).norm() <= rounding * b.norm()
 
 
-def test_no_number_of_a_spare_slot_is_used():
-    """They hold the first token: were it not finite, only its own experts may tell."""
-    leaves, chosen = mixture()
+@needs_loop
+def test_padding_slots_are_not_used():
+    """They hold the first token: if it is not finite, only its own results may be non-finite."""
+    leaves, chosen = moe()
     chosen[0] = torch.tensor([0, 1, 2])
     with torch.no_grad():
         leaves[0][0] = float("inf")
@@ -52,8 +55,9 @@ def test_no_number_of_a_spare_slot_is_used():
     assert out[1:].isfinite().all()
 
 
+@needs_loop
 def test_compiled_it_is_one_graph_for_every_load():
-    leaves, chosen = mixture()
+    leaves, chosen = moe()
     frames = []
 
     def backend(graph, inputs):
@@ -63,12 +67,12 @@ def test_compiled_it_is_one_graph_for_every_load():
     compiled = torch.compile(run, fullgraph=True, dynamic=False, backend=backend)
     for shift in range(3):
         other = (chosen + shift) % E
-        torch.testing.assert_close(compiled(*leaves, other), by_the_formula(*leaves, other))
+        torch.testing.assert_close(compiled(*leaves, other), formula(*leaves, other))
     assert len(frames) == 1
 
 
 def test_its_flops_are_those_of_the_chosen_experts():
-    leaves, chosen = mixture()
+    leaves, chosen = moe()
     with FlopCounterMode(display=False) as counter:
         run(*leaves, chosen).sum().backward()
     assert counter.get_total_flops() == 3 * 6 * N * A * D * INTER
