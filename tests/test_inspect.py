@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from engine.inference.chat import open_chat_model
-from engine.inference.inspect import expert_loads, is_load, reports_expert_load, split_reasoning
+from engine.inference.inspect import expert_loads, reports_expert_load, split_reasoning
 from engine.inference.request import Request
 from engine.inference.sampling import Sampling
+from model.basemodel import is_expert_load
 from tests.support.small_runs import CHAT, small_runs
 from utils.tokenizer import load_tokenizer
 
@@ -40,7 +41,11 @@ def test_probabilities_are_those_of_a_plain_forward(chat_model):
 def test_loads_of_the_tokens_add_up_to_the_load_of_the_text(chat_model):
     ids = [chat_model.tokenizer.bos_id, *chat_model.tokenizer.encode("春眠不觉晓，处处闻啼鸟。")]
     with torch.no_grad():
-        full = {name: value for name, value in chat_model.model(torch.tensor([ids]))[2].items() if is_load(name, value)}
+        full = {
+            name: value
+            for name, value in chat_model.model(torch.tensor([ids]))[2].items()
+            if is_expert_load(name, value)
+        }
     loads = expert_loads(chat_model.model, ids, 0)
     assert loads.keys() == full.keys() and reports_expert_load(chat_model.model) == bool(full)
     for name, load in loads.items():

@@ -35,7 +35,7 @@ class CachedBatch:
         self._empty = model.init_state(1, max_len)
 
     def clear(self, slot: int) -> None:
-        """Empty a slot. All of it becomes zero: even behind a mask, a non-finite key spoils the attention."""
+        """Empty a slot. All of it is overwritten: even behind a mask, a non-finite key spoils the attention."""
         if len(self.state.pos) > 1:
             self.state.overwrite([slot], self._empty)
         else:  # a new state: on a CPU, memory for a long max_seq_len is only taken as it is filled
@@ -58,17 +58,22 @@ class CachedBatch:
             logits = forward_step(self.model, ids, state, self.decode_step)
             state.advance(ids.shape[1])
             return logits[:, -1]
-        views = [{name: tensor[slots] for name, tensor in layer.items()} for layer in state.layers]
-        part = State(state.pos[slots], state.max_len, [dict(view) for view in views], max(lengths), last_only=True)
+        *layers, of_model = [
+            {name: tensor[slots] for name, tensor in held.items()} for held in [*state.layers, state.model]
+        ]
+        views = [dict(view) for view in [*layers, of_model]]
+        part = State(state.pos[slots], state.max_len, layers, max(lengths), last_only=True, model=of_model)
         logits = forward_step(self.model, ids, part, self.decode_step)
         part.advance(ids.shape[1])
         state.pos[slots] = part.pos
-        for layer, view, new in zip(state.layers, views, part.layers, strict=True):
+        state.token_indexed |= part.token_indexed
+        state.empty |= part.empty
+        for held, view, new in zip([*state.layers, state.model], views, [*part.layers, part.model], strict=True):
             for name, tensor in new.items():
                 if tensor is not view.get(name):
-                    if name not in layer:
-                        layer[name] = tensor.new_zeros(len(state.pos), *tensor.shape[1:])
-                    layer[name][slots] = tensor
+                    if name not in held:
+                        held[name] = tensor.new_full((len(state.pos), *tensor.shape[1:]), state.empty.get(name, 0))
+                    held[name][slots] = tensor
         return logits[:, -1]
 
 

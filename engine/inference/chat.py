@@ -66,14 +66,10 @@ def open_chat_model(
     loaded = registry.load_run(run, device=find_device(device), dtype=DTYPES[precision])
     if speculative:  # before the decode step is compiled, which takes a while
         check_speculative(loaded.model, speculative)
-    decode_step = _prepare(loaded.model, precision, compile, slots)
-    return ChatModel(loaded, decode_step, speculative, slots, max_queue)
-
-
-def _prepare(model: BaseModel, precision: str, compile: bool, slots: int) -> DecodeStep:
     if precision != "fp32":
-        check_dtypes(model, precision)
-    return prepare_for_decoding(model, precision, compile, slots)
+        check_dtypes(loaded.model, precision)
+    decode_step = prepare_for_decoding(loaded.model, precision, compile, slots)
+    return ChatModel(loaded, decode_step, speculative, slots, max_queue)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from engine.inference.request import Logprobs
-from model.basemodel import BaseModel
+from model.basemodel import BaseModel, is_expert_load
 from utils.tokenizer import Tokenizer
 
 
@@ -54,11 +54,6 @@ def split_reasoning(tokenizer: Tokenizer, tokens: list[int], starts: list[int], 
     return "", text
 
 
-def is_load(name: str, value: torch.Tensor) -> bool:
-    """Return whether an entry of other_vars is an expert load: `.../load...`, one row per layer."""
-    return name.rpartition("/")[2].startswith("load") and value.ndim == 2
-
-
 @torch.inference_mode()
 def expert_loads(model: BaseModel, ids: list[int], first: int) -> dict[str, torch.Tensor]:
     """Return {name: (T, L, E)}: tokens routed to each expert of each layer, for each of the tokens ids[first:].
@@ -84,7 +79,7 @@ def expert_loads(model: BaseModel, ids: list[int], first: int) -> dict[str, torc
     loads: dict[str, list[torch.Tensor]] = {}
     for other_vars in per_call:
         for name, value in other_vars.items():
-            if is_load(name, value):
+            if is_expert_load(name, value):
                 loads.setdefault(name, []).append(value.cpu())
     return {name: torch.stack(values) for name, values in loads.items()}
 
