@@ -112,7 +112,7 @@ def test_processes_agree_on_a_name_whatever_earlier_attempts_left():
     def meet(rank, delay):
         time.sleep(delay)
         client = dist.TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=60))
-        return process_group.agree(client, rank, 3)
+        return process_group.agree_on_prefix(client, rank, 3)
 
     def attempt(delays):
         with ThreadPoolExecutor(3) as pool:

@@ -10,7 +10,7 @@ from engine.data.loader import StepLoader
 from engine.planning import mfu
 from engine.planning.mfu import HardwarePeak, published
 from engine.runs.metrics import read_metrics
-from engine.training.config import BatchPlan
+from engine.training.batch_plan import BatchPlan
 
 
 @pytest.mark.parametrize(

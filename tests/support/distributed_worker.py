@@ -18,7 +18,8 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its tokenizers.py hides the library
 
 from checks.harness.tiny_args import tiny_args  # noqa: E402
-from engine.data.sequences import DocumentRows, TokenFile  # noqa: E402
+from engine.data.sequences import DocumentSequences  # noqa: E402
+from engine.data.token_file import TokenFile  # noqa: E402
 from engine.distributed import process_group  # noqa: E402
 from engine.runs import sharded_checkpoint  # noqa: E402
 from engine.training.config import TrainConfig  # noqa: E402
@@ -76,7 +77,7 @@ def main():
         Model, ModelArgs = get_model_and_args(config.model_name)
         model = Model(replace(tiny_args(Model, ModelArgs)[0], vocab_size=tokenizer.vocab_size, max_seq_len=32))
     rows = {
-        name: DocumentRows(TokenFile(data / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, long="drop")
+        name: DocumentSequences(TokenFile(data / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, long="drop")
         for name in ("train", "val")
     }
     train(config, "sft", model, tokenizer, rows["train"], rows["val"], "python next.py")
