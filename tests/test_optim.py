@@ -155,13 +155,15 @@ def moved(optimizer, model, steps):
 
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"optimizer": "muon", "ema": 0.9}])
-def test_a_step_not_taken_leaves_every_bit_as_it_was(name, recipe):
-    """After two steps, and before the first as well: those that follow go where they would have gone without it."""
+def test_a_skipped_step_leaves_every_bit_as_it_was(name, recipe):
+    """After two steps, and before the first as well: the steps after it are those of the run without it."""
 
     def run(*steps):
         model = ModelUnderTest(name).build().train()
         with torch.no_grad():
-            next(model.parameters()).view(-1)[:4] = torch.tensor([0.0, -0.0, 1e-40, -1e-40])  # signs, and tiny numbers
+            next(model.parameters()).view(-1)[:4] = torch.tensor(
+                [0.0, -0.0, 1e-40, -1e-40]
+            )  # signs, and subnormal values
         return moved(build_optimizer(model, TrainConfig(**recipe)), model, steps)
 
     taken = run((1, True), (2, True))

@@ -142,7 +142,7 @@ def test_a_spike_is_skipped_and_remembered_over_a_resume(world, monkeypatch, cap
     assert world.run(**settings, spike_bound=0.0)["skipped_steps"] == 0
 
 
-def test_a_skipped_step_is_told_when_the_run_dies_in_the_next(world, capsys):
+def test_a_skipped_step_is_logged_when_the_run_dies_in_the_next(world, capsys):
     class Dying(Poison({3}, math.nan).model()):
         def before_step(self, step, total_steps):
             super().before_step(step, total_steps)
@@ -180,7 +180,7 @@ def test_what_stands_out_against_numpy():
     assert 1.3 < outlier_threshold([0.0] * 100, 10) < 2.0  # a loss that stood still
 
 
-def test_weights_without_a_number_are_neither_saved_nor_final(world):
+def test_nan_weights_are_neither_saved_nor_final(world):
     class Breaking(TinyModel):
         def after_step(self, other_vars):
             if self.calls == 3:

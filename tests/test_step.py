@@ -26,7 +26,7 @@ def train_step(model, precision):
 
 
 def gradients(name, precision, parts=1):
-    """{parameter: gradient} of a step of four rows in `parts` micro-batches, and its values."""
+    """{parameter: gradient} of a step of four sequences in `parts` micro-batches, and its values."""
     subject = ModelUnderTest(name)
     model = subject.build().train()
     step = train_step(model, precision)
@@ -50,7 +50,7 @@ def test_bf16_gradients_are_fp32_and_point_where_those_of_fp32_do(name, parts):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_weights_and_gradients_come_back(name):
-    """After a step's passes the parameters are the same tensors with the same fp32 numbers, also when one fails."""
+    """After a step's passes the parameters are the same tensors with the same fp32 values, also when one fails."""
     model = ModelUnderTest(name).build().train()
     before = {n: (p, p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
     step = train_step(model, "bf16")
@@ -90,7 +90,7 @@ def test_sums_of_many_backward_passes_keep_their_digits():
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_twenty_steps_compile_nothing_after_the_first(name, precision, monkeypatch):
-    """Packed rows whose documents, and in a mixture whose loads, differ from step to step, under one compiled model."""
+    """Packed sequences whose documents (and expert loads) differ from step to step, under one compiled model."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **how: compile(model, backend="aot_eager", **how))
     torch._dynamo.reset()

@@ -223,7 +223,9 @@ def test_accumulation_does_not_change_the_curve(world):
     ]
     assert [run["run"][-2:] for run in runs] == ["ny", "_2", "_3"]
     for run in runs[1:]:
-        assert losses(run) == pytest.approx(losses(runs[0]), rel=2e-4)  # the extra term weighs by targets, not by rows
+        assert losses(run) == pytest.approx(
+            losses(runs[0]), rel=2e-4
+        )  # the extra term weighs by targets, not by sequences
         assert losses(run, "val_loss") == pytest.approx(losses(runs[0], "val_loss"), rel=1e-4)
 
 
@@ -257,7 +259,7 @@ def test_the_average_is_evaluated_and_exported(world):
 
 
 class Reads(TorchDispatchMode):
-    """Notes in `events` every number that the host takes out of a tensor, and where a backward pass began."""
+    """Notes in `events` every value that the host reads from a tensor, and where a backward pass began."""
 
     def __init__(self, patch):
         super().__init__()
@@ -284,20 +286,20 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon", "ema": 0.9}])
-def test_the_numbers_of_a_step_are_read_when_the_next_one_is_on_its_way(world, monkeypatch, recipe):
+def test_loss_and_norm_of_a_step_are_read_while_the_next_one_runs(world, monkeypatch, recipe):
     """Between log lines, and nothing else is: a GPU would still be at work on the step."""
     settings = dict(**recipe, max_steps=24, model_fields={"dropout": 0.1})
-    told = [r for r in read_metrics(world.run(**settings)["run"] + "/metrics.jsonl") if "loss" in r]
+    logged = [r for r in read_metrics(world.run(**settings)["run"] + "/metrics.jsonl") if "loss" in r]
     with monkeypatch.context() as patch:
         reads = Reads(patch)
         with reads:
             quiet = world.run(**settings, log_interval=8, resume="never")
-    assert losses(quiet) == [told[at]["loss"] for at in (0, 7, 15, 23)]
+    assert losses(quiet) == [logged[at]["loss"] for at in (0, 7, 15, 23)]
     starts = [at for at, event in enumerate(reads.events) if isinstance(event, str)]
     assert len(starts) == 24
     for step in range(2, 23):  # what was read after the backward pass of this step, before that of the next
         read = [tensor.tolist() for tensor in reads.events[starts[step - 1] + 1 : starts[step]]]
-        before = told[step - 2]
+        before = logged[step - 2]
         if step % 8 == 7:  # and then the log line begins: it counts characters in its batch, which the host has made
             assert read[0] == [before["loss"], before["grad_norm"], 1.0]
         elif step % 8 and step > 2:
