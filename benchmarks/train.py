@@ -5,15 +5,15 @@
     python benchmarks/train.py --quick          tiny sizes, one round: does it all run?
 
 A step is forward, backward, clipping and AdamW. Ours is the trainer's own (engine/training/step.py); transformers is
-used as its documentation says: fp32 weights under autocast, SDPA, fused AdamW, the fastest of its expert implementations
-that run on the device. All sides of a table row take turns, step by step, in one process, each table row in another (what
-the allocator keeps of one model would slow the next); a figure is the median over the rounds. The losses of both sides
-are compared before the timing. The FLOPs of `flops_per_token` (3 x forward, attention over the full square) are shown as
-a share of the rate of a large matmul of the same type, which takes its turn in the same rounds; on CUDA as a share of
-the device's published peak (MFU, engine/planning/mfu.py). Peak memory: on CUDA of each step, else in separate processes.
-On CUDA last, the dense model on packed sequences of 2048 tokens, compiled, by flex_attention and by the dense mask.
-Writes benchmarks/results/train.json (on CUDA train_cuda.json) and prints the table. A table row is written when it is
-measured, with the machine; those that a call does not measure stay.
+used as its documentation says: fp32 weights under autocast, SDPA, fused AdamW, the fastest of its expert
+implementations that run on the device. All sides of a table row take turns, step by step, in one process, each table
+row in another (what the allocator keeps of one model would slow the next); a figure is the median over the rounds.
+The losses of both sides are compared before the timing. The FLOPs of `flops_per_token` (3 x forward, attention over
+the full square) are shown as a share of the rate of a large matmul of the same type, which takes its turn in the same
+rounds; on CUDA as a share of the device's published peak (MFU, engine/planning/mfu.py). Peak memory: on CUDA of each
+step, else in separate processes. On CUDA last, the dense model on packed sequences of 2048 tokens, compiled, by
+flex_attention and by the dense mask. Writes benchmarks/results/train.json (on CUDA train_cuda.json) and prints the
+table. A table row is written when it is measured, with the machine; those that a call does not measure stay.
 """
 
 import gc

@@ -1,11 +1,14 @@
 """What a stage needs before training: the model, new or pretrained, and the held-out file."""
 
+import dataclasses
 import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine.runs.registry import LoadedRun, load_run, newest_run
+from engine.runs.run_folder import source_fingerprint
 from engine.training.config import FineTuneConfig, TrainConfig
 from model import get_model_and_args, list_models
 from model.basemodel import BaseModel
@@ -72,6 +75,14 @@ def pretrained_run(config: FineTuneConfig) -> LoadedRun:
 def model_source(model: BaseModel) -> Path:
     """The file that defines the model's class."""
     return Path(inspect.getfile(type(model)))
+
+
+def model_facts(model: BaseModel) -> dict[str, Any]:
+    """What identifies an architecture: its arguments, and the content of its file."""
+    return {
+        "model": dataclasses.asdict(model.args),
+        "model_file": source_fingerprint(model_source(model)),
+    }
 
 
 def val_path(given: str, train_path: str) -> str | None:

@@ -1,6 +1,5 @@
 """The only training loop. Every stage goes through train(), and it knows the model by its contract alone."""
 
-import dataclasses
 import json
 import time
 from contextlib import closing
@@ -11,21 +10,18 @@ import torch
 from engine.data.sequences import DocumentSequences, Sequences
 from engine.distributed import process_group
 from engine.planning.batch_size import find_max_batch_size
-from engine.planning.dry_run import dry_run
-from engine.planning.mfu import HardwarePeak
 from engine.runs.run_folder import (
     choose_run_directory,
     micro_batch_of,
     remove_if_empty_on_error,
     run_fingerprint,
-    source_fingerprint,
 )
 from engine.training.batch_plan import plan_run
-from engine.training.build import model_source
+from engine.training.build import model_facts
 from engine.training.config import TrainConfig
 from engine.training.evaluate import characters_of
-from engine.training.measure import measure_step
-from engine.training.run import TrainRun, bits_per_character, log_plan, place_model, restore_state, set_up
+from engine.training.measure import estimate_run
+from engine.training.run import TrainRun, bits_per_character, place_model, restore_state, set_up
 from engine.training.schedule import learning_rate
 from engine.training.step import TrainStep
 from engine.training.stop_signal import StopSignal
@@ -55,19 +51,16 @@ def train(
     # ---------------------------------------------------------------- 1. which run this is, and where it goes
     device = process_group.init(config.device)
     plan, total_steps = plan_run(config, len(train_data), train_data.seq_len)
-    fingerprint = run_fingerprint(
-        config,
-        {
-            "stage": stage,
-            "model": dataclasses.asdict(model.args),
-            "model_file": source_fingerprint(model_source(model)),
-            "global_batch_size": plan.global_sequences,
-            "steps": total_steps,
-            "data": train_data.file.fingerprint,
-            "tokenizer": tokenizer.fingerprint,
-            **(facts or {}),
-        },
-    )
+    inputs = {
+        **model_facts(model),
+        "stage": stage,
+        "global_batch_size": plan.global_sequences,
+        "steps": total_steps,
+        "data": train_data.file.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        **(facts or {}),
+    }
+    fingerprint = run_fingerprint(config, inputs)
     directory = choose_run_directory(config, stage, fingerprint)
     next_command = next_command.format(run=directory.folder)
     if directory.summary is not None:
@@ -88,24 +81,7 @@ def train(
         )
         plan, total_steps = plan_run(config, len(train_data), train_data.seq_len)
     if config.dry_run:
-        title = f"{stage} {config.model_name}"
-        peak = HardwarePeak(device, step.precision, config.peak_tflops)
-        log_plan(title, model, step, plan, total_steps, train_data, peak)
-        log("dry run: nothing is written")
-        measured = measure_step(config, model, step, plan, total_steps, train_data)
-        return dry_run(
-            title,
-            config,
-            directory.folder,
-            model,
-            step.optimizer,
-            plan,
-            total_steps,
-            train_data,
-            val_data,
-            measured,
-            peak,
-        )
+        return estimate_run(config, stage, directory.folder, model, step, plan, total_steps, train_data, val_data)
 
     # ---------------------------------------------------------------- 4. the run
     run = set_up(

@@ -1,7 +1,9 @@
-"""Measure one optimizer step, for --dry_run: its time and memory."""
+"""--dry_run: measure one optimizer step, and estimate the run from it."""
 
 import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,13 +11,15 @@ from engine.data.loader import StepLoader
 from engine.data.sequences import Sequences
 from engine.distributed import process_group
 from engine.planning import memory
-from engine.planning.dry_run import MeasuredStep, saved_bytes
-from engine.planning.mfu import synchronize
+from engine.planning.dry_run import MeasuredStep, dry_run, saved_bytes
+from engine.planning.mfu import HardwarePeak, synchronize
 from engine.training.batch_plan import BatchPlan
 from engine.training.config import TrainConfig
+from engine.training.run import log_plan
 from engine.training.schedule import learning_rate
 from engine.training.step import TrainStep
 from model.basemodel import BaseModel
+from utils.log import log
 
 STEPS = 2  # the first one compiles and allocates the optimizer state; the second one is measured
 
@@ -43,3 +47,25 @@ def measure_step(
         synchronize(step.device)
         seconds = time.perf_counter() - started
     return MeasuredStep(int(tokens), seconds, memory.peak_memory(step.device), activations)
+
+
+def estimate_run(
+    config: TrainConfig,
+    stage: str,
+    folder: Path,
+    model: BaseModel,
+    step: TrainStep,
+    plan: BatchPlan,
+    total_steps: int,
+    train_data: Sequences,
+    val_data: Sequences | None,
+) -> dict[str, Any]:
+    """Measure a step, log what the run that would go to `folder` needs, and return the estimates."""
+    title = f"{stage} {config.model_name}"
+    peak = HardwarePeak(step.device, step.precision, config.peak_tflops)
+    log_plan(title, model, step, plan, total_steps, train_data, peak)
+    log("dry run: nothing is written")
+    measured = measure_step(config, model, step, plan, total_steps, train_data)
+    return dry_run(
+        title, config, folder, model, step.optimizer, plan, total_steps, train_data, val_data, measured, peak
+    )
