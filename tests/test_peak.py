@@ -1,4 +1,4 @@
-"""MFU and bits a character: the figures of a log line against their definitions."""
+"""MFU and bits per character: the figures of a log line against their definitions."""
 
 import math
 import os
