@@ -1,15 +1,15 @@
 """How much of AdamW's tokens and seconds does our recipe need for the same held-out loss?
 
     python benchmarks/recipe.py                  both models, three seeds: about half an hour of two CPU cores
-    python benchmarks/recipe.py --minutes=9      a piece of it: finished runs are kept, and the same command goes on
+    python benchmarks/recipe.py --minutes=9      a part of it: finished runs are kept, and the same command continues
 
 The baseline is AdamW with a cosine to zero, one learning rate for all parameters: the best of a sweep with the first
-seed, which goes on until worse rates lie on both sides of it. Ours is the model's CPU preset as it stands; sizes, rows
-and batch are the preset's for both. A schedule that ends later is another run, so ours is trained anew to shares of the
+seed, which continues until worse rates lie on both sides of it. Ours is the model's CPU preset; sizes, sequences and
+batch are the preset's for both. A schedule that ends later is another run, so ours is trained again for shares of the
 baseline's tokens, until one reaches the baseline's loss and the next smaller one misses it; tokens and seconds are
 interpolated between the two. Seconds are those of the training steps, without evaluations. The runs of a seed follow
 each other, so that a slow minute of the machine meets both recipes; nothing else should run beside them.
-A run cut short is no result. Writes benchmarks/results/recipe.json and docs/recipe.png, and prints the table.
+An interrupted run is not a result. Writes benchmarks/results/recipe.json and docs/recipe.png, and prints the table.
 """
 
 import json
@@ -19,8 +19,11 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -54,12 +57,12 @@ class Config:
     budget: int = opt(250_000, "training tokens of a baseline run")
     rates: list[float] = opt(
         [0.001, 0.002, 0.004],
-        "learning rates of the baseline's sweep, rising; it goes on by "
+        "learning rates of the baseline's sweep, rising; it continues by "
         "their ratio while the best is the first or the last",
     )
     seeds: list[int] = opt([1, 2, 3], "seeds; the sweep takes the first")
     models: list[str] = opt(list(MODELS), "architectures; each needs a preset configs/<model>_cpu.yaml")
-    minutes: float = opt(0.0, "start no run that would end later than this; 0: no limit")
+    minutes: float = opt(0.0, "start no run that would end after this; 0: no limit")
     data_path: str = opt("output/data/pretrain_train.bin", "training tokens")
     tokenizer_path: str = opt("output/tokenizer", "folder of the tokenizer")
     device: str = opt("auto", "where to train")
@@ -72,14 +75,16 @@ class OutOfTime(Exception):
 
 
 class Runs:
-    """The runs of results.json; `get` trains what is not there yet. All of them are of one commit and one budget.
+    """The runs of results.json; `get` trains those that are missing. All are of one commit and one budget.
 
-    Which rates, seeds and models there were stands in the names of the runs.
+    Their names hold rates, seeds and models.
     """
 
-    def __init__(self, config):
-        self.config, self.path, self.start = config, Path(config.results), time.monotonic()
-        self.about = {
+    def __init__(self, config: Config):
+        self.config = config
+        self.path = Path(config.results)
+        self.start = time.monotonic()
+        self.about: dict[str, Any] = {
             "date": time.strftime("%Y-%m-%d"),
             "command": "python benchmarks/recipe.py",
             "budget": config.budget,
@@ -89,7 +94,8 @@ class Runs:
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
         }
-        self.done, before = {}, {}
+        self.done: dict[str, dict] = {}
+        before: dict[str, Any] = {}
         if self.path.is_file():
             kept = json.loads(self.path.read_text(encoding="utf-8"))
             self.done, before = kept["runs"], kept["about"]
@@ -100,10 +106,10 @@ class Runs:
                     f"{self.about[what]}): move it away, or give another --results"
                 )
 
-    def get(self, model: str, seed: int, tokens: int, flags=(), again: bool = False) -> dict:
+    def get(self, model: str, seed: int, tokens: int, flags: Sequence[str] = (), again: bool = False) -> dict:
         """{"loss", "seconds", "tokens", "curve": [[tokens, held-out loss], ...]} of one training.
 
-        again: not the one there is with the same settings, but one trained now.
+        again: train it now, even if there is one of the same settings.
         """
         name = " ".join([model, f"seed={seed}", f"tokens={tokens}", *flags, *(["again"] if again else [])])
         if name not in self.done:
@@ -118,13 +124,13 @@ class Runs:
         return self.done[name]
 
     def write(self, results: dict | None = None) -> None:
-        """Keep what is there so far; `results` only when all runs are done."""
+        """Write the runs so far; `results` only when all runs are done."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = {"about": self.about, **({"results": results} if results else {}), "runs": self.done}
         write_text(self.path, json.dumps(kept, indent=1) + "\n")
 
     def progress(self, model: str) -> None:
-        """Say how many runs are done, and about how long those of this model and the models after it will take."""
+        """Log how many runs are done, and about how long those of this model and the models after it will take."""
         config, models = self.config, self.config.models
         left = 0.0
         for name in models[models.index(model) :]:
@@ -133,15 +139,15 @@ class Runs:
             left += self._expected(name, max(0, tokens))
         log(f"\n=== {len(self.done)} runs done; about {format_seconds(left)} to go")
 
-    def _expected(self, model, tokens) -> float:
-        """Seconds for so many tokens, by the slowest run of the model, else of any, else nothing known: 0."""
+    def _expected(self, model: str, tokens: float) -> float:
+        """Seconds for so many tokens, by the slowest run of the model, else of any; 0 when unknown."""
 
-        def rates(start):
+        def rates(start: str) -> list[float]:
             return [run["wall"] / run["tokens"] for name, run in self.done.items() if name.startswith(start)]
 
         return max(rates(model + " ") or rates("") or [0.0]) * tokens
 
-    def _train(self, model, seed, tokens, flags) -> dict:
+    def _train(self, model: str, seed: int, tokens: int, flags: Sequence[str]) -> dict:
         config = self.config
         with tempfile.TemporaryDirectory() as folder:
             summary = pretrain.main(
@@ -163,7 +169,7 @@ class Runs:
                     *flags,
                 ]
             )
-            if summary["status"] != "finished":  # a run cut short would be kept, and taken for one of the whole budget
+            if summary["status"] != "finished":  # an interrupted run would be kept as one of the full budget
                 raise KeyboardInterrupt
             records = read_metrics(Path(summary["run"]) / "metrics.jsonl")
         curve = [[record["tokens"], round(record["val_loss"], 4)] for record in records if "val_loss" in record]
@@ -172,11 +178,11 @@ class Runs:
             "seconds": summary["seconds"],
             "tokens": summary["tokens"],
             "curve": curve[:-1],
-        }  # the last is over more rows: it is "loss"
+        }  # the last is over more data: it is "loss"
 
 
 def machine() -> str:
-    """The processor's name and the number of cores."""
+    """The CPU's name and the number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -189,12 +195,16 @@ def compare(runs: Runs, model: str) -> dict:
     best, sweep = best_rate(
         config.rates, lambda rate: runs.get(model, config.seeds[0], config.budget, (*ADAMW, f"--max_lr={rate}"))["loss"]
     )
-    figures = {"sweep": sweep, "best_lr": best, "seeds": {}}
+    figures: dict[str, Any] = {"sweep": sweep, "best_lr": best, "seeds": {}}
+
+    def run_share(share: float, seed: int) -> dict:
+        return runs.get(model, seed, int(share * config.budget))
+
     for seed in config.seeds:
         runs.progress(model)
         # the sweep's run of the first seed is minutes older than ours
         base = runs.get(model, seed, config.budget, (*ADAMW, f"--max_lr={best}"), again=True)
-        ours = bracket(lambda share, seed=seed: runs.get(model, seed, int(share * config.budget)), base["loss"])
+        ours = bracket(partial(run_share, seed=seed), base["loss"])
         figures["seeds"][seed] = {
             "baseline": base,
             "ours": ours,
@@ -204,19 +214,19 @@ def compare(runs: Runs, model: str) -> dict:
     return figures
 
 
-def best_rate(rates: list[float], loss_of) -> tuple[float, dict[float, float]]:
-    """The rate with the lowest loss, and all losses; goes on at the end where the best one stands."""
+def best_rate(rates: list[float], loss_of: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """The rate with the lowest loss, and all losses; extends the sweep while the best rate is at its end."""
     losses = {rate: loss_of(rate) for rate in rates}
     while True:
         rates = sorted(losses)
-        best = min(losses, key=losses.get)
+        best = min(losses, key=lambda rate: losses[rate])
         if best not in (rates[0], rates[-1]):
             return best, losses
         rate = rates[0] ** 2 / rates[1] if best == rates[0] else rates[-1] ** 2 / rates[-2]
         losses[float(f"{rate:.3g}")] = loss_of(float(f"{rate:.3g}"))
 
 
-def bracket(run_of, loss: float) -> list[dict]:
+def bracket(run_of: Callable[[float], dict], loss: float) -> list[dict]:
     """Runs of falling shares, the last the first that misses `loss`; from FIRST down, or up when that one misses."""
     share = FIRST
     ours = [run_of(share)]
@@ -243,7 +253,7 @@ def needed(ours: list[dict], loss: float, what: str) -> float:
 
 
 def table(results: dict) -> str:
-    """Markdown, one row a model: means over the seeds, and the range of the shares."""
+    """Markdown, one row per model: means over the seeds, and the range of the shares."""
     lines = [
         "| | AdamW + cosine: best rate | its held-out loss | tokens needed | seconds needed |",
         "| --- | --- | --- | --- | --- |",
@@ -260,7 +270,7 @@ def table(results: dict) -> str:
 
 
 def draw(results: dict, path: Path) -> None:
-    """A panel a model: the held-out loss over the tokens, of every run; the ends, over more rows, as marks."""
+    """One panel per model: held-out loss over tokens for every run; the final ones, over more data, as marks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -277,20 +287,20 @@ def draw(results: dict, path: Path) -> None:
                 axes.plot(*zip(*run["curve"]), color=colour, alpha=0.5, linewidth=1, label=name if first else None)
                 axes.plot(run["tokens"], run["loss"], "o", color=colour, markersize=4)
             axes.axhline(seed["baseline"]["loss"], color="grey", linewidth=0.6, linestyle="--")
-        axes.set(title=model, xlabel="tokens", ylabel="held-out loss (nats a token)", ylim=(None, 7.5))
+        axes.set(title=model, xlabel="tokens", ylabel="held-out loss (nats per token)", ylim=(None, 7.5))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path)
 
 
-def main():
+def main() -> None:
     config = parse(Config)
     runs = Runs(config)
     try:
         results = {model: compare(runs, model) for model in config.models}
     except OutOfTime:
         runs.progress(config.models[0])
-        print("out of --minutes: the same command goes on")
+        print("out of --minutes: the same command continues")
         return
     means = {
         model: {

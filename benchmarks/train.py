@@ -1,19 +1,19 @@
 """Training speed: ours beside transformers' implementation of the same model, with the same weights and the same batch.
 
-    python benchmarks/train.py                  dense and mixture, bf16 and fp32, eager and compiled
+    python benchmarks/train.py                  dense and MoE, bf16 and fp32, eager and compiled
     python benchmarks/train.py --device=cuda    the default sizes at 512 and 2048 tokens (benchmarks/gpu.sh)
     python benchmarks/train.py --quick          tiny sizes, one round: does it all run?
 
-A step is forward, backward, clipping and AdamW. Ours is the trainer's own (engine/training/step.py); transformers is used as its
-documentation says: fp32 weights under autocast, SDPA, fused AdamW, the fastest of its expert implementations that run
-on the device. All sides of a row take turns, step by step, in one process, each row in another (what the allocator
-keeps of one model would slow the next); a figure is the median over the rounds. Before it is timed, the two losses are
-compared. The FLOPs of `flops_per_token` (3 x forward, attention over the full square) are shown as a share of the rate
-of a large matmul of the same type, which takes its turn in the same rounds; on CUDA as a share of the device's
-published peak (MFU, engine/planning/mfu.py). Peak memory: on CUDA of each step, else in processes of their own.
-On CUDA last, the dense model on packed rows of 2048 tokens, compiled, by flex_attention and by the dense mask.
-Writes benchmarks/results/train.json (on CUDA train_cuda.json) and prints the table. A row is written when it is done,
-with what it was measured on; rows that a call does not measure stay.
+A step is forward, backward, clipping and AdamW. Ours is the trainer's own (engine/training/step.py); transformers is
+used as its documentation says: fp32 weights under autocast, SDPA, fused AdamW, the fastest of its expert
+implementations that run on the device. All sides of a table row take turns, step by step, in one process, each table
+row in another (what the allocator keeps of one model would slow the next); a figure is the median over the rounds.
+The losses of both sides are compared before the timing. The FLOPs of `flops_per_token` (3 x forward, attention over
+the full square) are shown as a share of the rate of a large matmul of the same type, which takes its turn in the same
+rounds; on CUDA as a share of the device's published peak (MFU, engine/planning/mfu.py). Peak memory: on CUDA of each
+step, else in separate processes. On CUDA last, the dense model on packed sequences of 2048 tokens, compiled, by
+flex_attention and by the dense mask. Writes benchmarks/results/train.json (on CUDA train_cuda.json) and prints the
+table. A table row is written when it is measured, with the machine; those that a call does not measure stay.
 """
 
 import gc
@@ -24,11 +24,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -42,16 +44,17 @@ from engine.runs.run_folder import git_revision  # noqa: E402
 from engine.training.config import TrainConfig  # noqa: E402
 from engine.training.step import TrainStep  # noqa: E402
 from model import get_model_and_args  # noqa: E402
-from model.kernels import attention as kernels  # noqa: E402
+from model.basemodel import BaseModel  # noqa: E402
+from model.kernels import attention  # noqa: E402
 from utils.atomic import write_text  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
 
-DENSE, MIXTURE = "mini_llama3", "mini_deepseekv3"
+DENSE, MOE = "mini_llama3", "mini_deepseekv3"
 BOTH = {"dim": 384, "n_layers": 6, "n_heads": 6, "inter_dim": 1024, "vocab_size": 8192}
 CPU = {
     DENSE: {**BOTH, "n_kv_heads": 2, "head_dim": 64},
-    MIXTURE: {
+    MOE: {
         **BOTH,
         "q_lora_rank": 192,
         "kv_lora_rank": 128,
@@ -63,11 +66,11 @@ CPU = {
         "n_mtp_layers": 0,
     },
 }
-CUDA = {DENSE: {}, MIXTURE: {"n_mtp_layers": 0}}  # transformers trains without multi-token prediction
+CUDA = {DENSE: {}, MOE: {"n_mtp_layers": 0}}  # transformers trains without multi-token prediction
 QUICK = {
     DENSE: {**CPU[DENSE], "dim": 48, "n_layers": 2, "head_dim": 16, "inter_dim": 64, "vocab_size": 128},
-    MIXTURE: {
-        **CPU[MIXTURE],
+    MOE: {
+        **CPU[MOE],
         "dim": 48,
         "n_layers": 2,
         "inter_dim": 64,
@@ -80,8 +83,8 @@ QUICK = {
         "moe_inter_dim": 16,
     },
 }
-# transformers' implementations of the experts. On a processor batched_mm would take 17 GB at these sizes, eight times
-# the others' seconds, and leave the process slower for whatever follows: its memory is no longer in large pieces.
+# transformers' implementations of the experts. On a CPU batched_mm would take 17 GB at these sizes and eight times
+# the others' seconds, and its fragmented memory would slow whatever the process does next.
 EXPERTS = {"cpu": ("grouped_mm", "eager"), "cuda": ("grouped_mm", "eager", "batched_mm")}
 
 
@@ -89,25 +92,28 @@ EXPERTS = {"cpu": ("grouped_mm", "eager"), "cuda": ("grouped_mm", "eager", "batc
 class Config:
     __doc__ = __doc__
     device: str = opt("cpu", "where to train", choices=("cpu", "cuda"))
-    models: list[str] = opt([DENSE, MIXTURE], "architectures")
+    models: list[str] = opt([DENSE, MOE], "architectures")
     precisions: list[str] = opt([], "default: bf16 and fp32, on CUDA bf16 alone")
-    seq_lens: list[int] = opt([], "tokens a row; default: 256, on CUDA 512 and 2048")
-    tokens: int = opt(0, "of a step; default: 2048, on CUDA 32768")
-    rounds: int = opt(15, "measured steps of each")
+    seq_lens: list[int] = opt([], "tokens per sequence; default: 256, on CUDA 512 and 2048")
+    tokens: int = opt(0, "tokens per step; default: 2048, on CUDA 32768")
+    rounds: int = opt(15, "measured steps per side")
     compiled: bool = opt(True, "compare the compiled models too")
-    memory: bool = opt(True, "measure peak memory: vocabulary 32,000, 16 rows of 512 tokens")
+    memory: bool = opt(True, "measure peak memory: vocabulary 32,000, 16 sequences of 512 tokens")
     peak_tflops: float = opt(0.0, "CUDA: dense peak of the device; 0: as published, see engine/planning/mfu.py")
     quick: bool = opt(False, "tiny sizes and one round, to see that everything runs")
     results: str = opt("", "where the figures go")
 
 
-def our_model(name: str, sizes: dict, seq_len: int):
+Step = Callable[[], float]  # takes an optimizer step and returns its loss
+
+
+def our_model(name: str, sizes: dict, seq_len: int) -> BaseModel:
     Model, ModelArgs = get_model_and_args(name)
     torch.manual_seed(0)
     return Model(ModelArgs(max_seq_len=seq_len, **sizes))
 
 
-def their_model(ours, experts: str):
+def their_model(ours: BaseModel, experts: str) -> Any:
     """transformers' model with the weights of ours."""
     from transformers import AutoModelForCausalLM
 
@@ -120,26 +126,26 @@ def their_model(ours, experts: str):
         ).train()
 
 
-def our_step(model, precision: str, compiled: bool, batch: dict, device):
+def our_step(model: BaseModel, precision: str, compiled: bool, batch: dict, device: torch.device) -> Step:
     """A function that takes one step as the trainer takes it, and returns the loss."""
     config = TrainConfig(
         optimizer="adamw", precision=precision, compile="true" if compiled else "false", max_lr=3e-4, embed_lr_scale=1.0
     )
-    stepper = TrainStep(model.to(device).train(), config, device)
-    stepper.optimizer.set_lr(config.max_lr)
+    trainer = TrainStep(model.to(device).train(), config, device)
+    trainer.optimizer.set_lr(config.max_lr)
 
     def step() -> float:
-        values = stepper.gradients([batch], weights=[1.0], seeds=[0], share=1.0)
-        norm = stepper.clip()
+        values = trainer.gradients([batch], weights=[1.0], seeds=[0], share=1.0)
+        norm = trainer.clip()
         loss, _ = torch.stack([values["loss"], norm]).tolist()
-        stepper.update(norm.isfinite())
+        trainer.update(norm.isfinite())
         model.after_step({name: value for name, value in values.items() if name != "loss"})
         return loss
 
     return step
 
 
-def their_step(model, precision: str, compiled: bool, batch: dict, device):
+def their_step(model: Any, precision: str, compiled: bool, batch: dict, device: torch.device) -> Step:
     """The same for transformers, written as its users write it."""
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -159,38 +165,40 @@ def their_step(model, precision: str, compiled: bool, batch: dict, device):
     return step
 
 
-def make_batch(vocab_size: int, rows: int, seq_len: int) -> dict:
-    """Random tokens; as transformers shifts its labels itself, the last position of a row has no target."""
-    ids = torch.randint(0, vocab_size, (rows, seq_len), generator=torch.Generator().manual_seed(1))
-    targets = torch.cat((ids[:, 1:], torch.full((rows, 1), -100)), dim=1)
+def make_batch(vocab_size: int, batch_size: int, seq_len: int) -> dict:
+    """Random tokens; as transformers shifts its labels itself, the last position has no target."""
+    ids = torch.randint(0, vocab_size, (batch_size, seq_len), generator=torch.Generator().manual_seed(1))
+    targets = torch.cat((ids[:, 1:], torch.full((batch_size, 1), -100)), dim=1)
     return {"input_ids": ids, "targets": targets}
 
 
-def make_packed_batch(vocab_size: int, rows: int, seq_len: int) -> dict:
-    """Random tokens in random documents, a quarter of a row long on average."""
-    batch = make_batch(vocab_size, rows, seq_len)
-    starts = torch.rand(rows, seq_len, generator=torch.Generator().manual_seed(2)) < 4 / seq_len
+def make_packed_batch(vocab_size: int, batch_size: int, seq_len: int) -> dict:
+    """Random tokens in random documents, a quarter of a sequence long on average."""
+    batch = make_batch(vocab_size, batch_size, seq_len)
+    starts = torch.rand(batch_size, seq_len, generator=torch.Generator().manual_seed(2)) < 4 / seq_len
     return {**batch, "doc_ids": starts.cumsum(dim=1)}
 
 
-def no_flex(x) -> int:
+def no_flex(x: torch.Tensor) -> int:
     return 0
 
 
-def with_dense_mask(step):
-    """`step` as it is where flex_attention takes no head; compiled, both ways stay compiled."""
+def with_dense_mask(step: Step) -> Step:
+    """`step` with the dense mask, as where flex_attention supports no head dim; each form is compiled once."""
 
     def dense() -> float:
-        widest, kernels.widest_flex_head = kernels.widest_flex_head, no_flex
+        widest = attention.widest_flex_head
+        attention.widest_flex_head = no_flex
         try:
             return step()
         finally:
-            kernels.widest_flex_head = widest
+            attention.widest_flex_head = widest
 
     return dense
 
 
-def matmul_step(precision: str, device, size: int = 2048):
+def matmul_step(precision: str, device: torch.device, size: int = 2048) -> tuple[Step, int]:
+    """Four matmuls, and their FLOPs."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(a)
@@ -203,7 +211,7 @@ def matmul_step(precision: str, device, size: int = 2048):
     return step, 4 * 2 * size**3
 
 
-def timed(step, device) -> float:
+def timed(step: Step, device: torch.device) -> float:
     """Seconds of one call, the device's work included."""
     start = time.perf_counter()
     step()
@@ -211,23 +219,23 @@ def timed(step, device) -> float:
     return time.perf_counter() - start
 
 
-def best_experts(ours, precision: str, batch: dict, device) -> tuple[str, dict]:
+def best_experts(ours: BaseModel, precision: str, batch: dict, device: torch.device) -> tuple[str, dict]:
     """The fastest of transformers' expert implementations here, and the seconds of each (None: it does not run)."""
-    seconds = {}
+    seconds: dict[str, float | None] = {}
     for experts in EXPERTS[device.type]:
         try:
             step = their_step(their_model(ours, experts), precision, False, batch, device)
-            seconds[experts] = timed(step, device)
-            fastest = min(filter(None, seconds.values()))
-            if seconds[experts] < 3 * fastest:  # else not even warm it could be the fastest
-                seconds[experts] = min(timed(step, device) for _ in range(2))
-        except Exception as error:  # whatever it is, a user would take another
+            first = timed(step, device)
+            fastest = min([first, *filter(None, seconds.values())])
+            # beyond 3 times the fastest it would not be the fastest when warm
+            seconds[experts] = min(timed(step, device) for _ in range(2)) if first < 3 * fastest else first
+        except Exception as error:  # whatever it is, a user would choose another
             print(f"transformers' {experts} does not run here: {str(error).splitlines()[0]}", file=sys.stderr)
             seconds[experts] = None
-    return min((e for e in seconds if seconds[e]), key=seconds.get), seconds
+    return min((value, experts) for experts, value in seconds.items() if value)[1], seconds
 
 
-def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens: int) -> dict:
+def compare(config: Config, name: str, precision: str, sizes: dict, seq_len: int, tokens: int) -> dict:
     """The figures of one model at one precision and length."""
     device = torch.device(config.device)
     if device.type == "cuda":
@@ -243,23 +251,24 @@ def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens
         model = our_model(name, sizes, seq_len)
         steps[f"theirs {how}"] = their_step(their_model(model, experts), precision, compiled, batch, device)
         steps[f"ours {how}"] = our_step(model, precision, compiled, batch, device)
-    most, losses = {}, {}
+    peaks: dict[str, float] = {}
+    losses: dict[str, list[float]] = {}
     for side, step in steps.items():  # warm: the first step compiles and allocates
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         losses[side] = [step() for _ in range(3)]
         if device.type == "cuda":
-            most[side] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            peaks[side] = (torch.cuda.max_memory_allocated() - before) / 2**20
     for side, loss in losses.items():
         want = losses["theirs eager"][0]
         if side != "matmul" and abs(loss[0] - want) > 0.01 * want:
             raise RuntimeError(f"{name} {precision}: the loss of {side} is {loss[0]:.4f}, of theirs eager {want:.4f}")
-    seconds = {side: [] for side in steps}
+    seconds: dict[str, list[float]] = {side: [] for side in steps}
     for _ in range(config.rounds):
         for side, step in steps.items():
             seconds[side].append(timed(step, device))
-    figures = {
+    figures: dict[str, Any] = {
         "model": name,
         "precision": precision,
         "seq_len": seq_len,
@@ -271,7 +280,7 @@ def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens
         "experts_seconds": tried,
         "seconds": seconds,
         "matmul_gflops": matmul_flops / statistics.median(seconds.pop("matmul")) / 1e9,
-        "memory_mib": most,
+        "memory_mib": peaks,
     }
     peak = figures["matmul_gflops"]
     if device.type == "cuda":
@@ -286,8 +295,8 @@ def compare(config, name: str, precision: str, sizes: dict, seq_len: int, tokens
     return figures
 
 
-def compare_packed(config, name: str, precision: str, sizes: dict, seq_len: int, tokens: int) -> dict:
-    """Our model on packed rows, by flex_attention where it is used, and by the dense mask."""
+def compare_packed(config: Config, name: str, precision: str, sizes: dict, seq_len: int, tokens: int) -> dict:
+    """Our model on packed sequences, by flex_attention where it is used, and by the dense mask."""
     device = torch.device(config.device)
     batch = make_packed_batch(sizes.get("vocab_size", 32000), tokens // seq_len, seq_len)
     steps = {
@@ -298,7 +307,7 @@ def compare_packed(config, name: str, precision: str, sizes: dict, seq_len: int,
     losses = {side: [step() for _ in range(3)][0] for side, step in steps.items()}
     if abs(losses["flex"] - losses["dense mask"]) > 0.01 * losses["dense mask"]:
         raise RuntimeError(f"{name} {precision}, packed: the losses differ: {losses}")
-    seconds = {side: [] for side in steps}
+    seconds: dict[str, list[float]] = {side: [] for side in steps}
     for _ in range(config.rounds):
         for side, step in steps.items():
             seconds[side].append(timed(step, device))
@@ -316,11 +325,12 @@ def compare_packed(config, name: str, precision: str, sizes: dict, seq_len: int,
     }
 
 
-def peak_memory(config, name: str, side: str) -> float:
-    """MiB that two steps at a vocabulary of 32,000 with 16 rows of 512 tokens take at most, beyond model and batch."""
+def peak_memory(config: Config, name: str, side: str) -> float:
+    """MiB that two steps at a vocabulary of 32,000 with 16 sequences of 512 tokens need beyond model and batch."""
     sizes = {**(QUICK if config.quick else CPU)[name], "vocab_size": 1024 if config.quick else 32000}
-    seq_len, rows = (64, 2) if config.quick else (512, 16)
-    batch, device = make_batch(sizes["vocab_size"], rows, seq_len), torch.device("cpu")
+    seq_len, batch_size = (64, 2) if config.quick else (512, 16)
+    batch = make_batch(sizes["vocab_size"], batch_size, seq_len)
+    device = torch.device("cpu")
     model = our_model(name, sizes, seq_len)
     if side == "ours":
         step = our_step(model, "bf16", False, batch, device)
@@ -330,33 +340,33 @@ def peak_memory(config, name: str, side: str) -> float:
     gc.collect()
     warm_up(device)
     memory.reset_peak_memory(device)
-    before = memory.held(device)
+    before = memory.allocated(device)
     for _ in range(2):
         step()
     return (memory.peak_memory(device) - before) / 2**20
 
 
-def warm_up(device):
+def warm_up(device: torch.device) -> None:
     """Let the libraries allocate what they keep."""
     a = torch.randn(64, 64, device=device, requires_grad=True)
     with torch.autocast(device.type, torch.bfloat16):
         (a @ a).sum().backward()
 
 
-def memory_of_both(config, name: str) -> dict:
-    """{"ours", "theirs": MiB, "share"}: each in a process of its own."""
+def memory_of_both(config: Config, name: str) -> dict:
+    """{"ours", "theirs": MiB, "share"}, each side measured in its own process."""
     figures = {side: alone(peak_memory, config, name, side) for side in ("ours", "theirs")}
     return {**figures, "share": figures["ours"] / figures["theirs"]}
 
 
-def alone(function, *args):
+def alone(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function of this file in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *args).result()
 
 
 def table(results: dict) -> str:
-    """Markdown, one row a model, precision and length; 0: not measured."""
+    """Markdown, one row per model, precision and length; 0: not measured."""
     lines = [
         "| | transformers eager | compiled | ours eager | compiled | ratio eager | compiled | FLOPs: share |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -377,13 +387,13 @@ def table(results: dict) -> str:
         )
     for name, row in results.get("packed", {}).items():
         lines.append(
-            f"\npacked rows, {name}: flex_attention {row['tokens_per_s']['flex']:,.0f} tokens/s, dense mask "
+            f"\npacked sequences, {name}: flex_attention {row['tokens_per_s']['flex']:,.0f} tokens/s, dense mask "
             f"{row['tokens_per_s']['dense mask']:,.0f}: {row['ratio']:.2f}"
         )
     return "\n".join(lines)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     config = parse(Config, argv)
     cuda = config.device == "cuda"
     sizes = QUICK if config.quick else CUDA if cuda else CPU
@@ -394,7 +404,7 @@ def main(argv=None):
         "date": str(date.today()),
         "command": " ".join(["python benchmarks/train.py", *(argv or sys.argv[1:])]),
         "device": config.device,
-        "processor": torch.cuda.get_device_name() if cuda else processor(),
+        "processor": torch.cuda.get_device_name() if cuda else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -407,7 +417,7 @@ def main(argv=None):
     path = Path(config.results or ROOT / f"benchmarks/results/train{'_cuda' if cuda else ''}.json")
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"speed": {}, "memory": {}}
 
-    def keep(what: str, name: str, figures: dict):
+    def keep(what: str, name: str, figures: dict) -> None:
         results.setdefault(what, {})[name] = {**figures, "about": about}
         if not config.quick or config.results:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -426,7 +436,7 @@ def main(argv=None):
     print(table(results))
 
 
-def processor() -> str:
+def cpu_name() -> str:
     try:
         names = [
             line.split(":")[1].strip()

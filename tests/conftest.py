@@ -5,7 +5,8 @@ import signal
 import pytest
 import torch
 
-from engine.data.sequences import DocumentRows, TokenFile, WindowRows
+from engine.data.sequences import DocumentSequences, WindowSequences
+from engine.data.token_file import TokenFile
 from engine.training import loop
 from engine.training.config import TrainConfig
 from tests.support.tiny_model import TinyModel, TinyModelArgs
@@ -24,8 +25,8 @@ def world(tmp_path):
 
         def __init__(self):
             train, val = pretrain_files(tmp_path / "data", self.tokenizer)
-            self.rows = WindowRows(TokenFile(train, self.tokenizer, "make"), 32)
-            self.val = DocumentRows(TokenFile(val, self.tokenizer, "make"), 32, pack=True)
+            self.rows = WindowSequences(TokenFile(train, self.tokenizer, "make"), 32)
+            self.val = DocumentSequences(TokenFile(val, self.tokenizer, "make"), 32, pack=True)
 
         def run(self, model_fields=(), rows=None, model_class=TinyModel, **settings):
             defaults = dict(

@@ -1,4 +1,4 @@
-"""Token files, rows, packing, order."""
+"""Token files, sequences, packing, order."""
 
 import json
 
@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from engine.data.loader import StepLoader, held_out_batches
-from engine.data.sequences import IGNORE, PADDING, DocumentRows, TokenFile, WindowRows, shuffled
-from engine.training.config import BatchPlan
+from engine.data.sequences import IGNORE, PADDING, DocumentSequences, WindowSequences
+from engine.data.shuffle import shuffled
+from engine.data.token_file import TokenFile
+from engine.training.batch_plan import BatchPlan
 from tests.support.token_files import pretrain_files, write_tokens
 from tests.support.tokenizers import make_tokenizer
 from utils.errors import UserError
@@ -27,16 +29,16 @@ def documents(tokenizer, lengths):
 def test_windows_hold_every_target_once(tmp_path, tokenizer):
     docs = documents(tokenizer, [5, 9, 12, 3, 20])
     file = TokenFile(write_tokens(tmp_path / "d", docs, tokenizer), tokenizer, "make")
-    rows = WindowRows(file, 8)
+    data = WindowSequences(file, 8)
     flat = np.concatenate(docs)
-    assert len(rows) == 6  # 48 targets
-    seen = np.concatenate([rows.row(i)["targets"] for i in range(len(rows))])[: len(flat) - 1]
+    assert len(data) == 6  # 48 targets
+    seen = np.concatenate([data.sequence(i)["targets"] for i in range(len(data))])[: len(flat) - 1]
     expected = np.where(flat[1:] == tokenizer.bos_id, IGNORE, flat[1:])
     assert (seen == expected).all()
-    row = rows.row(0)
-    assert row["input_ids"].tolist() == flat[:8].tolist()
-    assert row["doc_ids"].tolist() == [1, 1, 1, 1, 1, 2, 2, 2]
-    last = rows.row(5)
+    sequence = data.sequence(0)
+    assert sequence["input_ids"].tolist() == flat[:8].tolist()
+    assert sequence["doc_ids"].tolist() == [1, 1, 1, 1, 1, 2, 2, 2]
+    last = data.sequence(5)
     assert (last["targets"][len(flat) - 1 - 40 :] == IGNORE).all()
     assert ((last["doc_ids"] == PADDING) == (np.arange(8) >= len(flat) - 1 - 40)).all()
 
@@ -46,16 +48,16 @@ def test_documents_hold_every_target_once(tmp_path, tokenizer):
     file = TokenFile(write_tokens(tmp_path / "d", docs, tokenizer), tokenizer, "make")
     expected = sorted(token for doc in docs for token in doc[1:])
     for pack in (True, False):
-        rows = DocumentRows(file, 8, pack=pack)
-        all_rows = [rows.row(i) for i in range(len(rows))]
-        targets = np.concatenate([row["targets"] for row in all_rows])
+        data = DocumentSequences(file, 8, pack=pack)
+        sequences = [data.sequence(i) for i in range(len(data))]
+        targets = np.concatenate([sequence["targets"] for sequence in sequences])
         assert sorted(targets[targets != IGNORE].tolist()) == expected
-        for row in all_rows:  # within a document a target is the next input
-            assert ((row["doc_ids"] == PADDING) == (row["input_ids"] == tokenizer.pad_id)).all()
-            same = row["doc_ids"][:-1] == row["doc_ids"][1:]
-            valid = same & (row["targets"][:-1] != IGNORE) & (row["targets"][1:] != IGNORE)
-            assert (row["targets"][:-1][valid] == row["input_ids"][1:][valid]).all()
-    assert len(DocumentRows(file, 8, pack=True)) < len(DocumentRows(file, 8, pack=False))
+        for sequence in sequences:  # within a document a target is the next input
+            assert ((sequence["doc_ids"] == PADDING) == (sequence["input_ids"] == tokenizer.pad_id)).all()
+            same = sequence["doc_ids"][:-1] == sequence["doc_ids"][1:]
+            valid = same & (sequence["targets"][:-1] != IGNORE) & (sequence["targets"][1:] != IGNORE)
+            assert (sequence["targets"][:-1][valid] == sequence["input_ids"][1:][valid]).all()
+    assert len(DocumentSequences(file, 8, pack=True)) < len(DocumentSequences(file, 8, pack=False))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000])
@@ -72,14 +74,14 @@ def test_shuffle_is_a_permutation(n):
 def test_three_epochs_with_kills_on_any_number_of_ranks(tmp_path, tokenizer):
     """Loaders that are dropped at random steps and started again from the step's number, on 1, 2 and 4 ranks."""
     file = TokenFile(pretrain_files(tmp_path, tokenizer)[0], tokenizer, "make")
-    rows, random = WindowRows(file, 16), np.random.default_rng(0)
-    steps = -(-3 * len(rows) // 8)
+    data, random = WindowSequences(file, 16), np.random.default_rng(0)
+    steps = -(-3 * len(data) // 8)
 
     def run(world):
         plan, done, work = BatchPlan(8, 2, 4 // world), 0, []
         while done < steps:
             stop = min(steps, done + int(random.integers(1, 20)))
-            loaders = [StepLoader(rows, plan, 7, done, steps, rank, world) for rank in range(world)]
+            loaders = [StepLoader(data, plan, 7, done, steps, rank, world) for rank in range(world)]
             for _, parts in zip(range(done, stop), zip(*loaders)):
                 work.append(parts)
             for loader in loaders:  # with steps made ahead of time, which are lost
@@ -88,30 +90,30 @@ def test_three_epochs_with_kills_on_any_number_of_ranks(tmp_path, tokenizer):
         return work
 
     runs = {world: run(world) for world in (1, 2, 4)}
-    order = [row for (part,) in runs[1] for row in part.rows]
-    epochs = [order[i * len(rows) : (i + 1) * len(rows)] for i in range(3)]
-    assert all(sorted(epoch) == list(range(len(rows))) for epoch in epochs) and epochs[0] != epochs[1]
-    expected = np.stack([rows.row(i)["input_ids"] for i in order]).reshape(steps, 8, 16)
+    order = [index for (part,) in runs[1] for index in part.sequences]
+    epochs = [order[i * len(data) : (i + 1) * len(data)] for i in range(3)]
+    assert all(sorted(epoch) == list(range(len(data))) for epoch in epochs) and epochs[0] != epochs[1]
+    expected = np.stack([data.sequence(i)["input_ids"] for i in order]).reshape(steps, 8, 16)
     for world, work in runs.items():
         for step, parts in enumerate(work):
-            assert all(part.rows == order[8 * step : 8 * step + 8] for part in parts)
+            assert all(part.sequences == order[8 * step : 8 * step + 8] for part in parts)
             dealt = [parts[i % world].batches[i // world]["input_ids"] for i in range(4)]  # micro-batches in turn
             assert (np.concatenate(dealt) == expected[step]).all()
 
 
-def test_held_out_batches_cover_all_rows_once(tmp_path, tokenizer):
+def test_held_out_batches_cover_all_data_once(tmp_path, tokenizer):
     file = TokenFile(pretrain_files(tmp_path, tokenizer)[1], tokenizer, "make")
-    rows = DocumentRows(file, 32, pack=True)
-    expected = sum(int((rows.row(i)["targets"] != IGNORE).sum()) for i in range(len(rows)))
+    data = DocumentSequences(file, 32, pack=True)
+    expected = sum(int((data.sequence(i)["targets"] != IGNORE).sum()) for i in range(len(data)))
     for world in (1, 2):
-        batches = [b for rank in range(world) for b in held_out_batches(rows, 4, 0, rank, world)]
+        batches = [b for rank in range(world) for b in held_out_batches(data, 4, 0, rank, world)]
         assert {tuple(batch["targets"].shape) for batch in batches} == {(4, 32)}
         assert sum(int((batch["targets"] != IGNORE).sum()) for batch in batches) == expected
 
 
-def test_one_document_a_row_is_trimmed(tmp_path, tokenizer):
+def test_unpacked_sequences_are_trimmed(tmp_path, tokenizer):
     file = TokenFile(pretrain_files(tmp_path, tokenizer)[0], tokenizer, "make")
-    loader = StepLoader(DocumentRows(file, 128, pack=False), BatchPlan(2, 2, 1), 0, 0, 3, trim=True)
+    loader = StepLoader(DocumentSequences(file, 128, pack=False), BatchPlan(2, 2, 1), 0, 0, 3, trim=True)
     for work in loader:
         assert work.batches[0]["input_ids"].shape[1] <= 48 and "doc_ids" not in work.batches[0]
 
@@ -137,4 +139,4 @@ def test_file_errors_are_one_line(tmp_path, tokenizer, capsys):
     assert "reading" in capsys.readouterr().err
     assert file.documents().tolist() == [0, 3, 6]
     with pytest.raises(UserError, match="token id 60000"):
-        list(StepLoader(WindowRows(file, 8), BatchPlan(1, 1, 1), 0, 0, 1))  # from the thread to the caller
+        list(StepLoader(WindowSequences(file, 8), BatchPlan(1, 1, 1), 0, 0, 1))  # from the thread to the caller

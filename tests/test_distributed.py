@@ -64,8 +64,8 @@ def test_two_processes_give_the_same_curve(folder, two_ranks):
 
 @pytest.mark.slow
 def test_the_process_with_the_least_memory_decides_the_micro_batch(folder, two_ranks):
-    found, _, said = train(folder, 2, "fit", {"ROWS_FIT": "2"}, max_batch_size=0)
-    assert "micro-batch: 2 rows fit" in said and "8 a step (2 x 2 x 2)" in said
+    found, _, output = train(folder, 2, "fit", {"ROWS_FIT": "2"}, max_batch_size=0)
+    assert "micro-batch: 2 sequences fit" in output and "8 per step (2 x 2 x 2)" in output
     for ours, other in zip(two_ranks[0], found, strict=True):
         assert {**ours, **other}.keys() == ours.keys()
         assert other.get("loss", 0) == pytest.approx(ours.get("loss", 0), rel=2e-4)  # one term weighs by targets
@@ -74,7 +74,7 @@ def test_the_process_with_the_least_memory_decides_the_micro_batch(folder, two_r
 def test_the_number_of_processes_may_change_on_resume(folder):
     """1 -> 2 -> 1 processes, stopped by a signal in between: the curve of one process, to the bit, dropout included.
 
-    Two micro-batches a step, so that both sums of gradients are of the same two numbers.
+    Two micro-batches per step, so that both sums of gradients have the same two terms.
     """
     settings = {"model.dropout": 0.1, "max_steps": 7, "eval_interval": 0}
     for processes, stop in ((1, "2"), (2, "4"), (1, "")):
@@ -87,8 +87,8 @@ def test_the_number_of_processes_may_change_on_resume(folder):
 @pytest.mark.slow
 def test_a_bad_step_is_skipped_on_all_ranks(folder):
     """The loss of one rank alone is a NaN in step 3."""
-    records, weights, said = train(folder, 2, "nan", {"NAN_AT": "3"}, max_steps=40)
-    assert said.count("step 3 skipped: loss nan") == 1
+    records, weights, output = train(folder, 2, "nan", {"NAN_AT": "3"}, max_steps=40)
+    assert output.count("step 3 skipped: loss nan") == 1
     assert [(r["step"], len(r["rows"])) for r in records if "skipped" in r] == [(3, 8)]
     assert records[-1]["val_loss"] < 0.2 * records[0]["loss"]
     assert all(torch.isfinite(value).all() for value in weights.values())
@@ -98,8 +98,8 @@ def test_a_bad_step_is_skipped_on_all_ranks(folder):
 
 @pytest.mark.slow
 def test_a_killed_rank_is_restarted_and_the_curve_is_the_same(folder, two_ranks):
-    records, weights, said = train(folder, 2, "killed", {"KILL_AT": "6"}, restarts=1, save_interval=2)
-    assert "from step 4" in said
+    records, weights, output = train(folder, 2, "killed", {"KILL_AT": "6"}, restarts=1, save_interval=2)
+    assert "from step 4" in output
     peace, theirs, _ = two_ranks
     assert figures(records) == figures(peace)
     assert all(torch.equal(value, theirs[name]) for name, value in weights.items())
@@ -112,7 +112,7 @@ def test_processes_agree_on_a_name_whatever_earlier_attempts_left():
     def meet(rank, delay):
         time.sleep(delay)
         client = dist.TCPStore("localhost", server.port, is_master=False, timeout=timedelta(seconds=60))
-        return process_group.agree(client, rank, 3)
+        return process_group.agree_on_prefix(client, rank, 3)
 
     def attempt(delays):
         with ThreadPoolExecutor(3) as pool:

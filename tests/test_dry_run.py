@@ -1,4 +1,4 @@
-"""--dry_run: figures of the whole run from one measured step, and not a byte written."""
+"""--dry_run: estimates of the whole run from one measured step, and not a byte written."""
 
 import pytest
 import torch
@@ -22,7 +22,12 @@ def test_the_figures_are_those_of_the_run(world, capsys):
     total, embedding = sum(sizes.values()), sizes["tok_embed.weight"]
     assert about["params"] == {"total": total, "active": total, "embedding": embedding}
     assert about["flops_per_token"] == 6 * (total - embedding)
-    assert (about["steps"], about["tokens"], about["global_rows"], about["accumulation"]) == (40, 40 * 8 * 32, 8, 2)
+    assert (about["steps"], about["tokens"], about["global_sequences"], about["accumulation"]) == (
+        40,
+        40 * 8 * 32,
+        8,
+        2,
+    )
     assert about["epochs"] == pytest.approx(40 * 8 / len(world.rows))
     matrices = sum(sizes[f"layers.{i}.weight"] for i in range(2))  # Muon's, with one moment; the others have two
     memory = about["memory"]
@@ -30,7 +35,7 @@ def test_the_figures_are_those_of_the_run(world, capsys):
     assert memory["optimizer"] == 4 * (2 * total - matrices)
     assert memory["predicted"] == sum(memory[k] for k in ("weights", "gradients", "optimizer", "activations"))
     assert about["step_seconds"] > 0 and about["training_seconds"] == pytest.approx(40 * about["step_seconds"])
-    rows = 2 * min(8, len(world.val)) + len(world.val)  # two evaluations of 8 rows, and all of them at the end
+    rows = 2 * min(8, len(world.val)) + len(world.val)  # two evaluations of 8 sequences, and all of them at the end
     assert about["evaluation_seconds"] == pytest.approx(rows / 8 * about["step_seconds"] / 3)
     assert about["cost"] == pytest.approx((about["training_seconds"] + about["evaluation_seconds"]) / 3600 * 2)
     assert about["checkpoints"] == 4 and about["disk_bytes"] == 5 * about["checkpoint_bytes"] + about["final_bytes"]

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 import export
 import pretrain
 import sft
-from engine.data.sequences import DocumentRows, TokenFile
+from engine.data.sequences import DocumentSequences
+from engine.data.token_file import TokenFile
 from engine.inference.chat import open_chat_model
 from engine.runs.registry import load_run
 from engine.training.evaluate import held_out_loss
@@ -130,7 +131,7 @@ def test_transformers_gives_the_same_log_likelihoods(run, work):
         chosen, own = (x[:, :-1].gather(2, ids[:, 1:, None])[..., 0] for x in (logits, own))
         assert (chosen - own).abs().max() < 1e-5
         nats, targets = nats - chosen.sum().item(), targets + chosen.numel()
-    rows = DocumentRows(file, 64, pack=True)
+    rows = DocumentSequences(file, 64, pack=True)
     again = held_out_loss(ours, ours, rows, tokenizer.characters, 4, 0, torch.device("cpu"), contextlib.nullcontext)
     assert nats / targets == pytest.approx(summary["val_loss"], abs=1e-6)
     assert again["val_loss"] == pytest.approx(summary["val_loss"], abs=1e-6) and again["val_targets"] == targets

@@ -1,4 +1,4 @@
-"""--max_batch_size=0: as many rows as fit, the same loss curve, the same number after a resume."""
+"""--max_batch_size=0: as many sequences as fit, the same loss curve, the same micro-batch after a resume."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import yaml
 
 from engine.distributed import process_group
 from engine.planning import memory
-from engine.planning.batch_size import find_max_batch_size, largest
+from engine.planning.batch_size import find_max_batch_size, largest_fit
 from engine.runs.metrics import read_metrics
 from engine.training.config import TrainConfig
 from engine.training.optim import build_optimizer
@@ -21,7 +21,7 @@ MB = 2**20
 
 
 class Narrow(TinyModel):
-    """Runs out of memory beyond so many rows; is asked to stop in a step."""
+    """Runs out of memory beyond `fits` sequences; receives SIGTERM in step `stop_at`."""
 
     fits, stop_at = 4, None
 
@@ -50,7 +50,7 @@ def test_the_largest_size_is_found_without_ever_taking_too_much(at_most, room, f
         asked.append(count)
         return 10 + 10 * count if count == 1 else 10 * count  # the first pass takes a little more
 
-    assert largest(at_most, room, bytes_for)[0] == found
+    assert largest_fit(at_most, room, bytes_for)[0] == found
     assert all(10 * count <= room for count in asked[1:])
 
 
@@ -61,12 +61,12 @@ def test_running_out_of_memory_is_caught_and_other_errors_are_not():
         return count
 
     error = torch.OutOfMemoryError()
-    assert largest(64, 1000, bytes_for) == (4, 4)
+    assert largest_fit(64, 1000, bytes_for) == (4, 4)
     error = RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
-    assert largest(64, 1000, bytes_for) == (4, 4)
+    assert largest_fit(64, 1000, bytes_for) == (4, 4)
     error = RuntimeError("shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="shapes"):
-        largest(64, 1000, bytes_for)
+        largest_fit(64, 1000, bytes_for)
 
 
 def test_a_run_that_takes_too_much_ends_in_one_line(world, capsys):
@@ -79,7 +79,7 @@ def test_a_run_that_takes_too_much_ends_in_one_line(world, capsys):
 def test_the_smallest_device_decides(monkeypatch):
     of_another = iter([0, 0, 0, 0, 0, 1])  # it runs out of memory in the third of its trials
     monkeypatch.setattr(process_group, "sum_numbers", lambda numbers: [numbers[0] + next(of_another)])
-    assert largest(64, 1000, lambda count: count)[0] == 2
+    assert largest_fit(64, 1000, lambda count: count)[0] == 2
 
 
 def test_a_run_takes_what_fits_and_keeps_its_curve(world, monkeypatch):
@@ -90,15 +90,15 @@ def test_a_run_takes_what_fits_and_keeps_its_curve(world, monkeypatch):
     with open(found["run"] + "/config.yaml", encoding="utf-8") as file:
         assert yaml.safe_load(file)["max_batch_size"] == 4
     monkeypatch.setattr(Narrow, "fits", 0)
-    with pytest.raises(UserError, match="not even one row of 32 tokens fits"):
+    with pytest.raises(UserError, match="not even one sequence of 32 tokens fits"):
         world.run(global_batch_size=16, max_batch_size=0, resume="never", model_class=Narrow)
 
 
-def test_a_resumed_run_takes_the_rows_it_had(world, monkeypatch):
+def test_a_resumed_run_keeps_its_micro_batch(world, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 2**40)
     settings = dict(
         global_batch_size=16, max_batch_size=0, model_class=Narrow, model_fields={"dropout": 0.1}
-    )  # which is drawn anew for each micro-batch
+    )  # drawn again for each micro-batch
     whole = world.run(**settings, output_path=str(world.path / "whole"))
     monkeypatch.setattr(Narrow, "stop_at", 2)
     assert world.run(**settings)["steps"] == 3
@@ -109,17 +109,19 @@ def test_a_resumed_run_takes_the_rows_it_had(world, monkeypatch):
 
 
 @pytest.mark.skipif(not (memory.PROC / "self/clear_refs").exists(), reason="the peak cannot be reset here")
-def test_rows_are_measured_against_a_memory_limit(world, monkeypatch):
+def test_sequences_are_measured_against_a_memory_limit(world, monkeypatch):
     class Wide(TinyModel):
         def forward(self, input_ids, targets=None, doc_ids=None):
             logits, loss, other_vars = super().forward(input_ids, targets, doc_ids)
-            wide = (loss * torch.ones(len(input_ids), 9 * MB)).exp()  # 36 MB a row, four times with its gradients
+            wide = (
+                loss * torch.ones(len(input_ids), 9 * MB)
+            ).exp()  # 36 MB per sequence, four times with its gradients
             return logits, loss + 0 * wide.mean(), other_vars
 
     # beyond 32 MB the allocator of the system gives every tensor memory of its own, whatever earlier tests left there
     model = Wide(TinyModelArgs(vocab_size=world.tokenizer.vocab_size, max_seq_len=32))
     optimizer, cpu = build_optimizer(model, TrainConfig()), torch.device("cpu")
-    for limit, found in ((420, 1), (900, 2)):  # MB, of which half may be used; 4 rows take 576
+    for limit, found in ((420, 1), (900, 2)):  # MB, of which half may be used; 4 sequences take 576
         monkeypatch.setattr(memory, "available", lambda device, limit=limit: limit * MB)
         assert find_max_batch_size(16, model, optimizer, world.rows, cpu, nullcontext) == found
     assert all(p.grad is None for p in model.parameters())
@@ -128,10 +130,10 @@ def test_rows_are_measured_against_a_memory_limit(world, monkeypatch):
 def test_what_is_free_is_what_the_container_leaves_divided_among_its_processes(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    assert memory.group_limit(tmp_path) is None and memory.group_limit(tmp_path / "none") is None
+    assert memory.cgroup_limit(tmp_path) is None and memory.cgroup_limit(tmp_path / "none") is None
     (tmp_path / "memory.max").write_text("5000\n")
-    assert memory.group_limit(tmp_path) == 4000
-    monkeypatch.setattr(memory, "group_limit", lambda folder: 4000)
+    assert memory.cgroup_limit(tmp_path) == 4000
+    monkeypatch.setattr(memory, "cgroup_limit", lambda folder: 4000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.available(torch.device("cpu")) == 1000
     monkeypatch.setattr(memory, "process_limit", lambda: 300)

@@ -1,4 +1,4 @@
-"""A model shared out over processes trains as a whole one does, and its checkpoints are as safe."""
+"""A sharded model trains as an unsharded one does, and its checkpoints are as safe."""
 
 import copy
 import itertools
@@ -34,7 +34,7 @@ from engine.training.optim import build_optimizer
 from engine.training.step import TrainStep
 from model import get_model_and_args
 from tests.support.checkpoints import CONFIG, save, two_checkpoints
-from tests.support.checkpoints import trained as trained_whole
+from tests.support.checkpoints import trained as trained_full
 from tests.support.faulty_disk import FaultyOS
 from tests.support.models import SHIPPED
 from tests.support.pickles import raw_pickle, torch_file
@@ -47,7 +47,7 @@ FSDP = {"parallel": "fsdp"}
 
 
 def close(ours, theirs, rel=1e-5):
-    """Whether two runs have the same records, numbers to `rel`."""
+    """Whether two runs have the same records, values to `rel`."""
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     for a, b in zip(ours, theirs):
         for key in ("loss", "grad_norm", "val_loss", "val_bpc", "tokens", "val_targets"):
@@ -60,16 +60,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shared_out(folder):
-    """Two processes, fsdp, saving at step 4 and at the end; (metrics, weights, what it said, run folder)."""
+def sharded(folder):
+    """Two processes, fsdp, saving at step 4 and at the end; (metrics, weights, output, run folder)."""
     return *train(folder, 2, "shared", save_interval=4, ema=0.9, sample_interval=4, **FSDP), folder / "shared/sft_tiny"
 
 
-def test_it_is_the_run_of_one_process(folder, shared_out):
+def test_it_is_the_run_of_one_process(folder, sharded):
     """The curve, the average of the weights, and the samples; one parameter is touched by one of the processes only."""
-    records, weights, said, run = shared_out
+    records, weights, output, run = sharded
     one, theirs, _ = train(folder, 1, "alone", save_interval=4, ema=0.9, sample_interval=4)
-    assert "2 process(es), fsdp" in said
+    assert "2 process(es), fsdp" in output
     close(records, one)
     for name, value in theirs.items():
         assert (value - weights[name]).abs().max() < 1e-4, name
@@ -77,9 +77,9 @@ def test_it_is_the_run_of_one_process(folder, shared_out):
     assert (run / "samples.md").read_text() == (folder / "alone/sft_tiny/samples.md").read_text()
 
 
-def test_one_process_reads_its_parts(shared_out):
+def test_one_process_reads_its_parts(sharded):
     """Weights and optimizer state of step 8 are those that, averaged, became final/."""
-    _, final, _, run = shared_out
+    _, final, _, run = sharded
     newest, before = find_checkpoints(run)
     assert {path.name for path in newest.iterdir()} == {
         "manifest.json",
@@ -124,37 +124,37 @@ def test_processes_and_kind_may_change_on_resume(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_restarted_and_the_run_is_the_same_to_the_bit(folder, shared_out):
-    records, weights, said = train(
+def test_a_killed_process_is_restarted_and_the_run_is_the_same_to_the_bit(folder, sharded):
+    records, weights, output = train(
         folder, 2, "shared_killed", {"KILL_AT": "6"}, restarts=1, save_interval=4, ema=0.9, sample_interval=4, **FSDP
     )
-    assert "from step 4" in said
-    assert figures(records) == figures(shared_out[0])
-    assert all(torch.equal(value, shared_out[1][name]) for name, value in weights.items())
+    assert "from step 4" in output
+    assert figures(records) == figures(sharded[0])
+    assert all(torch.equal(value, sharded[1][name]) for name, value in weights.items())
 
 
 @pytest.mark.slow
 def test_a_dry_run_counts_what_one_process_holds(folder):
-    whole = train(folder, 2, "dry", dry_run=True)[2]
-    records, weights, said = train(folder, 2, "dry", dry_run=True, **FSDP)
-    assert "weights 36.2 KB + gradients 36.1 KB" in whole and "weights 18.1 KB + gradients 18.1 KB" in said
-    assert whole.split("activations ")[1].split(" =")[0] == said.split("activations ")[1].split(" =")[0]
+    full = train(folder, 2, "dry", dry_run=True)[2]
+    records, weights, output = train(folder, 2, "dry", dry_run=True, **FSDP)
+    assert "weights 36.2 KB + gradients 36.1 KB" in full and "weights 18.1 KB + gradients 18.1 KB" in output
+    assert full.split("activations ")[1].split(" =")[0] == output.split("activations ")[1].split(" =")[0]
     assert records == [] and weights is None and not (folder / "dry").exists()
 
 
 @pytest.mark.slow
-def test_a_full_disk_under_one_process_is_a_failed_save_of_all_and_the_run_goes_on(folder, shared_out):
-    _, weights, said = train(folder, 2, "full", {"FAIL_AT": "4"}, save_interval=4, ema=0.9, sample_interval=4, **FSDP)
-    assert said.count("step 4: the checkpoint could not be saved ([Errno 28] No space left on device)") == 1
+def test_a_full_disk_under_one_process_is_a_failed_save_of_all_and_the_run_goes_on(folder, sharded):
+    _, weights, output = train(folder, 2, "full", {"FAIL_AT": "4"}, save_interval=4, ema=0.9, sample_interval=4, **FSDP)
+    assert output.count("step 4: the checkpoint could not be saved ([Errno 28] No space left on device)") == 1
     assert [step_of(path) for path in find_checkpoints(folder / "full/sft_tiny")] == [8, 5]
     assert not list((folder / "full/sft_tiny/checkpoints").glob(".*"))
-    assert all(torch.equal(value, shared_out[1][name]) for name, value in weights.items())
+    assert all(torch.equal(value, sharded[1][name]) for name, value in weights.items())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_model_however_a_step_is_dealt_out(folder, name):
-    """8 rows a step: 1 x 8, 2 x 4 and 8 x 1 on one process, 1 x 4 on each of two, 4 x 1 on each of two with fsdp.
+def test_every_model_however_a_step_is_divided(folder, name):
+    """8 sequences per step: 1 x 8, 2 x 4, 8 x 1 on one process, 1 x 4 on each of two, 4 x 1 on each of two with fsdp.
 
     Not to the bit: the sums over the tokens of a step are taken in another order. And where a gradient, or one of its
     singular values, is nothing but rounding error, AdamW and Muon go as far by it as by any other: so the rate is
@@ -173,17 +173,17 @@ def test_every_model_however_a_step_is_dealt_out(folder, name):
             **more,
         )[:2]
 
-    whole, weights = run(1, 8)
+    full, weights = run(1, 8)
     for records, theirs in (run(1, 4), run(1, 1), run(2, 4), run(2, 1, **FSDP)):
-        close(records, whole, rel=2e-5)
+        close(records, full, rel=2e-5)
         for key, value in weights.items():
             if key.endswith("routing_bias"):
                 assert value.abs().max() > 0 and torch.equal(value, theirs[key]), key
             else:
                 assert (value - theirs[key]).norm() <= 1e-2 * value.norm(), key
-    (parts,) = (folder / f"{name}_2_1_{FSDP}").glob("*/checkpoints/*")
-    model = load_run(parts).model  # as inference, fine-tuning and export read it
-    assert len(list(parts.glob("model-*"))) == 2
+    (shards,) = (folder / f"{name}_2_1_{FSDP}").glob("*/checkpoints/*")
+    model = load_run(shards).model  # as inference, fine-tuning and export read it
+    assert len(list(shards.glob("model-*"))) == 2
     assert all(torch.equal(value, theirs[key]) for key, value in model.state_dict().items() if key in theirs)
 
 
@@ -191,8 +191,8 @@ def test_every_model_however_a_step_is_dealt_out(folder, name):
 def test_compiled_layers_compute_the_same_and_samples_compile_nothing(folder):
     settings = dict(model_name="mini_llama3", max_batch_size=2, max_steps=4, max_lr=0.0003, sample_interval=2, **FSDP)
     plain, weights, _ = train(folder, 2, "layers_plain", **settings)
-    compiled, theirs, said = train(folder, 2, "layers_compiled", compile="true", **settings)
-    assert "fp32 compiled, 2 process(es), fsdp" in said and "recompile_limit" not in said
+    compiled, theirs, output = train(folder, 2, "layers_compiled", compile="true", **settings)
+    assert "fp32 compiled, 2 process(es), fsdp" in output and "recompile_limit" not in output
     close(compiled, plain, rel=2e-5)
     assert all((value - theirs[key]).norm() <= 1e-2 * value.norm() for key, value in weights.items())
 
@@ -212,13 +212,13 @@ def group():
 
 
 def trained(seed=0):
-    """A tiny model that is shared out, and its optimizer, after a step."""
-    return trained_whole(seed, lambda model: fsdp.shard(model, torch.device("cpu"), "fp32", compiled=False))
+    """A tiny sharded model and its optimizer, after a step."""
+    return trained_full(seed, lambda model: fsdp.shard(model, torch.device("cpu"), "fp32", compiled=False))
 
 
 @pytest.fixture(scope="module")
 def example(group, tmp_path_factory):
-    return two_checkpoints(tmp_path_factory.mktemp("parts") / "run", *trained())
+    return two_checkpoints(tmp_path_factory.mktemp("sharded") / "run", *trained())
 
 
 def test_what_is_saved_comes_back(example):
@@ -232,22 +232,22 @@ def test_what_is_saved_comes_back(example):
 
 
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon", "ema": 0.9}])
-def test_a_step_not_taken_leaves_every_bit_of_the_parts_as_it_was(group, recipe):
-    """By gradients that are no numbers; after it the run goes on as the one without it."""
+def test_a_skipped_step_leaves_every_bit_of_the_shards(group, recipe):
+    """Skipped for non-finite gradients; the steps after it are those of the run without it."""
 
     def run(*steps):
         torch.manual_seed(0)
         fsdp.shard(model := tiny(), torch.device("cpu"), "fp32", compiled=False)
-        stepper = TrainStep(model, TrainConfig(**recipe, compile="false"), torch.device("cpu"))
-        stepper.optimizer.set_lr(0.01)
+        trainer = TrainStep(model, TrainConfig(**recipe, compile="false"), torch.device("cpu"))
+        trainer.optimizer.set_lr(0.01)
         for number, weight in steps:
             ids = torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(number))
-            stepper.gradients([{"input_ids": ids, "targets": ids}], [weight], [0], 1.0)
-            stepper.update(stepper.clip().isfinite())
+            trainer.gradients([{"input_ids": ids, "targets": ids}], [weight], [0], 1.0)
+            trainer.update(trainer.clip().isfinite())
         states = [
-            state[key] for part in stepper.optimizer.all for state in part.state.values() for key in sorted(state)
+            state[key] for part in trainer.optimizer.all for state in part.state.values() for key in sorted(state)
         ]
-        assert sum(map(fsdp.is_part, states)) >= len(list(model.parameters())) - 1  # all but the unused one
+        assert sum(map(fsdp.is_dtensor, states)) >= len(list(model.parameters())) - 1  # all but the unused one
         return [fsdp.full_tensor(t.detach()).numpy().tobytes() for t in [*model.parameters(), *states]]
 
     taken = run((1, 1.0), (2, 1.0))
@@ -261,7 +261,7 @@ def test_a_fault_at_every_call_of_a_save_leaves_a_valid_checkpoint(example, tmp_
     with pytest.MonkeyPatch.context() as patch:
         counted = FaultyOS(patch)
         save(shutil.copytree(example[0], tmp_path / "counted"), *example[1:], 3)
-    assert counted.names.count("fsync") == 7  # two files of parts, two of the rest, the manifest, two folders
+    assert counted.names.count("fsync") == 7  # two files of shards, two of the rest, the manifest, two folders
     for at, name in enumerate(counted.names):
         run, ended = shutil.copytree(example[0], tmp_path / f"{fault}-{at}"), "saved"
         with pytest.MonkeyPatch.context() as patch:
@@ -313,7 +313,7 @@ def names_of_no_tensor(path):
 PART = b'"model.bias":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["shared out", "whole"])
+@pytest.mark.parametrize("full", [False, True], ids=["sharded", "full"])
 @pytest.mark.parametrize(
     "name, how",
     [
@@ -343,7 +343,7 @@ PART = b'"model.bias":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_hostile_checkpoint_executes_nothing(example, tmp_path, monkeypatch, name, how, whole):
+def test_a_hostile_checkpoint_executes_nothing(example, tmp_path, monkeypatch, name, how, full):
     monkeypatch.chdir(tmp_path)
     place = shutil.copytree(find_checkpoints(example[0])[0], tmp_path / "step-00000002")
     how(place / name)
@@ -351,8 +351,8 @@ def test_a_hostile_checkpoint_executes_nothing(example, tmp_path, monkeypatch, n
     for entry in manifest["files"]:  # made true again, as an attacker would
         entry.update(size=(place / entry["name"]).stat().st_size, sha256=file_sha256(place / entry["name"]))
     (place / MANIFEST).write_bytes(manifest_bytes(manifest))
-    model, optimizer = (fresh := tiny(), build_optimizer(fresh, CONFIG)) if whole else trained(1)
-    if name == ".metadata":  # which the usual reader of parts would unpickle
+    model, optimizer = (fresh := tiny(), build_optimizer(fresh, CONFIG)) if full else trained(1)
+    if name == ".metadata":  # which the usual reader of sharded checkpoints would unpickle
         assert load_training_state(place, model, optimizer)["step"] == 2
     else:
         with pytest.raises(UserError) as refusal:
@@ -363,22 +363,22 @@ def test_a_hostile_checkpoint_executes_nothing(example, tmp_path, monkeypatch, n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
-def test_layers_are_compiled_however_many_there_are_and_none_anew(group, monkeypatch, name):
-    """Layer by layer, with the tracer but without the compiler behind it: the same gradients as the whole model."""
+def test_layers_are_compiled_once_however_many_there_are(group, monkeypatch, name):
+    """Layer by layer, traced without a compiler backend: the same gradients as the eager model."""
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="eager", **how))
     Model, ModelArgs = get_model_and_args(name)
     args = replace(tiny_args(Model, ModelArgs)[0], n_layers=10)  # more than the 8 variants that a function may have
-    whole, ids = Model(args).train(), torch.randint(args.vocab_size, (2, 20))
-    model, compiled = copy.deepcopy(whole), torch._dynamo.utils.counters["stats"]
+    full, ids = Model(args).train(), torch.randint(args.vocab_size, (2, 20))
+    model, compiled = copy.deepcopy(full), torch._dynamo.utils.counters["stats"]
     fsdp.shard(model, torch.device("cpu"), "fp32", compiled=True)
     graphs = []
     for _ in range(2):
-        for either in (whole, model):
+        for either in (full, model):
             either(ids, ids.roll(-1, 1))[1].backward()
         graphs.append(compiled["unique_graphs"])
     assert 0 < graphs[0] == graphs[1]
-    for (key, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+    for (key, ours), theirs in zip(model.named_parameters(), full.parameters(), strict=True):
         torch.testing.assert_close(fsdp.full_tensor(ours.grad), theirs.grad, msg=key)
     torch._dynamo.reset()
 

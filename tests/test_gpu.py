@@ -29,7 +29,7 @@ def batch_of(subject, seed=0):
     return {"input_ids": ids, "targets": ids.roll(-1, 1)}
 
 
-def stepper_of(model, precision, device, compile="false"):
+def make_step(model, precision, device, compile="false"):
     return TrainStep(
         model.to(device).train(), TrainConfig(precision=precision, compile=compile, max_lr=0.01), torch.device(device)
     )
@@ -44,7 +44,7 @@ def test_gradients_are_those_of_the_cpu(name, precision, least):
     flat = []
     for device, kind in (("cpu", "fp32"), ("cuda", precision)):
         model = subject.build()
-        stepper_of(model, kind, device).gradients([batch_of(subject)], [1.0], [0], 1.0)
+        make_step(model, kind, device).gradients([batch_of(subject)], [1.0], [0], 1.0)
         flat.append(torch.cat([p.grad.cpu().flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.cosine_similarity(*flat, dim=0) > least
 
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_the_cpu(name, precision, least):
 @pytest.mark.gpu
 @needs_gpu
 def test_grouped_experts_equal_the_loop():
-    """An expert without rows among them."""
+    """One expert gets no tokens."""
     torch.manual_seed(0)
     shapes = (32, 64), (32, 2), (4, 48, 64), (4, 48, 64), (4, 64, 48)
     leaves = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
@@ -86,15 +86,15 @@ def test_packed_steps_learn_and_never_wait_for_the_device(name):
 
 
 def thirty_steps(model, batch):
-    stepper = stepper_of(model, "bf16", "cuda", compile="true")
-    stepper.optimizer.set_lr(0.01)
+    trainer = make_step(model, "bf16", "cuda", compile="true")
+    trainer.optimizer.set_lr(0.01)
     batch = {key: value.pin_memory() for key, value in batch.items()}
     losses = []
     try:
         for step in range(30):
             torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
-            values = stepper.gradients([batch], [1.0], [0], 1.0)
-            stepper.update(stepper.clip().isfinite())
+            values = trainer.gradients([batch], [1.0], [0], 1.0)
+            trainer.update(trainer.clip().isfinite())
             model.after_step({name: value for name, value in values.items() if name != "loss"})
             losses.append(values["loss"])
     finally:
@@ -154,7 +154,7 @@ DEFAULT_HEADS = {
 @pytest.mark.parametrize("heads", ["small", "default"])
 @pytest.mark.parametrize("tokens", [300, 512])
 @pytest.mark.parametrize("precision, least", [("fp32", 0.9999), ("bf16", 0.99)])
-def test_packed_rows_compiled_are_those_of_the_dense_mask(name, heads, tokens, precision, least, monkeypatch):
+def test_packed_sequences_compiled_equal_the_dense_mask(name, heads, tokens, precision, least, monkeypatch):
     """Loss and gradients, and the loss of an evaluation: compiled, in bf16 by flex_attention, against eager."""
     sizes, batch = DEFAULT_HEADS[name] if heads == "default" else {}, packed_batch(0, tokens=tokens)
     torch._dynamo.reset()
@@ -163,11 +163,11 @@ def test_packed_rows_compiled_are_those_of_the_dense_mask(name, heads, tokens, p
     losses, flat = [], []
     for compiled in ("false", "true"):
         model = small_model(name, **sizes)
-        stepper = stepper_of(model, precision, "cuda", compiled)
-        losses.append(stepper.gradients([batch], [1.0], [0], 1.0)["loss"])
+        trainer = make_step(model, precision, "cuda", compiled)
+        losses.append(trainer.gradients([batch], [1.0], [0], 1.0)["loss"])
         flat.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        with torch.no_grad(), stepper.compute():
-            losses.append(stepper.forward(**{key: value.cuda() for key, value in batch.items()})[1].float())
+        with torch.no_grad(), trainer.compute_dtype():
+            losses.append(trainer.forward(**{key: value.cuda() for key, value in batch.items()})[1].float())
     torch.testing.assert_close(losses, losses[:1] * 4, atol=0.01, rtol=0.01)
     assert torch.cosine_similarity(*flat, dim=0) > least
     if precision == "fp32":

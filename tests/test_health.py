@@ -1,4 +1,4 @@
-"""The health board against figures worked out by hand, and what it says when something dies."""
+"""The diagnostics against figures computed by hand, and the warnings when something fails."""
 
 import copy
 import math
@@ -13,18 +13,18 @@ from tests.support.models import SHIPPED
 from tests.support.tiny_model import TinyModel, TinyModelArgs
 
 
-def one_step(model, health, ids, lr=0.1, step=1, other_vars=None):
-    """A step of gradient descent under watch; returns (figures, gradients, weights before)."""
-    health.watch()
+def one_step(model, diagnostics, ids, lr=0.1, step=1, other_vars=None):
+    """A step of gradient descent with diagnostics; returns (figures, gradients, weights before)."""
+    diagnostics.watch()
     model.zero_grad()
     model(ids, targets=ids.roll(-1, 1))[1].backward()
-    health.before_update()
+    diagnostics.before_update()
     before = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
             if p.grad is not None:
                 p -= lr * p.grad
-    return health.after_update(step, other_vars or {}), {n: p.grad for n, p in model.named_parameters()}, before
+    return diagnostics.after_update(step, other_vars or {}), {n: p.grad for n, p in model.named_parameters()}, before
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -80,44 +80,47 @@ def ids():
     return torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
-def test_troubles_are_said_once_until_they_are_over(capsys):
+def test_problems_are_logged_once_until_they_are_over(capsys):
     model = tiny(unused=True)
-    health = Diagnostics(model)
-    starving, fed = torch.tensor([[1.0, 99, 100]]), torch.tensor([[60.0, 70, 70]])
+    diagnostics = Diagnostics(model)
+    underused, fed = torch.tensor([[1.0, 99, 100]]), torch.tensor([[60.0, 70, 70]])
     lines = []
-    for step, load in enumerate([fed, starving, starving, starving, starving, fed, *[starving] * 3], start=1):
-        one_step(model, health, ids(), step=step, other_vars={"moe/load": load})
+    for step, load in enumerate([fed, underused, underused, underused, underused, fed, *[underused] * 3], start=1):
+        one_step(model, diagnostics, ids(), step=step, other_vars={"moe/load": load})
         lines.append(capsys.readouterr().err)
     assert "step 1: the gradient norm of scalar is zero" in lines[0]  # TinyModel leaves a parameter out of its graph
-    assert lines[1] == lines[2] == "" and "step 4: expert 0 of moe/load, row 0, starves: it gets 1.5%" in lines[3]
+    assert (
+        lines[1] == lines[2] == ""
+        and "step 4: expert 0 of moe/load, MoE layer 0, is underused: it gets 1.5%" in lines[3]
+    )
     assert lines[4:8] == [""] * 4 and "step 9: expert 0" in lines[8] and "scalar" not in lines[8]
 
 
-def test_experts_that_get_nothing_in_turn_do_not_starve(capsys):
-    """As in the first steps of a small mixture, by chance."""
+def test_experts_without_tokens_in_turn_are_not_underused(capsys):
+    """As by chance in the first steps of a small MoE."""
     model = tiny()
-    health = Diagnostics(model)
+    diagnostics = Diagnostics(model)
     for step in range(1, 10):
         load = torch.full((1, 4), 10.0)
         load[0, step % 4] = 0
-        one_step(model, health, ids(), step=step, other_vars={"moe/load": load})
-    assert "starves" not in capsys.readouterr().err
+        one_step(model, diagnostics, ids(), step=step, other_vars={"moe/load": load})
+    assert "is underused" not in capsys.readouterr().err
 
 
 def test_a_norm_that_explodes_is_named(capsys):
     model = tiny()
-    health = Diagnostics(model)
+    diagnostics = Diagnostics(model)
     for step in range(SETTLED):
-        one_step(model, health, ids(), lr=0.0, step=step)
+        one_step(model, diagnostics, ids(), lr=0.0, step=step)
     assert capsys.readouterr().err == ""
     with torch.no_grad():
         model.lm_head.weight *= 100
-    one_step(model, health, ids(), lr=0.0, step=8)
+    one_step(model, diagnostics, ids(), lr=0.0, step=8)
     said = capsys.readouterr().err
     assert "step 8: the gradient norm of layer 00 is" in said and "layer 01" in said and "activation" not in said
     with torch.no_grad():
         model.layers[0].weight[0, 0] = float("nan")
-    one_step(model, health, ids(), lr=0.0, step=9)
+    one_step(model, diagnostics, ids(), lr=0.0, step=9)
     assert "step 9: the activation rms of layer 00 is nan" in capsys.readouterr().err
 
 

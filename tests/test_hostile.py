@@ -9,7 +9,7 @@ import pytest
 
 import pretrain
 import sft
-from engine.data.sequences import TokenFile
+from engine.data.token_file import TokenFile
 from engine.runs.checkpoint import (
     MANIFEST,
     file_sha256,

@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from checks import ModelUnderTest
-from engine.training import optim
+from engine.training import muon
+from engine.training.conditional import copy_if, zero_unless
 from engine.training.config import TrainConfig
-from engine.training.optim import Average, CombinedOptimizer, Muon, build_optimizer, orthogonalize
+from engine.training.ema import EMA
+from engine.training.muon import Muon, orthogonalize
+from engine.training.optim import CombinedOptimizer, build_optimizer
 from tests.support.models import BASE_MODEL, SHIPPED
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
@@ -18,7 +21,7 @@ GOOD, BAD = torch.tensor(True), torch.tensor(False)
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 20), (2, 16, 60), (9, 200, 250)])
 def test_orthogonalize_is_near_the_polar_factor(shape, bf16, monkeypatch):
-    monkeypatch.setattr(optim, "fast_bf16", lambda device: bf16)
+    monkeypatch.setattr(muon, "fast_bf16", lambda device: bf16)
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     singular = torch.logspace(0, -1.5, shape[1]).expand(shape[0], -1)
@@ -120,7 +123,7 @@ def test_average_equals_the_sum_and_comes_back():
     """After 40 updates: the weighted sum over all past values, by hand; swapped in and out without a trace."""
     torch.manual_seed(0)
     param = nn.Parameter(torch.randn(5, 3))
-    average = Average([param], decay=0.7)
+    average = EMA([param], decay=0.7)
     values, weights = [], []
     for n in range(1, 41):
         param.data.normal_()
@@ -152,13 +155,15 @@ def moved(optimizer, model, steps):
 
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon"}, {"optimizer": "muon", "ema": 0.9}])
-def test_a_step_not_taken_leaves_every_bit_as_it_was(name, recipe):
-    """After two steps, and before the first as well: those that follow go where they would have gone without it."""
+def test_a_skipped_step_leaves_every_bit_as_it_was(name, recipe):
+    """After two steps, and before the first as well: the steps after it are those of the run without it."""
 
     def run(*steps):
         model = ModelUnderTest(name).build().train()
         with torch.no_grad():
-            next(model.parameters()).view(-1)[:4] = torch.tensor([0.0, -0.0, 1e-40, -1e-40])  # signs, and tiny numbers
+            next(model.parameters()).view(-1)[:4] = torch.tensor(
+                [0.0, -0.0, 1e-40, -1e-40]
+            )  # signs, and subnormal values
         return moved(build_optimizer(model, TrainConfig(**recipe)), model, steps)
 
     taken = run((1, True), (2, True))
@@ -170,12 +175,12 @@ def test_a_step_not_taken_leaves_every_bit_as_it_was(name, recipe):
 @pytest.mark.parametrize("shape", [(), (3,), (16, 1)])
 def test_a_step_is_taken_or_not_by_bits_of_any_type(dtype, shape):
     new, old = torch.full(shape, float("nan"), dtype=dtype), torch.full(shape, 2.0, dtype=dtype)
-    optim.choose(torch.tensor(False), new, old)
+    copy_if(torch.tensor(False), new, old)
     assert (old == 2).all()
-    optim.choose(torch.tensor(True), torch.full(shape, 3.0, dtype=dtype), old)
+    copy_if(torch.tensor(True), torch.full(shape, 3.0, dtype=dtype), old)
     assert (old == 3).all()
-    assert (optim.or_zero(torch.tensor(True), old) == 3).all()
-    assert (optim.or_zero(torch.tensor(False), new.fill_(float("nan"))) == 0).all()
+    assert (zero_unless(torch.tensor(True), old) == 3).all()
+    assert (zero_unless(torch.tensor(False), new.fill_(float("nan"))) == 0).all()
 
 
 def test_unknown_group_member_is_refused():

@@ -1,4 +1,4 @@
-"""Packed rows against a reading of them token by token, over random conversations."""
+"""Packed sequences against a token-by-token reading of them, over random conversations."""
 
 import contextlib
 import json
@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.packing import best_fit
-from engine.data.sequences import IGNORE, DocumentRows, TokenFile
+from engine.data.sequences import IGNORE, DocumentSequences
+from engine.data.token_file import TokenFile
 from engine.training.evaluate import held_out_loss
 from tests.support.texts import HOSTILE, SENTENCES
 from tests.support.tokenizers import make_tokenizer
@@ -34,10 +35,10 @@ def token_file(folder, lengths, mask=None):
 
 
 def one_by_one(widths, capacity):
-    """Best-fit decreasing as the paper states it: the free places of every row at its end."""
+    """Best-fit decreasing as the paper states it: the free space of every sequence at its end."""
     free = []
     for width in sorted(widths, reverse=True):
-        fitting = [row for row, places in enumerate(free) if places >= width]
+        fitting = [sequence for sequence, places in enumerate(free) if places >= width]
         if fitting:
             free[min(fitting, key=free.__getitem__)] -= width
         else:
@@ -55,11 +56,11 @@ def test_best_fit_equals_packing_one_piece_after_another(case):
     capacity, widths = case
     packing = best_fit(np.array(widths), capacity)
     assert sorted(packing.pieces.tolist()) == list(range(len(widths)))
-    free = [capacity - sum(widths[piece] for piece in packing[row]) for row in range(len(packing))]
+    free = [capacity - sum(widths[piece] for piece in packing[sequence]) for sequence in range(len(packing))]
     assert sorted(free) == sorted(one_by_one(widths, capacity))
 
 
-def test_best_fit_fills_rows():
+def test_best_fit_fills_sequences():
     """Lengths as chats have them: many short ones, few long."""
     widths = np.minimum(np.random.default_rng(0).lognormal(4.3, 0.7, 20_000).astype(int) + 1, 512)
     assert widths.sum() / (len(best_fit(widths, 512)) * 512) > 0.99
@@ -83,57 +84,59 @@ def test_every_target_that_fits_stands_once_and_no_other(tmp_path_factory, masks
         place += len(mask)
     if left_out == len(masks):
         with pytest.raises(UserError, match="raise it"):
-            DocumentRows(file, seq_len, pack, long)
+            DocumentSequences(file, seq_len, pack, long)
         return
-    rows = DocumentRows(file, seq_len, pack, long)
-    assert rows.dropped == left_out and rows.too_long == sum(n > seq_len + 1 for n in lengths)
+    data = DocumentSequences(file, seq_len, pack, long)
+    assert data.dropped == left_out and data.too_long == sum(n > seq_len + 1 for n in lengths)
     starts, found = set(np.cumsum([0, *lengths[:-1]]) + FIRST), []
-    for index in range(len(rows)):
-        row = {key: value.tolist() for key, value in rows.row(index).items()}
-        assert all(len(value) == seq_len for value in row.values())
-        found += [pair for pair in zip(row["input_ids"], row["targets"]) if pair[1] != IGNORE]
+    for index in range(len(data)):
+        sequence = {key: value.tolist() for key, value in data.sequence(index).items()}
+        assert all(len(value) == seq_len for value in sequence.values())
+        found += [pair for pair in zip(sequence["input_ids"], sequence["targets"]) if pair[1] != IGNORE]
         for at in range(seq_len):
-            token, same = row["input_ids"][at], at and row["doc_ids"][at] == row["doc_ids"][at - 1]
+            token, same = sequence["input_ids"][at], at and sequence["doc_ids"][at] == sequence["doc_ids"][at - 1]
             if token == TOKENIZER.pad_id:
-                assert row["targets"][at] == IGNORE and (row["input_ids"][at - 1] == token) == bool(same)
+                assert sequence["targets"][at] == IGNORE and (sequence["input_ids"][at - 1] == token) == bool(same)
             elif same:  # what an input sees before it is what stands before it in its own document
-                assert token == row["input_ids"][at - 1] + 1 and token not in starts
+                assert token == sequence["input_ids"][at - 1] + 1 and token not in starts
             else:
                 assert token in starts or long == "split"
-        assert len(set(row["doc_ids"])) == 1 + sum(a != b for a, b in zip(row["doc_ids"], row["doc_ids"][1:]))
-        assert pack or row["input_ids"][0] != TOKENIZER.pad_id and len(set(row["doc_ids"])) <= 2
+        assert len(set(sequence["doc_ids"])) == 1 + sum(
+            a != b for a, b in zip(sequence["doc_ids"], sequence["doc_ids"][1:])
+        )
+        assert pack or sequence["input_ids"][0] != TOKENIZER.pad_id and len(set(sequence["doc_ids"])) <= 2
     assert sorted(found) == sorted(expected)
 
 
 def test_long_conversations_by_policy(tmp_path):
     file = token_file(tmp_path, [6, 30, 7], [1] * 43)
-    dropped, cut = DocumentRows(file, 16, True, "drop"), DocumentRows(file, 16, True, "cut")
+    dropped, cut = DocumentSequences(file, 16, True, "drop"), DocumentSequences(file, 16, True, "cut")
     assert dropped.summary().endswith(
-        "d.bin: 3 conversations, 1 rows of 16 tokens, 68.8% full; 1 longer than a row: 1 left out"
+        "d.bin: 3 conversations, 1 sequences of 16 tokens, 68.8% full; 1 longer than a sequence: 1 dropped"
     )
-    assert cut.summary().endswith("2 rows of 16 tokens, 84.4% full; 1 longer than a row: 1 cut")
+    assert cut.summary().endswith("2 sequences of 16 tokens, 84.4% full; 1 longer than a sequence: 1 cut")
     with pytest.raises(UserError, match="1 documents .* longer than --max_seq_len=16, .* 29 tokens") as error:
-        DocumentRows(file, 16, True, "error")
+        DocumentSequences(file, 16, True, "error")
     assert "\n" not in str(error.value)
 
 
-def test_bits_a_character_are_of_the_conversations_that_are_kept(tmp_path):
-    """A model that knows nothing needs log2 V bits a token; the long chat, left out, must not enter the rate."""
+def test_bits_per_character_are_of_the_conversations_that_are_kept(tmp_path):
+    """A model that knows nothing needs log2 V bits per token; the long chat, dropped, must not enter the rate."""
     tokenizer = make_tokenizer(tmp_path / "tokenizer", 420)
     chats = [[("user", "问" * 5), ("assistant", text)] for text in [*SENTENCES, *HOSTILE[:6], "aé床🙂" * 90]]
     encoded = [encode_chat(tokenizer, [{"role": role, "content": text} for role, text in chat]) for chat in chats]
     np.concatenate([ids for ids, _ in encoded]).astype("<u2").tofile(tmp_path / "d.bin")
     np.concatenate([mask for _, mask in encoded]).astype(np.uint8).tofile(tmp_path / "d.mask.bin")
     (tmp_path / "d.meta.json").write_text("{}")
-    rows = DocumentRows(TokenFile(tmp_path / "d.bin", tokenizer, "make"), 256, True, "drop")
-    assert rows.dropped == 1
+    data = DocumentSequences(TokenFile(tmp_path / "d.bin", tokenizer, "make"), 256, True, "drop")
+    assert data.dropped == 1
 
     class Uniform(torch.nn.Module):
         def forward(self, input_ids, targets, doc_ids):
             return None, torch.tensor(math.log(tokenizer.vocab_size)), {}
 
     model = Uniform()
-    result = held_out_loss(model, model, rows, tokenizer.characters, 2, 0, torch.device("cpu"), contextlib.nullcontext)
+    result = held_out_loss(model, model, data, tokenizer.characters, 2, 0, torch.device("cpu"), contextlib.nullcontext)
     kept = list(zip(encoded, chats))[:-1]
     targets, characters = sum(sum(mask) for (_, mask), _ in kept), sum(len(chat[1][1].strip()) for _, chat in kept)
     assert result["val_targets"] == targets

@@ -1,4 +1,4 @@
-"""MFU and bits a character: the figures of a log line against their definitions."""
+"""MFU and bits per character: the figures of a log line against their definitions."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from engine.data.loader import StepLoader
 from engine.planning import mfu
 from engine.planning.mfu import HardwarePeak, published
 from engine.runs.metrics import read_metrics
-from engine.training.config import BatchPlan
+from engine.training.batch_plan import BatchPlan
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from engine.training.config import TrainConfig, plan_batch, plan_steps
+from engine.training.batch_plan import plan_batch, plan_run
+from engine.training.config import TrainConfig
 from engine.training.schedule import learning_rate
 from utils.errors import UserError
 
@@ -38,7 +39,7 @@ def test_iters_go_before_ratios():
 def test_steps_and_batches():
     for fields, steps in (({"epochs": 2}, 25), ({"max_tokens": 1280}, 10), ({"max_steps": 3, "max_tokens": 1280}, 3)):
         config = TrainConfig(max_batch_size=8, **fields)
-        assert plan_steps(config, plan_batch(config, 16), rows=100, seq_len=16)[0] == steps
+        assert plan_run(config, sequences=100, seq_len=16)[1] == steps
     for fields, wanted in (
         ({"global_batch_size": 16}, (16, 4, 4)),
         ({"accumulation_steps": 3}, (18, 6, 3)),
@@ -47,24 +48,25 @@ def test_steps_and_batches():
         ({"global_batch_tokens": 3}, (1, 1, 1)),
     ):
         plan = plan_batch(TrainConfig(**{"max_batch_size": 6, **fields}), 16)
-        assert (plan.global_rows, plan.micro_rows, plan.accumulation) == wanted
+        assert (plan.global_sequences, plan.micro_sequences, plan.accumulation) == wanted
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 1.0])
-def test_a_ramp_knows_where_every_step_begins(ratio):
+def test_a_ramp_computes_where_every_step_begins(ratio):
     config = TrainConfig(global_batch_size=16, max_batch_size=3, max_tokens=16 * 16 * 40, batch_ramp_ratio=ratio)
-    steps, plan = plan_steps(config, plan_batch(config, 16), rows=100, seq_len=16)
-    rows = [plan.rows_at(step) for step in range(steps)]
-    assert rows == sorted(rows) and set(rows) <= {4, 8, 16}
-    assert [plan.rows_before(step) for step in range(steps + 1)] == [sum(rows[:step]) for step in range(steps + 1)]
-    assert sum(size < 16 for size in rows) == plan.ramp_steps == round(ratio * steps)
-    assert 16 * 40 - 16 < sum(rows) <= 16 * 40 + 8  # the tokens asked for, to a step, whatever the ramp
-    assert all(plan.rows_at(step) % plan.micro_at(step) == 0 and plan.micro_at(step) <= 3 for step in range(steps))
+    plan, steps = plan_run(config, sequences=100, seq_len=16)
+    sizes = [plan.sequences_at(step) for step in range(steps)]
+    assert sizes == sorted(sizes) and set(sizes) <= {4, 8, 16}
+    assert [plan.sequences_before(step) for step in range(steps + 1)] == [sum(sizes[:s]) for s in range(steps + 1)]
+    assert sum(size < 16 for size in sizes) == plan.ramp_steps == round(ratio * steps)
+    assert 16 * 40 - 16 < sum(sizes) <= 16 * 40 + 8  # the tokens asked for, to a step, whatever the ramp
+    micro = [plan.micro_sequences_at(step) for step in range(steps)]
+    assert all(size % part == 0 and part <= 3 for size, part in zip(sizes, micro))
 
 
-def test_a_step_that_cannot_be_dealt_out_is_refused(monkeypatch):
+def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
     monkeypatch.setattr("engine.distributed.process_group.world_size", lambda: 3)
-    with pytest.raises(UserError, match="a step of 16 rows cannot be dealt out evenly to 3 .* multiple of 3"):
+    with pytest.raises(UserError, match="a step of 16 sequences cannot be divided evenly among 3 .* multiple of 3"):
         plan_batch(TrainConfig(global_batch_size=16), 16)
     with pytest.raises(UserError, match="in quarters for --batch_ramp_ratio: .* multiple of 12"):
         plan_batch(TrainConfig(global_batch_size=18, batch_ramp_ratio=0.1), 16)
@@ -73,6 +75,9 @@ def test_a_step_that_cannot_be_dealt_out_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "fields",
     [
+        {"accumulation_steps": 0},
+        {"betas": (0.9, 1.5)},
+        {"seed": 2**63},
         {"max_batch_size": 0},
         {"warmup_ratio": 1.5},
         {"epochs": 0},
@@ -83,6 +88,6 @@ def test_a_step_that_cannot_be_dealt_out_is_refused(monkeypatch):
         {"global_batch_size": 8, "global_batch_tokens": 80},
     ],
 )
-def test_senseless_settings_are_refused(fields):
+def test_invalid_settings_are_refused(fields):
     with pytest.raises(UserError):
         TrainConfig(**fields)

@@ -1,4 +1,4 @@
-"""The arithmetic of a step: low weights against autocast and fp32, and what the trainer's step leaves behind."""
+"""The arithmetic of a step: low-precision copies against autocast and fp32, and what a step leaves behind."""
 
 import json
 import subprocess
@@ -10,7 +10,8 @@ import torch
 from checks import ModelUnderTest
 from engine.data.sequences import PADDING
 from engine.training.config import TrainConfig
-from engine.training.step import LowWeights, TrainStep
+from engine.training.precision import LowPrecisionCopies
+from engine.training.step import TrainStep
 from tests.planted.right import RightModelArgs
 from tests.planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
 from tests.support.models import SHIPPED
@@ -20,18 +21,18 @@ from utils.errors import UserError
 CPU = torch.device("cpu")
 
 
-def stepper_of(model, precision):
+def train_step(model, precision):
     return TrainStep(model, TrainConfig(precision=precision, compile="false", optimizer="adamw"), CPU)
 
 
 def gradients(name, precision, parts=1):
-    """{parameter: gradient} of a step of four rows in `parts` micro-batches, and its values."""
+    """{parameter: gradient} of a step of four sequences in `parts` micro-batches, and its values."""
     subject = ModelUnderTest(name)
     model = subject.build().train()
-    stepper = stepper_of(model, precision)
+    step = train_step(model, precision)
     ids = subject.tokens(rows=4)
     batches = [{"input_ids": part, "targets": part.roll(-1, 1)} for part in ids.chunk(parts)]
-    values = stepper.gradients(batches, [1 / parts] * parts, [0] * parts, 1 / parts)
+    values = step.gradients(batches, [1 / parts] * parts, [0] * parts, 1 / parts)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, values
 
 
@@ -49,14 +50,14 @@ def test_bf16_gradients_are_fp32_and_point_where_those_of_fp32_do(name, parts):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_weights_and_gradients_come_back(name):
-    """After a step's passes the parameters are the same tensors with the same fp32 numbers, also when one fails."""
+    """After a step's passes the parameters are the same tensors with the same fp32 values, also when one fails."""
     model = ModelUnderTest(name).build().train()
     before = {n: (p, p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
-    stepper = stepper_of(model, "bf16")
+    step = train_step(model, "bf16")
     ids = ModelUnderTest(name).tokens(rows=2)
-    stepper.gradients([{"input_ids": ids, "targets": ids}], [1.0], [0], 1.0)
+    step.gradients([{"input_ids": ids, "targets": ids}], [1.0], [0], 1.0)
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    with pytest.raises(RuntimeError, match="stop"), stepper.compute():
+    with pytest.raises(RuntimeError, match="stop"), step.compute_dtype():
         assert any(p.dtype == torch.bfloat16 for p in model.parameters())
         assert all(p.dtype == torch.float32 for p in model.param_groups()["scalar"])
         raise RuntimeError("stop")
@@ -70,15 +71,15 @@ def test_a_matrix_of_bf16_that_meets_fp32_is_one_line():
     subject = ModelUnderTest.of(Fp32GateTakesItsMatrixAsItIs, RightModelArgs)
     model, ids = subject.build().train(), subject.tokens(rows=2)
     with pytest.raises(UserError, match=r"weight\.float"):
-        stepper_of(model, "bf16").gradients([{"input_ids": ids, "targets": ids}], [1.0], [0], 1.0)
+        train_step(model, "bf16").gradients([{"input_ids": ids, "targets": ids}], [1.0], [0], 1.0)
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 def test_sums_of_many_backward_passes_keep_their_digits():
     """1 + 256 times 2^-8: in bf16 the sum would stay 1."""
     param = torch.nn.Parameter(torch.ones(3))
-    low = LowWeights([param], torch.bfloat16)
-    with low.lowered():
+    low = LowPrecisionCopies([param], torch.bfloat16)
+    with low.cast_weights():
         for factor in [1.0] + [2.0**-8] * 256:
             (param * factor).sum().backward()
             low.collect()
@@ -89,14 +90,14 @@ def test_sums_of_many_backward_passes_keep_their_digits():
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_twenty_steps_compile_nothing_after_the_first(name, precision, monkeypatch):
-    """Packed rows whose documents, and in a mixture whose loads, differ from step to step, under one compiled model."""
+    """Packed sequences whose documents (and expert loads) differ from step to step, under one compiled model."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **how: compile(model, backend="aot_eager", **how))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     subject = ModelUnderTest(name)
     model = subject.build().train()
-    stepper = TrainStep(model, TrainConfig(precision=precision, compile="true"), CPU)
+    step = TrainStep(model, TrainConfig(precision=precision, compile="true"), CPU)
     graphs = []
     for step in range(20):
         ids = subject.tokens(rows=4, seed=step)
@@ -105,8 +106,8 @@ def test_twenty_steps_compile_nothing_after_the_first(name, precision, monkeypat
         documents = starts.cumsum(dim=1).masked_fill(padding, PADDING)
         batch = {"input_ids": ids, "targets": ids.roll(-1, 1), "doc_ids": documents}
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            values = stepper.gradients([batch], [1.0], [0], 1.0)
-        stepper.update(stepper.clip().isfinite())
+            values = step.gradients([batch], [1.0], [0], 1.0)
+        step.update(step.clip().isfinite())
         model.after_step({name: value for name, value in values.items() if name != "loss"})
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     torch._dynamo.reset()

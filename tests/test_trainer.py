@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.data.loader import StepLoader
-from engine.data.sequences import DocumentRows, TokenFile
+from engine.data.sequences import DocumentSequences
+from engine.data.token_file import TokenFile
 from engine.runs import checkpoint_manager
 from engine.runs.checkpoint import newest_checkpoint
 from engine.runs.metrics import RunLog, read_metrics
 from engine.runs.registry import find_runs
 from engine.runs.run_folder import lock_folder
-from engine.training.config import BatchPlan
+from engine.training.batch_plan import BatchPlan
 from tests.support.paths import ROOT
 from tests.support.runs import losses, same, stop_after
 from tests.support.tiny_model import TinyModel
@@ -185,7 +186,7 @@ def test_held_out_loss_counts_the_cross_entropy_alone(world):
     summary = world.run(max_steps=2)
     row_loss = targets = 0
     for i in range(len(world.val)):
-        row = {key: torch.from_numpy(value)[None] for key, value in world.val.row(i).items()}
+        row = {key: torch.from_numpy(value)[None] for key, value in world.val.sequence(i).items()}
         logits, _, _ = world.model.eval()(row["input_ids"], doc_ids=row["doc_ids"])
         row_loss += torch.nn.functional.cross_entropy(logits[0].double(), row["targets"][0], reduction="sum").item()
         targets += (row["targets"] != -100).sum().item()
@@ -213,7 +214,7 @@ def test_a_crash_costs_only_the_steps_since_the_save(world, monkeypatch):
 
 def test_accumulation_does_not_change_the_curve(world):
     path, _ = sft_files(world.path / "data", world.tokenizer)
-    masked = DocumentRows(TokenFile(path, world.tokenizer, "make"), 32, pack=True, long="drop")  # uneven targets
+    masked = DocumentSequences(TokenFile(path, world.tokenizer, "make"), 32, pack=True, long="drop")  # uneven targets
     runs = [
         world.run(
             rows=masked, max_batch_size=size, global_batch_size=8, resume="never", optimizer="adamw", embed_lr_scale=1.0
@@ -222,7 +223,9 @@ def test_accumulation_does_not_change_the_curve(world):
     ]
     assert [run["run"][-2:] for run in runs] == ["ny", "_2", "_3"]
     for run in runs[1:]:
-        assert losses(run) == pytest.approx(losses(runs[0]), rel=2e-4)  # the extra term weighs by targets, not by rows
+        assert losses(run) == pytest.approx(
+            losses(runs[0]), rel=2e-4
+        )  # the extra term weighs by targets, not by sequences
         assert losses(run, "val_loss") == pytest.approx(losses(runs[0], "val_loss"), rel=1e-4)
 
 
@@ -249,14 +252,14 @@ def test_the_average_is_evaluated_and_exported(world):
         for name, parameter in world.model.named_parameters():
             parameter.copy_(average[name])
     batch = {
-        name: torch.stack([torch.from_numpy(world.val.row(i)[name]) for i in range(len(world.val))])
+        name: torch.stack([torch.from_numpy(world.val.sequence(i)[name]) for i in range(len(world.val))])
         for name in ("input_ids", "targets", "doc_ids")
     }
     assert summary["val_loss"] == pytest.approx(world.model.eval()(**batch)[2]["loss/ce"].item(), rel=1e-5)
 
 
 class Reads(TorchDispatchMode):
-    """Notes in `events` every number that the host takes out of a tensor, and where a backward pass began."""
+    """Notes in `events` every value that the host reads from a tensor, and where a backward pass began."""
 
     def __init__(self, patch):
         super().__init__()
@@ -283,20 +286,20 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon", "ema": 0.9}])
-def test_the_numbers_of_a_step_are_read_when_the_next_one_is_on_its_way(world, monkeypatch, recipe):
+def test_loss_and_norm_of_a_step_are_read_while_the_next_one_runs(world, monkeypatch, recipe):
     """Between log lines, and nothing else is: a GPU would still be at work on the step."""
     settings = dict(**recipe, max_steps=24, model_fields={"dropout": 0.1})
-    told = [r for r in read_metrics(world.run(**settings)["run"] + "/metrics.jsonl") if "loss" in r]
+    logged = [r for r in read_metrics(world.run(**settings)["run"] + "/metrics.jsonl") if "loss" in r]
     with monkeypatch.context() as patch:
         reads = Reads(patch)
         with reads:
             quiet = world.run(**settings, log_interval=8, resume="never")
-    assert losses(quiet) == [told[at]["loss"] for at in (0, 7, 15, 23)]
+    assert losses(quiet) == [logged[at]["loss"] for at in (0, 7, 15, 23)]
     starts = [at for at, event in enumerate(reads.events) if isinstance(event, str)]
     assert len(starts) == 24
     for step in range(2, 23):  # what was read after the backward pass of this step, before that of the next
         read = [tensor.tolist() for tensor in reads.events[starts[step - 1] + 1 : starts[step]]]
-        before = told[step - 2]
+        before = logged[step - 2]
         if step % 8 == 7:  # and then the log line begins: it counts characters in its batch, which the host has made
             assert read[0] == [before["loss"], before["grad_norm"], 1.0]
         elif step % 8 and step > 2:
@@ -385,7 +388,7 @@ def test_bf16_trains_fp32_weights(world):
     summary = world.run(precision="bf16", max_steps=30)
     assert losses(summary)[-1] < losses(summary)[0]
     assert {value.dtype for value in world.weights().values()} == {torch.float32}
-    with pytest.raises(UserError, match="fp16 needs cuda"):
+    with pytest.raises(UserError, match="fp16 needs CUDA"):
         world.run(precision="fp16")
 
 
@@ -400,8 +403,8 @@ def test_a_model_without_doc_ids(world):
         def forward(self, input_ids, targets=None):
             return super().forward(input_ids, targets)
 
-    rows = DocumentRows(world.rows.file, 32, pack=False)
-    world.val = DocumentRows(world.val.file, 32, pack=False)
+    rows = DocumentSequences(world.rows.file, 32, pack=False)
+    world.val = DocumentSequences(world.val.file, 32, pack=False)
     assert world.run(rows=rows, model_class=Plain, max_steps=3)["status"] == "finished"
 
 

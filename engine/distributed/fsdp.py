@@ -1,10 +1,12 @@
-"""A model shared out over the processes (FSDP2): each keeps a part of every parameter, its gradient and its moments.
+"""A model sharded over the processes by FSDP2: each holds a shard of every parameter, its gradient and its moments.
 
-A layer's parameters are gathered when it computes and let go again; gradients are summed and handed back in parts. The
-parts are DTensors, cut along dimension 0. On a model that is not shared out every function but `shard` does nothing.
+The parameters of a layer are all-gathered when it computes and then freed; gradients are summed and scattered. Shards
+are DTensors along dimension 0. On a model that is not sharded every function but `shard` does nothing.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,80 +15,81 @@ from utils.errors import UserError
 
 
 def shard(model: torch.nn.Module, device: torch.device, precision: str, compiled: bool) -> None:
-    """Share out `model.layers` one by one, then what is left, and move the parts to `device`.
+    """Shard `model.layers` one by one, then the rest of the model, and move the shards to `device`.
 
-    The weights must be the same on all processes. compiled: compile each layer. UserError where it cannot work.
+    The weights must be equal on all processes. compiled: compile each layer. UserError where sharding cannot work.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard  # slow to import, and few runs need it
     from torch.distributed.tensor import init_device_mesh
 
     if precision == "fp16":
         raise UserError(
-            "--parallel=fsdp does not go with --precision=fp16, whose scale each process would choose for "
+            "--parallel=fsdp does not support --precision=fp16, whose loss scale each process would choose for "
             "itself: use bf16 or fp32"
         )
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise UserError(
             f"--parallel=fsdp needs a newer PyTorch than {torch.__version__}: pip install -r requirements.txt"
         )
-    flat = next((name for name, parameter in model.named_parameters() if not parameter.ndim), None)
-    if flat:
-        raise UserError(f"--parallel=fsdp cannot cut {flat}, which has no dimension: make it a vector of one number")
+    scalar = next((name for name, parameter in model.named_parameters() if not parameter.ndim), None)
+    if scalar:
+        raise UserError(f"--parallel=fsdp cannot shard {scalar}, a 0-d parameter: make it a vector of one element")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    layers = list(getattr(model, "layers", ()))
-    for part in [*layers, model]:
-        if compiled and part is not model:
-            part.compile(dynamic=False)
-        fully_shard(part, mesh=mesh)
-        # a sum, not a mean: each loss is weighted by its share of the valid targets of the whole step already
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)
-    model.set_reduce_scatter_unused_params(True)  # a plugin may touch a parameter on some processes only
-    model.to(device)  # buffers that belong to no parameter
+    modules: list[Any] = [*getattr(model, "layers", ()), model]
+    for module in modules:
+        if compiled and module is not model:
+            module.compile(dynamic=False)
+        fully_shard(module, mesh=mesh)
+        # a sum, not a mean: each loss is already weighted by its share of the valid targets of the whole step
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    modules[-1].set_reduce_scatter_unused_params(True)  # a model may use a parameter on some processes only
+    model.to(device)  # the buffers
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether `shard` has been here."""
+    """Whether `shard` was applied to the model."""
     return hasattr(model, "set_requires_gradient_sync")
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether this process holds only a part of the tensor."""
-    return hasattr(tensor, "placements")  # a DTensor, without its import
+    """Whether this process holds only a shard of the tensor."""
+    return hasattr(tensor, "placements")  # a DTensor, without importing it
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, gathered from all processes, all of which must ask for it."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+    """The full tensor, all-gathered; a collective call."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor; it shares the memory."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
+    """This process's shard of a tensor; it shares the memory."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor that every process has, cut as `like` is; nothing is sent."""
+    """A full tensor that every process holds, sharded as `like` is; without communication."""
     if not is_dtensor(like):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
+    assert isinstance(like, DTensor)
     tensor = tensor.to(local(like).device)
-    everywhere = DTensor.from_local(tensor, like.device_mesh, [Replicate()], run_check=False)
-    return everywhere.redistribute(placements=like.placements)
+    replicated = DTensor.from_local(tensor, like.device_mesh, [Replicate()], run_check=False)
+    return replicated.redistribute(placements=like.placements)
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """After forward passes without a backward one: forget the gathered parameters, which are going to change."""
+    """After forward passes without a backward: free the gathered parameters, which would become stale."""
     if is_sharded(model):
-        model.reshard()
+        model.reshard()  # type: ignore[operator]
 
 
 @contextmanager
-def broadcast_logits(model: torch.nn.Module):
-    """Within the block every process sees the logits of the first, so that they all choose the same tokens."""
+def broadcast_logits(model: torch.nn.Module) -> Iterator[None]:
+    """A context in which every process gets the logits of rank 0, so that all sample the same tokens."""
 
-    def first(_model, _inputs, output):
+    def from_rank_0(_model: Any, _inputs: Any, output: tuple) -> tuple:
         logits = output[0].contiguous()
         dist.broadcast(logits, src=0)
         return logits, *output[1:]
@@ -94,9 +97,9 @@ def broadcast_logits(model: torch.nn.Module):
     if not is_sharded(model):
         yield
         return
-    hook = model.register_forward_hook(first)
+    hook = model.register_forward_hook(from_rank_0)
     try:
-        with torch.compiler.set_stance("force_eager"):  # the text grows by a token: no program for every length
+        with torch.compiler.set_stance("force_eager"):  # sequences grow by a token: a compiled graph for every length
             yield
     finally:
         hook.remove()

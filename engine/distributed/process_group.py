@@ -1,25 +1,28 @@
-"""One process or many: every function here is a no-op, or the identity, on a single process.
+"""The process group: on a single process every function here is a no-op or the identity.
 
-Gradients are averaged by an explicit all-reduce after the last micro-batch, not by DistributedDataParallel. DDP
-overlaps the exchange with the backward pass, but it must know which parameters a step touches (a plugin may leave
-some unused), breaks the graph of torch.compile, and averages ranks where we need a sum weighted by valid tokens.
-With gradient accumulation the exchange is a small part of the step, and this way is twenty lines that always hold.
+Gradients are summed by an explicit all-reduce after the last micro-batch, not by DistributedDataParallel. DDP
+overlaps communication with the backward pass, but it must know which parameters a step uses (a model may leave some
+unused), breaks the graph of torch.compile, and averages over ranks where a sum weighted by valid targets is needed.
+With gradient accumulation the all-reduce is a small part of the step, and this needs twenty lines.
 """
 
 import atexit
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
 
-TIMEOUT = timedelta(minutes=30)  # for a process that does not answer
-BUCKET_BYTES = 64 * 2**20  # gradients travel in flat buffers of about this size: few calls, little extra memory
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # for a process that does not respond
+BUCKET_BYTES = 64 * 2**20  # gradients are reduced in flat buffers of about this size: few calls, little extra memory
 
 
 def rank() -> int:
@@ -35,7 +38,7 @@ def is_main() -> bool:
 
 
 def find_device(wanted: str = "auto") -> torch.device:
-    """The device of this process: cuda (one a local rank), else mps, else cpu. UserError when it is not there."""
+    """The device of this process: cuda (one per local rank), else mps, else cpu. UserError when it is not available."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda, but PyTorch sees no CUDA device: use --device=auto or --device=cpu")
@@ -61,26 +64,30 @@ def init(wanted: str = "auto") -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "mps":
             raise UserError("several processes need cuda or cpu: add --device=cpu, or start without torchrun")
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo also carries the host's numbers
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo also reduces values of the host
         dist.init_process_group(backend, timeout=TIMEOUT, **fresh_store())
         atexit.register(cleanup)
     return device
 
 
 def fresh_store() -> dict:
-    """Where the processes meet, as arguments of init_process_group, with names that no earlier attempt has used.
+    """The rendezvous as arguments of init_process_group, under a key prefix that no earlier attempt has used.
 
-    torchrun keeps one store over its restarts: a process would find there the address of one that is dead, and wait.
+    torchrun keeps one store over its restarts: a process would find the address of a dead one there, and wait for it.
     """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    return {"store": dist.PrefixStore(agree(store, rank, world_size), store), "rank": rank, "world_size": world_size}
+    return {
+        "store": dist.PrefixStore(agree_on_prefix(store, rank, world_size), store),
+        "rank": rank,
+        "world_size": world_size,
+    }
 
 
-def agree(store, rank: int, world_size: int) -> str:
-    """A name for this attempt, the same on all its processes; of earlier ones the store may still hold anything.
+def agree_on_prefix(store: dist.Store, rank: int, world_size: int) -> str:
+    """A key prefix for this attempt, equal on all its processes, whatever earlier attempts have left in the store.
 
-    Rank 0 offers a new name, the others accept it; then the offer is taken back, and only after that confirmed. So what
-    stands there as an offer is never confirmed, and who accepted the offer of a dead process goes on looking.
+    Rank 0 offers a new prefix and the others accept it; then rank 0 withdraws the offer, and confirms it only after
+    that. So a standing offer is never confirmed, and a process that accepted the offer of a dead rank 0 keeps polling.
     """
     if rank == 0:
         name = uuid.uuid4().hex
@@ -117,15 +124,15 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def sum_numbers(numbers: list[float]) -> list[float]:
-    """Sum plain numbers over ranks through gloo, without waiting for the device."""
+def sum_numbers(numbers: Sequence[float]) -> list[float]:
+    """Sum Python numbers over ranks through gloo, without waiting for the device."""
     if not dist.is_initialized():
         return list(numbers)
     return all_reduce_sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
 def sum_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Sum over ranks a dict with the same keys and shapes everywhere, in one exchange."""
+    """Sum over ranks a dict with equal keys and shapes on all of them, in one all-reduce."""
     if not dist.is_initialized() or not tensors:
         return tensors
     keys = sorted(tensors)
@@ -134,29 +141,29 @@ def sum_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: part.view(tensors[key].shape) for key, part in zip(keys, parts)}
 
 
-def broadcast_object(value):
-    """Rank 0's picklable value, on every rank (made by this program, never read from a file)."""
+def broadcast_object(value: T) -> T:
+    """Rank 0's picklable value, on every rank; never one that was read from a file."""
     if not dist.is_initialized():
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def refuse_unless_shared(folder: Path) -> None:
-    """UserError on all processes unless all of them see a folder that the main one sees."""
+    """UserError on all processes unless all of them see the folder."""
     barrier()
-    blind = sum_numbers([float(not folder.is_dir())])[0]
-    if blind:
+    missing = sum_numbers([float(not folder.is_dir())])[0]
+    if missing:
         raise UserError(
-            f"{int(blind)} of {world_size()} processes do not see {folder}: put --output_path on a disk "
+            f"{int(missing)} of {world_size()} processes do not see {folder}: put --output_path on a disk "
             "that all machines share"
         )
 
 
 @torch.no_grad()
 def broadcast_weights(model: torch.nn.Module) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
+    """Broadcast the parameters and buffers of rank 0."""
     if dist.is_initialized():
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor, src=0)
@@ -164,14 +171,15 @@ def broadcast_weights(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Sum .grad over ranks in flat buckets; a parameter that only some ranks touched counts as zero on the others."""
+    """Sum .grad over ranks in flat buckets; a parameter that only some ranks used counts as zero on the others."""
     if not dist.is_initialized():
         return
-    touched = sum_numbers([p.grad is not None for p in parameters])
-    for parameter, count in zip(parameters, touched):
-        if count and parameter.grad is None:  # touched nowhere stays None, as on one process
+    used = sum_numbers([p.grad is not None for p in parameters])
+    for parameter, count in zip(parameters, used):
+        if count and parameter.grad is None:  # unused everywhere stays None, as on one process
             parameter.grad = torch.zeros_like(parameter)
-    bucket, size = [], 0
+    bucket: list[torch.Tensor] = []
+    size = 0
     gradients = [p.grad for p in parameters if p.grad is not None]
     for i, gradient in enumerate(gradients):
         bucket.append(gradient)
@@ -181,4 +189,5 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
             flat = all_reduce_sum(torch.cat([g.reshape(-1) for g in bucket]))
             for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
                 g.copy_(part.view_as(g))
-            bucket, size = [], 0
+            bucket = []
+            size = 0

@@ -1,25 +1,122 @@
-"""--dry_run: what a whole run will need, from one measured step of it; nothing is written."""
+"""--dry_run: what a whole run will need, estimated from one measured step of it; nothing is written."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from engine.data.loader import to_device
+from engine.data.sequences import Sequences
 from engine.distributed import process_group
 from engine.distributed.fsdp import local, reshard
 from engine.planning import memory
-from engine.runs.checkpoint_manager import checkpoint_bytes, disk_free, process_bytes, room_for_checkpoints
-from utils.log import format_bytes, format_count, format_seconds
+from engine.planning.disk import disk_free, room_for_checkpoints
+from engine.planning.mfu import HardwarePeak
+from engine.runs.checkpoint import TrainOptimizer
+from engine.runs.checkpoint_manager import checkpoint_bytes
+from model.basemodel import BaseModel
+from utils.log import format_bytes, format_count, format_seconds, log
 
-STEPS = 2  # the first warms up: it compiles, and makes the optimizer's state; the second is measured
+
+class MeasuredStep(NamedTuple):
+    """What was measured of one optimizer step of the full batch."""
+
+    tokens: int  # padding excluded, over all processes
+    seconds: float
+    peak_memory: int  # bytes of this process; 0: unknown
+    activations: int  # bytes that one micro-batch keeps for its backward pass
 
 
-def saved_bytes(model, batch, device, autocast) -> int:
-    """Bytes that a forward pass of the eager model keeps for its backward pass; weights and buffers do not count."""
+class Plan(Protocol):
+    """What the estimate needs of a BatchPlan (engine/training/batch_plan.py)."""
+
+    @property
+    def global_sequences(self) -> int: ...
+
+    @property
+    def micro_sequences(self) -> int: ...
+
+    @property
+    def accumulation(self) -> int: ...
+
+    def sequences_before(self, step: int) -> int: ...
+
+
+def dry_run(
+    title: str,
+    config: Any,
+    run: Path,
+    model: BaseModel,
+    optimizer: TrainOptimizer,
+    plan: Plan,
+    total_steps: int,
+    train_data: Sequences,
+    val_data: Sequences | None,
+    measured: MeasuredStep,
+    peak: HardwarePeak,
+) -> dict[str, Any]:
+    """Estimate the run from a measured step, log the table, and return the estimates in bytes, seconds and FLOPs.
+
+    run: the folder it would go to. optimizer: the trainer's, whose state exists after the measured step.
+    """
+    device = next(model.parameters()).device
+    weights, checkpoint = checkpoint_bytes(model, optimizer)
+    shard, gradients, moments = memory.process_bytes(model, optimizer)
+    kept, disk = room_for_checkpoints(config, model, optimizer, total_steps)
+    per_sequence = measured.seconds / plan.global_sequences
+    sequences = plan.sequences_before(total_steps)
+    # a forward pass is a third of the FLOPs of a training step
+    evaluation = evaluated_sequences(config, plan, total_steps, val_data) * per_sequence / 3
+    training = sequences * per_sequence
+    parts = {"weights": shard, "gradients": gradients, "optimizer": moments, "activations": measured.activations}
+    estimate = {
+        "params": model.num_params(),
+        "flops_per_token": model.flops_per_token(train_data.seq_len),
+        "sequences": len(train_data),
+        "seq_len": train_data.seq_len,
+        "global_sequences": plan.global_sequences,
+        "micro_sequences": plan.micro_sequences,
+        "accumulation": plan.accumulation,
+        "processes": process_group.world_size(),
+        "steps": total_steps,
+        "tokens": sequences * train_data.seq_len,
+        "epochs": sequences / len(train_data),
+        "memory": {
+            **parts,
+            "predicted": sum(parts.values()),
+            "measured": measured.peak_memory,
+            "available": memory.available(device),
+        },
+        "checkpoint_bytes": checkpoint,
+        "final_bytes": weights,
+        "checkpoints": kept,
+        "disk_bytes": disk,
+        "disk_free": disk_free(run),
+        "step_seconds": measured.seconds,
+        "tokens_per_s": measured.tokens / measured.seconds,
+        "training_seconds": training,
+        "evaluation_seconds": evaluation,
+        "cost": config.price_per_hour * (training + evaluation) / 3600,
+    }
+    log(table(title, estimate, peak, device))
+    return estimate
+
+
+def saved_bytes(
+    model: torch.nn.Module,
+    batch: dict[str, torch.Tensor],
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> int:
+    """Bytes that a forward pass of the eager model keeps for its backward pass, without weights and buffers."""
     own = {local(t).untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept = {}
 
-    def pack(tensor):
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
         source = tensor if tensor._base is None else tensor._base
-        if not (source.is_leaf and source.requires_grad):  # a weight, gathered from its parts (fsdp)
+        if not (source.is_leaf and source.requires_grad):  # a weight, all-gathered from its shards (fsdp)
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -31,107 +128,62 @@ def saved_bytes(model, batch, device, autocast) -> int:
     return sum(size for address, size in kept.items() if address not in own)
 
 
-def estimate(
-    config,
-    run,
-    model,
-    optimizer,
-    plan,
-    total_steps: int,
-    rows,
-    val_rows,
-    measured: tuple[int, float, int],
-    activations: int,
-    device,
-) -> dict:
-    """Everything that is said of a run, as numbers: bytes, seconds, FLOPs.
-
-    measured: tokens (without padding), seconds and peak memory of a step; activations: of one micro-batch.
-    """
-    tokens, seconds, most = measured
-    weights, whole = checkpoint_bytes(model, optimizer)
-    mine, gradients, moments = process_bytes(model, optimizer)
-    kept, disk = room_for_checkpoints(config, model, optimizer, total_steps)
-    a_row = seconds / plan.global_rows
-    training = plan.rows_before(total_steps) * a_row
-    evaluating = evaluation_rows(config, plan, total_steps, val_rows) * a_row / 3  # forward is a third of the FLOPs
-    parts = {"weights": mine, "gradients": gradients, "optimizer": moments, "activations": activations}
-    return {
-        "params": model.num_params(),
-        "flops_per_token": model.flops_per_token(rows.seq_len),
-        "rows": len(rows),
-        "seq_len": rows.seq_len,
-        "global_rows": plan.global_rows,
-        "micro_rows": plan.micro_rows,
-        "accumulation": plan.accumulation,
-        "processes": process_group.world_size(),
-        "steps": total_steps,
-        "tokens": plan.rows_before(total_steps) * rows.seq_len,
-        "epochs": plan.rows_before(total_steps) / len(rows),
-        "memory": {**parts, "predicted": sum(parts.values()), "measured": most, "available": memory.available(device)},
-        "checkpoint_bytes": whole,
-        "final_bytes": weights,
-        "checkpoints": kept,
-        "disk_bytes": disk,
-        "disk_free": disk_free(run),
-        "step_seconds": seconds,
-        "tokens_per_s": tokens / seconds,
-        "training_seconds": training,
-        "evaluation_seconds": evaluating,
-        "cost": config.price_per_hour * (training + evaluating) / 3600,
-    }
-
-
-def evaluation_rows(config, plan, total_steps: int, val_rows) -> int:
-    """Rows that all held-out evaluations of a run read together."""
-    if val_rows is None:
+def evaluated_sequences(config: Any, plan: Plan, total_steps: int, val_data: Sequences | None) -> int:
+    """Sequences that all held-out evaluations of a run read together."""
+    if val_data is None:
         return 0
+    total = len(val_data)
 
-    def rows(batches):
-        return min(batches * plan.global_rows or len(val_rows), len(val_rows))
+    def sequences(batches: int) -> int:
+        return min(batches * plan.global_sequences or total, total)
 
     times = (total_steps - 1) // config.eval_interval if config.eval_interval else 0
-    return times * rows(config.eval_batches) + rows(config.eval_final_batches)
+    return times * sequences(config.eval_batches) + sequences(config.eval_final_batches)
 
 
-def table(title: str, about: dict, peak, device) -> str:
-    """The figures for a reader, a line a subject."""
-    params, mem = about["params"], about["memory"]
-    share = peak.share(about["flops_per_token"], about["tokens_per_s"], about["processes"])
-    where = "allocated on the GPU" if device.type == "cuda" else "of the whole process, Python and libraries included"
-    total = about["training_seconds"] + about["evaluation_seconds"]
+def table(title: str, estimate: dict[str, Any], peak: HardwarePeak, device: torch.device) -> str:
+    """The estimates as text, one line per subject."""
+    e = estimate
+    share = peak.share(e["flops_per_token"], e["tokens_per_s"], e["processes"])
+    total = e["training_seconds"] + e["evaluation_seconds"]
+    params = e["params"]
     lines = {
-        "parameters": f"{format_count(params['total'])}, {format_count(params['active'])} active a token, "
+        "parameters": f"{format_count(params['total'])}, {format_count(params['active'])} active per token, "
         f"{format_count(params['embedding'])} in embedding tables",
-        "FLOPs": f"{format_count(about['flops_per_token'])} a token (training, rows of {about['seq_len']} tokens)",
-        "a step": f"{about['global_rows']} rows ({about['micro_rows']} x {about['accumulation']} accumulated x "
-        f"{about['processes']} processes), {format_count(about['global_rows'] * about['seq_len'])} tokens",
-        "the run": f"{about['steps']} steps, {format_count(about['tokens'])} tokens (padding included), "
-        f"{about['epochs']:.3g} epochs of {about['rows']} rows",
-        "memory": " + ".join(
-            f"{name} {format_bytes(mem[name])}" for name in ("weights", "gradients", "optimizer", "activations")
-        )
-        + f" = {format_bytes(mem['predicted'])} predicted, a process",
-        "": (
-            f"{format_bytes(mem['measured'])} at the most in the measured step ({where})"
-            if mem["measured"]
-            else "not measured: this system does not tell"
-        )
-        + (f"; {format_bytes(mem['available'])} more are free" if mem["available"] is not None else ""),
-        "checkpoint": f"{format_bytes(about['checkpoint_bytes'])}; final weights {format_bytes(about['final_bytes'])}",
-        "disk": f"{format_bytes(about['disk_bytes'])} for {about['checkpoints']} checkpoints, the one being written "
-        f"and the final weights; {format_bytes(about['disk_free'])} are free",
-        "speed": f"{about['step_seconds']:.3g} s a step, {format_count(round(about['tokens_per_s']))} tokens/s, "
+        "FLOPs": f"{format_count(e['flops_per_token'])} per token (training, sequences of {e['seq_len']} tokens)",
+        "step": f"{e['global_sequences']} sequences ({e['micro_sequences']} x {e['accumulation']} accumulated x "
+        f"{e['processes']} processes), {format_count(e['global_sequences'] * e['seq_len'])} tokens",
+        "run": f"{e['steps']} steps, {format_count(e['tokens'])} tokens (padding included), "
+        f"{e['epochs']:.3g} epochs of {e['sequences']} sequences",
+        **memory_lines(e["memory"], device),
+        "checkpoint": f"{format_bytes(e['checkpoint_bytes'])}; final weights {format_bytes(e['final_bytes'])}",
+        "disk": f"{format_bytes(e['disk_bytes'])} for {e['checkpoints']} checkpoints, the one being written "
+        f"and the final weights; {format_bytes(e['disk_free'])} free",
+        "speed": f"{e['step_seconds']:.3g} s per step, {format_count(round(e['tokens_per_s']))} tokens/s, "
         f"MFU {share:.1%} of {peak}",
-        "time": f"{format_seconds(total)}: training {format_seconds(about['training_seconds'])}, evaluation about "
-        f"{format_seconds(about['evaluation_seconds'])}; saving and samples come on top",
+        "time": f"{format_seconds(total)}: training {format_seconds(e['training_seconds'])}, evaluation about "
+        f"{format_seconds(e['evaluation_seconds'])}; plus saving and samples",
     }
-    if about["cost"]:
-        lines["cost"] = f"{about['cost']:.2f} for {format_seconds(total)}"
+    if e["cost"]:
+        lines["cost"] = f"{e['cost']:.2f} for {format_seconds(total)}"
     warnings = []
-    if about["disk_free"] < about["disk_bytes"]:
+    if e["disk_free"] < e["disk_bytes"]:
         warnings.append("the disk is too small for this run: lower --keep_last, or choose another --output_path")
     width = max(map(len, lines))
     return "\n".join(
         [title, *(f"  {name:<{width}}  {text}" for name, text in lines.items()), *(f"  ! {text}" for text in warnings)]
     )
+
+
+def memory_lines(memory: dict[str, Any], device: torch.device) -> dict[str, str]:
+    """The two lines on memory: predicted by part, and measured."""
+    parts = " + ".join(
+        f"{name} {format_bytes(memory[name])}" for name in ("weights", "gradients", "optimizer", "activations")
+    )
+    scope = "allocated on the GPU" if device.type == "cuda" else "of the whole process, Python and libraries included"
+    measured = "not measured: the system does not report it"
+    if memory["measured"]:
+        measured = f"{format_bytes(memory['measured'])} at the peak of the measured step ({scope})"
+    if memory["available"] is not None:
+        measured += f"; {format_bytes(memory['available'])} more are free"
+    return {"memory": f"{parts} = {format_bytes(memory['predicted'])} predicted, per process", "": measured}

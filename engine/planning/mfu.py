@@ -1,10 +1,10 @@
-"""What the device could do at best, and the share of it that a training makes use of: its MFU.
+"""Model FLOPs utilisation (MFU): the share of the device's peak that a training uses.
 
-MFU, the model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B):
+PaLM (Chowdhery et al. 2022, appendix B):
 
-    flops_per_token(T) x tokens a second / (peak of one device x devices)
+    flops_per_token(T) x tokens per second / (peak of one device x devices)
 
-Tokens are those that are not padding. The FLOPs are the model's own, without what recomputation adds.
+Padding does not count as tokens. The FLOPs are the model's own, without those of recomputation.
 """
 
 import re
@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-# Published dense rates of bf16 and fp16 in TFLOPS, found by a part of the device's name; the first that fits counts.
+# Published dense rates of bf16 and fp16 in TFLOPS, by a part of the device's name; the first match counts.
 PUBLISHED = (
     ("GB200", 2500.0), ("B200", 2250.0), ("GH200", 989.4), ("H200", 989.4), ("H100 NVL", 835.5), ("H100 PCIe", 756.0),
     ("H100", 989.4), ("H800 PCIe", 756.0), ("H800", 989.4), ("H20", 148.0), ("A100", 312.0), ("A800", 312.0),
@@ -23,25 +23,29 @@ PUBLISHED = (
 
 
 class HardwarePeak:
-    """`flops`: the most FLOPs a second that one device of this run can do; `source`: where the figure is from.
+    """`flops`: the peak of one device of this run, in FLOPs per second; `source`: where the figure is from.
 
-    given: in TFLOPS, by the user; 0: published for the device at this precision, else measured here and now.
+    given: in TFLOPS, by the user; 0: published for the device at this precision, else measured now.
     """
 
     def __init__(self, device: torch.device, precision: str, given: float = 0.0):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        rate = published(name, precision)
         if given:
-            self.flops, self.source = given * 1e12, "--peak_tflops"
-        elif published(name, precision):
-            self.flops, self.source = published(name, precision), f"{name}, {kind(precision)}, dense, published"
+            self.flops = given * 1e12
+            self.source = "--peak_tflops"
+        elif rate is not None:
+            self.flops = rate
+            self.source = f"{name}, {kind(precision)}, dense, published"
         else:
-            self.flops, self.source = matmul_rate(device, precision), f"{precision} matmul, measured here at the start"
+            self.flops = matmul_rate(device, precision)
+            self.source = f"{precision} matmul, measured here at the start"
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.flops / 1e12:.3g} TFLOPS ({self.source})"
 
     def share(self, flops_per_token: float, tokens_per_s: float, devices: int) -> float:
-        """The MFU at so many tokens a second on all devices together."""
+        """The MFU at `tokens_per_s` over all devices together."""
         return flops_per_token * tokens_per_s / (self.flops * devices)
 
 
@@ -50,7 +54,7 @@ def kind(precision: str) -> str:
 
 
 def published(name: str, precision: str) -> float | None:
-    """FLOPs a second by the table, or None; fp32 multiplies as TF32 on CUDA, at half the rate of bf16."""
+    """FLOPs per second by the table, or None; on CUDA fp32 matmuls use TF32, at half the rate of bf16."""
     for part, tflops in PUBLISHED:
         if re.search(rf"\b{part}(?! (Ti|D|Laptop|SUPER)\b)\b", name):
             return tflops * 1e12 / (2 if precision == "fp32" else 1)
@@ -59,10 +63,11 @@ def published(name: str, precision: str) -> float | None:
 
 @cache
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOPs a second of the fastest of some products of two square matrices."""
+    """FLOPs per second of the fastest of eight matmuls of two square matrices."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     size = 1024 if device.type == "cpu" else 8192
-    matrix, best = torch.ones(size, size, dtype=dtype, device=device), float("inf")
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
     for _ in range(8):
         synchronize(device)
         started = time.perf_counter()
@@ -73,6 +78,6 @@ def matmul_rate(device: torch.device, precision: str) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was told."""
+    """Wait until the device has finished all queued work."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()

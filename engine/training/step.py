@@ -1,138 +1,120 @@
-"""The arithmetic of an optimizer step: compute type, forward and backward, clipping, update."""
+"""The arithmetic of an optimizer step: compute dtype, forward and backward, clipping, update."""
 
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from engine.data.loader import to_device
+from engine.data.loader import StepBatches, to_device
+from engine.distributed import process_group
 from engine.distributed.fsdp import full_tensor, is_sharded
-from engine.training.config import resolve_precision
+from engine.training.config import TrainConfig
 from engine.training.optim import build_optimizer
+from engine.training.precision import LowPrecisionCopies, resolve_precision
 from engine.training.validate_forward import checked
-from utils.errors import UserError
+from model.basemodel import BaseModel
 
 
-def wants_compile(config, device: torch.device) -> bool:
+def wants_compile(config: TrainConfig, device: torch.device) -> bool:
     return config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
 
 
-class TrainStep:
-    """Takes the steps of `model` on `device` as `config` (a TrainConfig) says; what the steps are of, it does not know.
+def micro_batch_seed(seed: int, step: int, index: int) -> int:
+    """The seed of everything random in micro-batch `index` of step `step` (0-based), below 2^63.
 
-    Attributes for the loop around it: optimizer, parameters (all that it moves), scaler (of fp16, else idle),
-    precision ("fp32", "bf16" or "fp16"), compiled (bool), forward (the model, compiled or not).
+    index: of the micro-batch in the step over all processes, so that it does not matter which process computes it.
+    """
+    return ((seed * 1_000_003 + step) * 65536 + index) % 2**63
+
+
+class TrainStep:
+    """Runs the optimizer steps of `model` on `device`; independent of the data and the loop.
+
+    Attributes: optimizer; parameters (all that it updates); scaler (of fp16, else disabled); precision ("fp32", "bf16"
+    or "fp16"); compiled (bool); forward (the model, compiled or not).
     """
 
-    def __init__(self, model, config, device: torch.device):
-        self.device, self.grad_clip = device, config.grad_clip
+    def __init__(self, model: BaseModel, config: TrainConfig, device: torch.device):
+        self.device = device
+        self.grad_clip = config.grad_clip
         self.precision = resolve_precision(config.precision, device)
         self.optimizer = build_optimizer(model, config)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.parameters: list[torch.nn.Parameter] = [p for g in self.optimizer.param_groups for p in g["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
-        self.compiled, sharded = wants_compile(config, device), is_sharded(model)
-        self.forward = torch.compile(model, dynamic=False) if self.compiled and not sharded else model  # layer by layer
+        self.compiled = wants_compile(config, device)
+        self.sharded = is_sharded(model)
+        # fsdp.shard has compiled a sharded model layer by layer
+        self.forward = torch.compile(model, dynamic=False) if self.compiled and not self.sharded else model
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        low = self.precision == "bf16" and not sharded  # whole matrices do not live long enough there
-        self.weights = LowWeights(model.param_groups()["matrix"] if low else [], self.dtype)
+        # a sharded model gathers each matrix for a moment only: copies for the whole step would defeat that
+        casts = self.precision == "bf16" and not self.sharded
+        self.low_precision = LowPrecisionCopies(model.param_groups()["matrix"] if casts else [], self.dtype)
         model.z_loss = config.z_loss
         self._train_forward = checked(self.forward, type(model), config.z_loss)
 
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
 
     @contextmanager
-    def compute(self):
-        """A context in which a forward pass runs in the compute type."""
-        with self.weights.lowered(), self.autocast():
+    def compute_dtype(self) -> Iterator[None]:
+        """A context in which a forward pass runs in the compute dtype."""
+        with self.low_precision.cast_weights(), self.autocast():
             yield
 
-    def gradients(self, batches, weights: list[float], seeds: list[int], share: float) -> dict[str, torch.Tensor]:
+    def gradients(
+        self, batches: list[dict[str, torch.Tensor]], weights: Sequence[float], seeds: Sequence[int], share: float
+    ) -> dict[str, torch.Tensor]:
         """Add the gradients of all micro-batches to .grad; return their losses and other_vars, summed.
 
-        batches: keyword arguments of forward, as the loader makes them. weights: the share of each micro-batch in the
-        step's loss, by which all losses are summed. share: of each micro-batch in all other values.
+        batches: keyword arguments of forward, as the loader makes them. weights: of each micro-batch in the step's
+        loss. seeds: of each micro-batch's random numbers. share: the weight of each micro-batch in all other values.
+
+        A model's loss is the mean over the valid targets of its micro-batch (`lm_loss`). The loader counts those
+        targets, the loop divides by the count of the whole step over all processes, and the quotient is the weight
+        here. So the gradient is that of the mean over all targets of the step, however it is divided.
         """
         values: dict[str, torch.Tensor] = {}
-        with self.weights.lowered():
+        with self.low_precision.cast_weights():
             for batch, weight, seed in zip(batches, weights, seeds, strict=True):
                 torch.manual_seed(seed)
-                with self.autocast(), self.weights.explained():
+                with self.autocast(), self.low_precision.explain_dtype_errors():
                     _, loss, other_vars = self._train_forward(**to_device(batch, self.device))
                 self.scaler.scale(loss * weight).backward()
-                self.weights.collect()
+                self.low_precision.collect()
                 for name, value in {"loss": loss, **other_vars}.items():
                     value = value.detach().float() * (weight if name.split("/")[0] == "loss" else share)
                     values[name] = values[name] + value if name in values else value
         return values
 
+    def accumulate(self, work: StepBatches, targets: float, seed: int, step: int) -> dict[str, torch.Tensor]:
+        """Forward and backward of a whole step: gradients and values summed over micro-batches and processes.
+
+        targets: valid targets of the step over all processes. seed, step: for the random numbers.
+        """
+        rank, processes = process_group.rank(), process_group.world_size()
+        values = self.gradients(
+            work.batches,
+            weights=[count / max(1, targets) for count in work.targets],
+            seeds=[micro_batch_seed(seed, step, rank + i * processes) for i in range(len(work.batches))],
+            share=1 / (len(work.batches) * processes),
+        )
+        if not self.sharded:  # the backward pass of a sharded model has summed them
+            process_group.sum_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]  # it reads param_groups alone
+        return process_group.sum_tensors(values)
+
     def clip(self) -> torch.Tensor:
-        """Scale the gradients down to the largest norm allowed; return the norm that they had, 0-d fp32."""
+        """Scale the gradients down to norm `grad_clip`; return the norm they had, 0-d fp32."""
         norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
         return norm.float()
 
     def update(self, good: torch.Tensor) -> None:
-        """Move the parameters by their gradients where `good`, 0-d bool, is true; forget the gradients.
+        """Update the parameters where `good`, 0-d bool, is true; clear the gradients.
 
-        fp16: its scale goes down by the gradients that are no numbers, which no good step has.
+        fp16: the loss scale is lowered when a gradient is non-finite, which never holds for a good step.
         """
         self.optimizer.step(good)
         self.scaler.update()
         self.optimizer.zero_grad()
-
-
-class LowWeights:
-    """Copies of `params` in a smaller type, made once a step: autocast alone would make one for every use.
-
-    The parameters themselves stay fp32: outside `lowered` nothing has changed, and gradients are fp32 too. Embeddings
-    and vectors are better left out: an embedding adds up the gradients of all uses of a token, which needs the digits.
-    """
-
-    def __init__(self, params, dtype):
-        self.params = list(params)
-        self.copies = [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in self.params]
-        self.sums = [None] * len(self.params)
-
-    @contextmanager
-    def lowered(self):
-        """A context in which the parameters are their copies; `collect` after each backward pass in it."""
-        if not self.params:
-            yield
-            return
-        full = [p.data for p in self.params]
-        torch._foreach_copy_(self.copies, full)
-        self.sums = [p.grad for p in self.params]
-        try:
-            for p, copy in zip(self.params, self.copies):
-                p.grad, p.data = None, copy
-            yield
-        finally:
-            for p, data, total in zip(self.params, full, self.sums):
-                p.grad = None
-                p.data, p.grad = data, total
-
-    @contextmanager
-    def explained(self):
-        """A context in which a matrix of the smaller type that meets fp32 numbers where autocast is off is a UserError.
-
-        Autocast alone leaves fp32 weights fp32 there, so an author has no other way to learn of it.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            if not self.params or "same dtype" not in str(error):
-                raise
-            raise UserError(
-                f"forward fails because matrices are {self.copies[0].dtype} in training ({error}): where "
-                "it computes in fp32 it must say weight.float(), or param_groups must count that weight "
-                "as scalar; or use --precision=fp32"
-            ) from error
-
-    @torch.no_grad()
-    def collect(self) -> None:
-        """Add the gradients of one backward pass to the fp32 sums."""
-        for i, p in enumerate(self.params):
-            if p.grad is not None:
-                self.sums[i] = p.grad.float() if self.sums[i] is None else self.sums[i].add_(p.grad)
-                p.grad = None

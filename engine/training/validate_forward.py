@@ -1,40 +1,46 @@
-"""What forward returned, looked at before it is used: an author's mistake is one line that names the file."""
+"""Check what forward returns before it is used: a mistake of a model's author becomes one line that names the file."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from utils.errors import UserError
 
+FORM = "(logits, loss, other_vars)"
 
-def checked(forward, Model: type, z_loss: float = 0.0):
-    """Return `forward` with a look at what comes back: UserError unless it is (logits, loss, other_vars) as agreed."""
 
-    def checked_forward(**batch):
-        out = forward(**batch)
-        problem = mistake(out)
-        if not problem and z_loss and "loss/z" not in out[2]:
+def checked(forward: Callable[..., Any], Model: type, z_loss: float = 0.0) -> Callable[..., Any]:
+    """Return `forward` with a check of its outputs: UserError unless they are (logits, loss, other_vars) as agreed.
+
+    z_loss: the weight of the z-loss; unless 0, other_vars must hold "loss/z".
+    """
+
+    def checked_forward(**batch: torch.Tensor) -> Any:
+        outputs = forward(**batch)
+        problem = mistake(outputs)
+        if not problem and z_loss and "loss/z" not in outputs[2]:
             problem = f"--z_loss={z_loss} needs a term loss/z: give `squares` to lm_loss, or set --z_loss=0"
         if problem:
             file = Path(inspect.getfile(Model))
             raise UserError(f"{file.parent.name}/{file.name}: {problem} (see forward in model/basemodel.py)")
-        return out
+        return outputs
 
     return checked_forward
 
 
-def mistake(out) -> str | None:
+def mistake(outputs: object) -> str | None:
     """What is wrong with the outputs of a forward pass with targets, or None."""
-    form = "(logits, loss, other_vars)"
-    if not isinstance(out, tuple) or len(out) != 3:
-        what = f"{len(out)} values" if isinstance(out, (tuple, list)) else f"a {type(out).__name__}"
-        return f"forward returns {what}, and must return three as a tuple: {form}"
-    _, loss, other_vars = out
+    if not isinstance(outputs, tuple) or len(outputs) != 3:
+        what = f"{len(outputs)} values" if isinstance(outputs, (tuple, list)) else f"a {type(outputs).__name__}"
+        return f"forward returns {what}, and must return three as a tuple: {FORM}"
+    _, loss, other_vars = outputs
     if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad:
         what = f"of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
         what = "without a graph" if isinstance(loss, torch.Tensor) and not loss.ndim else what
-        return f"with targets the loss must be one number with its graph, and it is {what}"
+        return f"with targets the loss must be 0-d with its graph, and it is {what}"
     if not isinstance(other_vars, dict):
         return f"other_vars is a {type(other_vars).__name__}, and must be a dict of tensors"
     for name, value in other_vars.items():

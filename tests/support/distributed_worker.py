@@ -1,9 +1,9 @@
-"""One process of test_distributed.py: trains the tiny model, or a registered one made small, on unevenly masked rows.
+"""One process of test_distributed.py: trains the tiny model, or a small registered one, on unevenly masked sequences.
 Started by torchrun or alone.
 
 The environment makes trouble in one step (counted from 1): STOP_AT sends SIGTERM to the first rank, KILL_AT SIGKILL to
 the last one unless it has been restarted, NAN_AT spoils the loss of the last one alone, FAIL_AT fills the
-disk under it while it writes its part of a checkpoint. Beyond ROWS_FIT rows the last one runs out of memory.
+disk under it while it writes its shards of a checkpoint. Beyond ROWS_FIT sequences the last one runs out of memory.
 """
 
 import errno
@@ -18,7 +18,8 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its tokenizers.py hides the library
 
 from checks.harness.tiny_args import tiny_args  # noqa: E402
-from engine.data.sequences import DocumentRows, TokenFile  # noqa: E402
+from engine.data.sequences import DocumentSequences  # noqa: E402
+from engine.data.token_file import TokenFile  # noqa: E402
 from engine.distributed import process_group  # noqa: E402
 from engine.runs import sharded_checkpoint  # noqa: E402
 from engine.training.config import TrainConfig  # noqa: E402
@@ -65,7 +66,7 @@ class RankModel(TinyModel):
 
 def main():
     config = parse(TrainConfig)
-    data = Path(config.output_path).parent / "data"
+    folder = Path(config.output_path).parent / "data"
     tokenizer = load_tokenizer(config.tokenizer_path)
     process_group.init("cpu")
     torch.manual_seed(config.seed + process_group.rank())  # every rank starts elsewhere: rank 0's weights must win
@@ -75,11 +76,11 @@ def main():
     else:
         Model, ModelArgs = get_model_and_args(config.model_name)
         model = Model(replace(tiny_args(Model, ModelArgs)[0], vocab_size=tokenizer.vocab_size, max_seq_len=32))
-    rows = {
-        name: DocumentRows(TokenFile(data / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, long="drop")
+    data = {
+        name: DocumentSequences(TokenFile(folder / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, long="drop")
         for name in ("train", "val")
     }
-    train(config, "sft", model, tokenizer, rows["train"], rows["val"], "python next.py")
+    train(config, "sft", model, tokenizer, data["train"], data["val"], "python next.py")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,5 @@ class TinyModel(BaseModel):
         load = x.detach().float().mean((0, 1))[:4]
         return None, ce + extra, {"loss/ce": ce, "loss/extra": extra, "moe/load": load.expand(2, 4)}
 
-    after_step_keeps_to_buffers = True
-
     def after_step(self, other_vars):
         self.bias += 0.01 * torch.sign(other_vars["moe/load"].mean(0))
