@@ -1,11 +1,11 @@
 """Is an architecture right? One file a group of checks, one function a check; check_model.py and the tests run them.
 
-A check takes a `ModelUnderTest` and returns nothing, raises `CheckFailed` with what was seen, or `NotApplicable`. It knows the
-model by its contract alone (model/basemodel.py). Its docstring says what it proves, then "Measured:" and "Causes:", the
-usual ones in order, separated by semicolons; the table prints them below a failure.
-"""
+A check takes a `ModelUnderTest` and returns nothing, raises `CheckFailed` with what was seen, or `NotApplicable`. It
+knows the model by its contract alone (model/basemodel.py). Its docstring says what it proves, then "Measured:" and
+"Causes:", the usual ones in order, separated by semicolons; the table prints them below a failure."""
 
 from checks import (
+    batch,
     causality,
     contract,
     counts,
@@ -17,13 +17,12 @@ from checks import (
     packing,
     persistence,
     precision,
-    rows,
     state,
 )
 from checks.harness.model_under_test import CheckFailed, ModelUnderTest, NotApplicable
 
 GROUPS = (
-    contract, loss, causality, rows, gradients, init, learning, state, packing, persistence, precision, moe, counts,
+    contract, loss, causality, batch, gradients, init, learning, state, packing, persistence, precision, moe, counts,
 )  # fmt: skip
 
 CHECKS = {

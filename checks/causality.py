@@ -1,9 +1,11 @@
 """Can a position see what comes later? Then training is cheating and generation is noise."""
 
 import torch
+from torch import Tensor
 
 from checks.harness.model_under_test import (
     LONG,
+    ModelUnderTest,
     call,
     embedded_tokens,
     gradient_at_tokens,
@@ -20,22 +22,21 @@ ROUNDING = 2e-5
 
 
 @torch.no_grad()
-def later_tokens_change_nothing(subject):
+def later_tokens_change_nothing(tested: ModelUnderTest) -> None:
     """Changing token t changes no logit before t, for every t, in both modes; and it does change the logit at t.
 
-    Measured: every token of a row replaced in turn, the logits against those of the original row.
+    Measured: every token of a sequence replaced in turn, the logits against those of the original sequence.
     Causes: no causal mask, or one off by one (`triu(diagonal=2)`, `>` for `>=`); a softmax, a norm or a mean over the
-    time axis; a convolution padded on both sides; experts that choose tokens, or a top-k over the row; a token shift in
-    the wrong direction; batch statistics.
-    """
-    ids = subject.tokens(rows=1)
+    time axis; a convolution padded on both sides; experts that choose tokens, or a top-k over the sequence; a token
+    shift in the wrong direction; batch statistics."""
+    ids = tested.tokens(batch_size=1)
     for train in (False, True):
-        model = subject.build().train(train)
+        model = tested.build().train(train)
         torch.manual_seed(0)
         base = logits_of(model, ids)[0]
         for t in range(ids.shape[1]):
             changed = ids.clone()
-            changed[0, t] = (ids[0, t] + 1) % subject.args.vocab_size
+            changed[0, t] = (ids[0, t] + 1) % tested.args.vocab_size
             torch.manual_seed(0)
             difference = (logits_of(model, changed)[0] - base).abs().amax(dim=-1)  # (T,)
             _nothing_before(difference, t, base, "train" if train else "eval")
@@ -49,7 +50,7 @@ def later_tokens_change_nothing(subject):
             )
 
 
-def _nothing_before(difference, t, base, where):
+def _nothing_before(difference: Tensor, t: int, base: Tensor, where: str) -> None:
     seen = (difference[:t] > ROUNDING * max(1.0, base.abs().max().item())).nonzero()[:, 0]
     require(
         not len(seen),
@@ -59,30 +60,30 @@ def _nothing_before(difference, t, base, where):
 
 
 @torch.no_grad()
-def long_sequences(subject):
+def long_sequences(tested: ModelUnderTest) -> None:
     """The same on a sequence of 300 tokens: beyond windows, chunks and short tables.
 
     Measured: tokens at twelve positions, around 16, 32, 64, 128 and 256, replaced in turn.
     Causes: chunks that are processed with their neighbours' tokens; a mask buffer that is shorter than the sequence; an
     offset that is right for the first chunk only.
     """
-    model, ids = subject.build_long(), subject.tokens(rows=1, length=LONG)
+    model, ids = tested.build_long(), tested.tokens(batch_size=1, length=LONG)
     base = logits_of(model, ids)[0]
     for t in (1, 16, 33, 64, 65, 100, 128, 130, 192, 256, 258, LONG - 1):
         changed = ids.clone()
-        changed[0, t] = (ids[0, t] + 1) % subject.args.vocab_size
+        changed[0, t] = (ids[0, t] + 1) % tested.args.vocab_size
         difference = (logits_of(model, changed)[0] - base).abs().amax(dim=-1)
         _nothing_before(difference, t, base, "eval")
 
 
-def gradient_reaches_the_past_only(subject):
+def gradient_reaches_the_past_only(tested: ModelUnderTest) -> None:
     """The gradient of the logit at t with respect to the embedded tokens is zero after t, and not zero before it.
 
-    Measured: one backward pass a position, in a row of max_seq_len tokens.
+    Measured: one backward pass per position, in a sequence of max_seq_len tokens.
     Causes: as for `later_tokens_change_nothing`; and where the past has no gradient: a mask that leaves only the
     position itself, a `.detach()` or `no_grad` around keys, values or the recurrent state.
     """
-    model, ids = subject.build(), subject.tokens(rows=1)
+    model, ids = tested.build(), tested.tokens(batch_size=1)
     with embedded_tokens(model) as outputs:
         logits = logits_of(model, ids)
     for t in range(ids.shape[1]):
@@ -98,37 +99,36 @@ def gradient_reaches_the_past_only(subject):
 
 
 @torch.no_grad()
-def prefixes_agree(subject):
+def prefixes_agree(tested: ModelUnderTest) -> None:
     """The logits of the first n tokens do not depend on how many tokens, padding included, follow them.
 
-    Measured: every prefix of a row alone against the whole row; the task loss of a row against that of the row with
-    padding after it, whose targets are -100.
-    Causes: a scale, a position or a decay counted from the end or from the length of the row; a norm over time; padding
-    that takes part in routing, in a mean or in the loss.
-    """
-    model, ids = subject.build(), subject.tokens(rows=2)
+    Measured: every prefix of a sequence alone against the whole sequence; the task loss of a sequence against that of
+    the sequence with padding after it, whose targets are -100.
+    Causes: a scale, a position or a decay counted from the end or from the length of the sequence; a norm over time;
+    padding that takes part in routing, in a mean or in the loss."""
+    model, ids = tested.build(), tested.tokens(batch_size=2)
     full, total = logits_of(model, ids), ids.shape[1]
     for n in range(1, total):
         require_close(logits_of(model, ids[:, :n]), full[:, :n], f"the first {n} tokens alone against all {total}")
     n = total - 5
     targets = next_tokens(ids)
     targets[:, n:] = -100
-    padded = subject.task_loss(*call(model, ids, targets=targets)[1:])
-    alone = subject.task_loss(*call(model, ids[:, :n], targets=targets[:, :n])[1:])
-    require_close(padded, alone, "loss with padding after the row against the loss without", 1e-4)
+    padded = tested.task_loss(*call(model, ids, targets=targets)[1:])
+    alone = tested.task_loss(*call(model, ids[:, :n], targets=targets[:, :n])[1:])
+    require_close(padded, alone, "loss with padding after the sequence against the loss without", 1e-4)
 
 
-def losses_see_the_past_only(subject):
+def losses_see_the_past_only(tested: ModelUnderTest) -> None:
     """No term of the loss sees the token that it predicts, nor what follows it: multi-token heads included.
 
-    Measured: with one valid target in the row, the gradient of each `loss/*` at the embedded tokens after that
+    Measured: with one valid target in the sequence, the gradient of each `loss/*` at the embedded tokens after that
     position, against the same without any target (a balance loss does not look at targets).
     Causes: a multi-token head at depth k that reads the embedding of token i + k + 1, its own answer, instead of i + k;
     a second head on a stream that has no causal mask.
     """
-    model, ids = subject.build(), subject.tokens(rows=1)
+    model, ids = tested.build(), tested.tokens(batch_size=1)
 
-    def gradients(targets):
+    def gradients(targets: Tensor) -> dict[str, Tensor]:
         with embedded_tokens(model) as outputs:
             _, loss, other_vars = call(model, ids, targets=targets)
         terms = {k: v for k, v in other_vars.items() if k.startswith("loss/")} or {"loss": loss}
@@ -150,7 +150,7 @@ def losses_see_the_past_only(subject):
 
 
 @torch.no_grad()
-def targets_do_not_leak(subject):
+def targets_do_not_leak(tested: ModelUnderTest) -> None:
     """The targets change the loss only, never what the model predicts.
 
     Measured: the task loss for three sets of targets against the -log p of the same targets by the logits of a call
@@ -158,10 +158,10 @@ def targets_do_not_leak(subject):
     Causes: targets embedded and mixed into the input; a multi-token head that reads the token it should predict; a
     routing or a mask made from the targets.
     """
-    model, ids = subject.build(), subject.tokens()
+    model, ids = tested.build(), tested.tokens()
     logits = logits_of(model, ids)
-    for targets in (next_tokens(ids), subject.tokens(seed=8), ids):
-        got = subject.task_loss(*call(model, ids, targets=targets)[1:]).item()
+    for targets in (next_tokens(ids), tested.tokens(seed=8), ids):
+        got = tested.task_loss(*call(model, ids, targets=targets)[1:]).item()
         want = negative_log_likelihood(logits, targets).mean().item()
         require(
             abs(got - want) < 1e-3 * max(1.0, abs(want)),

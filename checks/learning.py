@@ -1,45 +1,46 @@
-"""Does it learn? The last word: everything may be in place and yet not work together."""
+"""Does it learn? Every part may be right on its own and the whole still not learn."""
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from checks.harness.model_under_test import ModelUnderTest, call, require
 from checks.harness.training import train_steps
 
+Batch = tuple[Tensor, Tensor]  # input_ids and targets
 RATES = (1e-2, 3e-3)  # one of them suits: an architecture is not blamed for its learning rate
 
 
-def overfits_one_batch(subject: ModelUnderTest):
-    """It can learn two short rows by heart.
+def overfits_one_batch(tested: ModelUnderTest) -> None:
+    """It can learn two short sequences by heart.
 
-    Measured: AdamW on the same two rows of random tokens; the task loss must fall below 0.3 ln V within 150 steps, at
-    one of two learning rates.
+    Measured: AdamW on the same two sequences of random tokens; the task loss must fall below 0.3 ln V within 150 steps,
+    at one of two learning rates.
     Causes: gradients with the wrong sign or of something else; parameters that `param_groups` leaves out; outputs that
-    are capped too tightly; noise that drowns the signal; a loss that counts other targets than it should.
-    """
-    ids = subject.tokens(rows=2, length=min(13, subject.args.max_seq_len + 1), seed=4)
-    batch, bound = (ids[:, :-1], ids[:, 1:]), 0.3 * math.log(subject.args.vocab_size)
-    best = _best_loss(subject, batch, lambda step: batch, bound)
+    are capped too tightly; noise that drowns the signal; a loss that counts other targets than it should."""
+    ids = tested.tokens(batch_size=2, length=min(13, tested.args.max_seq_len + 1), seed=4)
+    batch, bound = (ids[:, :-1], ids[:, 1:]), 0.3 * math.log(tested.args.vocab_size)
+    best = _best_loss(tested, batch, lambda step: batch, bound)
     require(
         best < bound,
-        f"the loss on two rows of {batch[0].shape[1]} tokens is still {best:.3f} after 150 steps, "
-        f"it began near {math.log(subject.args.vocab_size):.3f}",
+        f"the loss on two sequences of {batch[0].shape[1]} tokens is still {best:.3f} after 150 steps, "
+        f"it began near {math.log(tested.args.vocab_size):.3f}",
     )
 
 
-def recalls_the_past(subject: ModelUnderTest):
-    """It learns a copy task that needs the past: say again the token that stood up to three positions before.
+def recalls_the_past(tested: ModelUnderTest) -> None:
+    """It learns a copy task that needs the past: repeat the token that stood up to three positions before.
 
-    Measured: rows of one of eight tokens and three fillers; at each filler the target is that token. Who cannot look
-    back stays at ln 8 = 2.08; the loss must fall below 1.2 within 150 steps on fresh rows.
+    Measured: sequences of one of eight tokens and three fillers; at each filler the target is that token. A model that
+    cannot look back stays at ln 8 = 2.08; the loss must fall below 1.2 within 150 steps on fresh sequences.
     Causes: a mask that hides the past; values that never reach the stream; a recurrent state or a cumulative sum that
-    starts anew at each position; attention whose output is thrown away.
-    """
+    starts again at each position; attention whose output is thrown away."""
     generator = torch.Generator().manual_seed(5)
-    length = min(4, subject.args.max_seq_len)
+    length = min(4, tested.args.max_seq_len)
 
-    def batch(step):
+    def batch(step: int) -> Batch:
         token = torch.randint(8, (32, 1), generator=generator)
         ids = torch.full((32, length), 9)
         ids[:, :1] = token
@@ -47,7 +48,7 @@ def recalls_the_past(subject: ModelUnderTest):
         targets[:, 0] = -100
         return ids, targets
 
-    best = _best_loss(subject, batch(0), batch, 1.2)
+    best = _best_loss(tested, batch(0), batch, 1.2)
     require(
         best < 1.2,
         f"the loss of recalling a token up to three positions back is {best:.3f} after 150 steps; "
@@ -55,15 +56,15 @@ def recalls_the_past(subject: ModelUnderTest):
     )
 
 
-def _best_loss(subject, test, batch_at, bound):
+def _best_loss(tested: ModelUnderTest, test: Batch, batch_at: Callable[[int], Batch], bound: float) -> float:
     """Return the task loss on `test` after training on batch_at(step), the best over the learning rates."""
     best = float("inf")
     for lr in RATES:
-        model = subject.build(sharp=False).train()
+        model = tested.build(unit_gain=False).train()
         for start in range(0, 150, 50):
             train_steps(model, [batch_at(step) for step in range(start, start + 50)], lr)
             with torch.no_grad():
-                loss = subject.task_loss(*call(model.eval(), test[0], targets=test[1])[1:]).item()
+                loss = tested.task_loss(*call(model.eval(), test[0], targets=test[1])[1:]).item()
             model.train()
             best = min(best, loss) if math.isfinite(loss) else best
             if best < bound:
@@ -71,16 +72,16 @@ def _best_loss(subject, test, batch_at, bound):
     return best
 
 
-def one_step_moves_every_group(subject: ModelUnderTest):
+def one_step_moves_every_group(tested: ModelUnderTest) -> None:
     """One optimizer step moves parameters of every group, and nothing becomes NaN.
 
     Measured: one AdamW step over `param_groups()`, weights before and after.
     Causes: a group that lists copies or views instead of the parameters; a group whose parameters have no gradient.
     """
-    model = subject.build().train()
+    model = tested.build().train()
     groups = model.param_groups()
     before = {name: [p.detach().clone() for p in params] for name, params in groups.items()}
-    ids = subject.tokens(rows=8)
+    ids = tested.tokens(batch_size=8)
     train_steps(model, [(ids, ids.roll(-1, 1))], lr=1e-3)
     for name, params in groups.items():
         moved = [not torch.equal(p, old) for p, old in zip(params, before[name])]

@@ -1,7 +1,10 @@
 """Where `moe/load` (L, E) is reported: are loads counted right, does routing learn, does it even out?"""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checks.harness.model_under_test import (
     ModelUnderTest,
@@ -13,11 +16,13 @@ from checks.harness.model_under_test import (
     require_close,
 )
 from checks.harness.tiny_args import ACTIVE_EXPERTS
+from model.basemodel import BaseModel
 
+Gradients = Callable[[], list[Tensor | None]]  # of the weights of one expert
 KEY = "moe/load"
 
 
-def _load(model, ids):
+def _load(model: BaseModel, ids: Tensor) -> Tensor:
     other_vars = call(model, ids, targets=next_tokens(ids))[2]
     if KEY not in other_vars:
         raise NotApplicable(f"other_vars has no {KEY!r}")
@@ -26,19 +31,19 @@ def _load(model, ids):
     return load
 
 
-def loads_are_counted(subject: ModelUnderTest):
-    """The loads of a layer sum to tokens times active experts, each row adds its own, and none is negative.
+def loads_are_counted(tested: ModelUnderTest) -> None:
+    """The loads of a layer sum to tokens times active experts, each sequence adds its own, and none is negative.
 
-    Measured: the loads of a batch and of each of its rows; the sum against `n_activated_experts`, or, where the
-    arguments have no such name, a whole number of experts a token.
+    Measured: the loads of a batch and of each of its sequences; the sum against `n_activated_experts`, or, where the
+    arguments have no such name, a whole number of experts per token.
     Causes: loads that are shares instead of counts; tokens counted once for all their experts; loads of one layer
     reported for all; counts summed over calls; experts with a capacity that drop tokens.
     """
-    model, ids = subject.build().train(), subject.tokens()
+    model, ids = tested.build().train(), tested.tokens()
     with torch.no_grad():
         load = _load(model, ids)
-        rows = sum(_load(model, row[None]) for row in ids)
-    active = next((getattr(subject.args, n) for n in ACTIVE_EXPERTS if hasattr(subject.args, n)), None)
+        added = sum((_load(model, ids[i : i + 1]) for i in range(len(ids))), torch.zeros_like(load))
+    active = next((getattr(tested.args, n) for n in ACTIVE_EXPERTS if hasattr(tested.args, n)), None)
     sums, tokens = load.sum(dim=1), ids.numel()
     if active is None:
         active = max(1, round(sums[0].item() / tokens))
@@ -47,26 +52,26 @@ def loads_are_counted(subject: ModelUnderTest):
         ((sums - tokens * active).abs() < 1e-3).all(),
         f"the loads of the layers sum to {seen}; {tokens} tokens with {active} experts each make {tokens * active}",
     )
-    require((load >= 0).all() and torch.equal(load, load.round()), "loads are counts: whole numbers, none negative")
-    require_close(rows, load, "loads of the rows added up against the loads of the batch", 1e-4)
+    require((load >= 0).all() and torch.equal(load, load.round()), "loads are counts: integers, none negative")
+    require_close(added, load, "loads of the sequences added up against the loads of the batch", 1e-4)
 
 
-def loads_are_true(subject: ModelUnderTest):
+def loads_are_true(tested: ModelUnderTest) -> None:
     """An expert with load has a gradient, an expert without load has none.
 
-    Measured: rows of one, two and three tokens, so that some experts stay idle, with random routing biases; the
+    Measured: sequences of one, two and three tokens, so that some experts stay idle, with random routing biases; the
     gradient of each expert's weights (stacked along dim 0, or a ModuleList of experts) against its load.
     Causes: loads counted before the choice is final (without the bias, before the groups are limited); loads in another
     order than the experts; all experts computed and multiplied by zero.
     """
-    model = subject.build().train()
-    experts = _expert_weights(model, _load(model, subject.tokens()))
-    _shuffle_biases(model, subject.tokens())
+    model = tested.build().train()
+    experts = _expert_weights(model, _load(model, tested.tokens()))
+    _shuffle_biases(model, tested.tokens())
     for length in (1, 2, 3):
-        ids = subject.tokens(rows=1, length=length, seed=40 + length)
+        ids = tested.tokens(batch_size=1, length=length, seed=40 + length)
         model.zero_grad()
         _, loss, other_vars = call(model, ids, targets=next_tokens(ids))
-        subject.task_loss(loss, other_vars).backward()
+        tested.task_loss(loss, other_vars).backward()
         for layer, (name, slices) in enumerate(experts):
             reached = [any(g is not None and bool((g != 0).any()) for g in weights()) for weights in slices]
             busy = (other_vars[KEY][layer] > 0).tolist()
@@ -79,7 +84,7 @@ def loads_are_true(subject: ModelUnderTest):
 
 
 @torch.no_grad()
-def _shuffle_biases(model, ids):
+def _shuffle_biases(model: BaseModel, ids: Tensor) -> None:
     """Give the buffers that `after_step` moves random values: with a bias of zero, forgetting it goes unseen."""
     before = {k: v.clone() for k, v in model.named_buffers()}
     model.after_step({k: v.detach() for k, v in call(model, ids, targets=next_tokens(ids))[2].items()})
@@ -88,10 +93,10 @@ def _shuffle_biases(model, ids):
             buffer.copy_(before[name] + 0.3 * torch.randn_like(buffer))
 
 
-def _expert_weights(model, load):
-    """Return, for the first L mixtures in order, (name, for each expert a function that gives its gradients)."""
+def _expert_weights(model: BaseModel, load: Tensor) -> list[tuple[str, list[Gradients]]]:
+    """Return, for the first L MoE layers in order, (name, for each expert a function that gives its gradients)."""
     n_layers, n_experts = load.shape
-    found = []
+    found: list[tuple[str, list[Gradients]]] = []
     for name, module in model.named_modules():
         stacked = [p for p in module.parameters(recurse=False) if p.ndim >= 3 and p.shape[0] == n_experts]
         lists = [
@@ -100,41 +105,41 @@ def _expert_weights(model, load):
             if isinstance(c, nn.ModuleList) and len(c) == n_experts and c is not getattr(model, "layers", None)
         ]
         if stacked:
-            found.append(
-                (
-                    name,
-                    [
-                        lambda e=e, ps=stacked: [None if p.grad is None else p.grad[e] for p in ps]
-                        for e in range(n_experts)
-                    ],
-                )
-            )
+            found.append((name, [partial(_slices, stacked, expert) for expert in range(n_experts)]))
         elif lists:
-            found.append((name, [lambda m=m: [p.grad for p in m.parameters()] for m in lists[0]]))
+            found.append((name, [partial(_gradients, expert) for expert in lists[0]]))
     if len(found) < n_layers:
         raise NotApplicable("the experts' weights are neither stacked along dim 0 nor a ModuleList")
     return found[:n_layers]
 
 
-def routers_have_a_task_gradient(subject: ModelUnderTest):
+def _slices(stacked: list[nn.Parameter], expert: int) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad[expert] for p in stacked]
+
+
+def _gradients(expert: nn.Module) -> list[Tensor | None]:
+    return [p.grad for p in expert.parameters()]
+
+
+def routers_have_a_task_gradient(tested: ModelUnderTest) -> None:
     """The task loss, not only a balance loss, teaches the router.
 
-    Measured: the gradient of the task loss at each weight matrix with one row, or column, an expert: its root mean
+    Measured: the gradient of the task loss at each weight matrix with one row or column per expert: its root mean
     square against the median over all matrices; at least a ten-thousandth.
     Causes: weights that are detached, or taken after argmax or topk of something detached; one active expert whose
     weight is divided by itself and always 1; experts mixed without their weights.
     """
-    model, ids = subject.build().train(), subject.tokens(rows=8)
+    model, ids = tested.build().train(), tested.tokens(batch_size=8)
     n_experts = _load(model, ids).shape[1]
     _, loss, other_vars = call(model, ids, targets=next_tokens(ids))
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim >= 2]
-    grads = torch.autograd.grad(subject.task_loss(loss, other_vars), [p for _, p in named], allow_unused=True)
+    grads = torch.autograd.grad(tested.task_loss(loss, other_vars), [p for _, p in named], allow_unused=True)
     rms = {n: 0.0 if g is None else g.square().mean().sqrt().item() for (n, _), g in zip(named, grads)}
     typical = sorted(rms.values())[len(rms) // 2]
     routers = [n for n, p in named if p.ndim == 2 and n_experts in p.shape]
     routers = [n for n in routers if any(w in n for w in ("rout", "gat", "expert", "centroid", "switch"))] or routers
     if not routers:
-        raise NotApplicable("no weight matrix with one row an expert")
+        raise NotApplicable("no weight matrix with one row per expert")
     weak = [n for n in routers if not _training_only(model, n) and rms[n] < 1e-4 * typical]
     require(
         not weak,
@@ -143,20 +148,20 @@ def routers_have_a_task_gradient(subject: ModelUnderTest):
     )
 
 
-def _training_only(model, name):
+def _training_only(model: BaseModel, name: str) -> bool:
     """Modules outside `layers` may serve another loss than the task's."""
     return hasattr(model, "layers") and not name.startswith("layers.")
 
 
 @torch.no_grad()
-def bias_update_evens_the_load(subject: ModelUnderTest):
+def bias_update_evens_the_load(tested: ModelUnderTest) -> None:
     """Steps of `after_step` bring the experts' loads nearer to each other.
 
     Measured: the same batch with fixed weights, `after_step` with its loads again and again; the mean spread (standard
     deviation over experts, by the mean load) of the last ten rounds against the first.
     Causes: the wrong sign; the bias added to the weights instead of the choice, or to nothing; loads of another layer.
     """
-    model, ids = _fast_bias(subject).train(), subject.tokens(rows=8)
+    model, ids = _fast_bias(tested).train(), tested.tokens(batch_size=8)
     before = {k: v.clone() for k, v in model.named_buffers()}
     spreads = []
     for _ in range(120):
@@ -175,22 +180,23 @@ def bias_update_evens_the_load(subject: ModelUnderTest):
     )
 
 
-def _fast_bias(subject):
+def _fast_bias(tested: ModelUnderTest) -> BaseModel:
     """Return a model whose bias moves fast enough to see it."""
-    if getattr(subject.args, "bias_update_speed", 0):
-        return subject.build(bias_update_speed=max(0.005, subject.args.bias_update_speed))
-    return subject.build()
+    speed = getattr(tested.args, "bias_update_speed", 0)
+    if speed:
+        return tested.build(bias_update_speed=max(0.005, speed))
+    return tested.build()
 
 
 @torch.no_grad()
-def bias_only_chooses(subject: ModelUnderTest):
-    """The routing bias decides who is chosen and does not weigh the experts' outputs.
+def bias_only_chooses(tested: ModelUnderTest) -> None:
+    """The routing bias decides which experts are chosen and does not weigh the experts' outputs.
 
-    Measured: the same number added to all entries of each buffer that `after_step` moves: the choice, and so the
+    Measured: the same value added to all entries of each buffer that `after_step` moves: the choice, and so the
     logits, must stay.
     Causes: weights gathered from score + bias instead of the score.
     """
-    model, ids = subject.build(), subject.tokens()
+    model, ids = tested.build(), tested.tokens()
     want, before = logits_of(model, ids), {k: v.clone() for k, v in model.named_buffers()}
     load = _load(model, ids)
     model.after_step({k: v.detach() for k, v in call(model, ids, targets=next_tokens(ids))[2].items()})
@@ -200,24 +206,24 @@ def bias_only_chooses(subject: ModelUnderTest):
         if v.is_floating_point() and not torch.equal(v, before[k]) and v.shape[-1:] == load.shape[-1:]
     ]
     if not moved:
-        raise NotApplicable("after_step moves no buffer with one entry an expert")
+        raise NotApplicable("after_step moves no buffer with one entry per expert")
     for name, buffer in moved:
         buffer.copy_(before[name] + 0.25)
     require_close(logits_of(model, ids), want, f"logits with 0.25 more on all of {', '.join(n for n, _ in moved[:3])}")
 
 
-def balance_loss_evens_the_load(subject: ModelUnderTest):
+def balance_loss_evens_the_load(tested: ModelUnderTest) -> None:
     """Following the balance loss does not make the loads more uneven.
 
     Measured: forty steps of AdamW on the routers with the terms named balance, aux or load alone; the spread of the
     loads before and after.
     Causes: the wrong sign; a product of the wrong two factors; counts used where only the probabilities carry a graph.
     """
-    model, ids = subject.build().train(), subject.tokens(rows=8)
+    model, ids = tested.build().train(), tested.tokens(batch_size=8)
     n_experts = _load(model, ids).shape[1]
     routers = [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and n_experts in p.shape]
 
-    def look():
+    def look() -> tuple[Tensor | None, float]:
         other_vars = call(model, ids, targets=next_tokens(ids))[2]
         names = [k for k in other_vars if k.startswith("loss/") and any(w in k for w in ("balance", "aux", "load"))]
         terms = [other_vars[k] for k in names]
@@ -231,6 +237,7 @@ def balance_loss_evens_the_load(subject: ModelUnderTest):
     after = before
     for _ in range(40):
         term, after = look()
+        assert term is not None
         for param, grad in zip(routers, torch.autograd.grad(term, routers, allow_unused=True)):
             param.grad = grad
         optimizer.step()
@@ -240,15 +247,15 @@ def balance_loss_evens_the_load(subject: ModelUnderTest):
     )
 
 
-def experts_differ(subject: ModelUnderTest):
+def experts_differ(tested: ModelUnderTest) -> None:
     """The experts of a layer do not start as copies of each other: equal experts learn the same for ever.
 
     Measured: the initial weights of the experts, in pairs.
     Causes: one expert copied by `expand`, `repeat` or `[expert] * n`; the same seed for each.
     """
-    model = subject.build(sharp=False)
+    model = tested.build(unit_gain=False)
     with torch.no_grad():
-        n_experts = _load(model, subject.tokens()).shape[1]
+        n_experts = _load(model, tested.tokens()).shape[1]
     for name, module in model.named_modules():
         stacked = [p for p in module.parameters(recurse=False) if p.ndim >= 3 and p.shape[0] == n_experts]
         lists = [

@@ -1,6 +1,7 @@
-"""Do documents in one row keep apart?"""
+"""Do documents in one sequence keep apart?"""
 
 import torch
+from torch import Tensor
 
 from checks.harness.model_under_test import (
     ModelUnderTest,
@@ -15,64 +16,64 @@ from checks.harness.model_under_test import (
 )
 
 
-def _documents(ids, bounds):
-    """Return doc_ids (B, T) that count up at the given starts of each row; ids begin anywhere."""
+def _documents(ids: Tensor, bounds: list[list[int]]) -> Tensor:
+    """Return doc_ids (B, T) that count up at the given starts of each sequence; ids begin anywhere."""
     doc_ids = torch.full_like(ids, 3)
-    for row, starts in enumerate(bounds):
+    for index, starts in enumerate(bounds):
         for start in starts:
-            doc_ids[row, start:] += 1
+            doc_ids[index, start:] += 1
     return doc_ids
 
 
-def _bounds(total):
-    """Three rows of documents of uneven lengths, one token among them, no two rows alike."""
+def _bounds(total: int) -> list[list[int]]:
+    """Three sequences of documents of uneven lengths, one token among them, no two sequences alike."""
     return [[5, 6, 13], [1, total - 2], [total // 2]]
 
 
 @torch.no_grad()
-def packed_equals_separate(subject: ModelUnderTest):
-    """Each document's logits in a packed row are those it has alone, whatever its neighbours are.
+def packed_equals_separate(tested: ModelUnderTest) -> None:
+    """Each document's logits in a packed sequence are those it has alone, whatever its neighbours are.
 
-    Measured: three rows with documents at different places, one of a single token, each document against itself alone;
-    in train mode too; one document a row against no doc_ids at all; and a row that ends in padding, whose id is -1,
-    beside a row of nothing else.
-    Causes: doc_ids ignored, or used in some layers only; the mask of row 0 used for all rows; learned positions that do
-    not start again at each document; a convolution, a token shift or a recurrent state that runs across the border; a
-    document mask that replaces the causal one; doc_ids taken for indices; a mean over no token.
+    Measured: three sequences with documents at different places, one of a single token, each document against itself
+    alone; in train mode too; one document per sequence against no doc_ids at all; and a sequence that ends in padding,
+    whose id is -1, beside a sequence of nothing else.
+    Causes: doc_ids ignored, or used in some layers only; the mask of sequence 0 used for all sequences; learned
+    positions that do not start again at each document; a convolution, a token shift or a recurrent state that runs
+    across the border; a document mask that replaces the causal one; doc_ids taken for indices; a mean over no token.
     """
-    subject.needs("doc_ids")
-    ids = subject.tokens(rows=3)
+    tested.needs("doc_ids")
+    ids = tested.tokens(batch_size=3)
     bounds, total = _bounds(ids.shape[1]), ids.shape[1]
     for train in (False, True):
-        model = subject.build().train(train)
+        model = tested.build().train(train)
         if train and not torch.equal(logits_of(model, ids), logits_of(model, ids)):
             continue  # dropout
         packed = logits_of(model, ids, doc_ids=_documents(ids, bounds))
-        for row, starts in enumerate(bounds):
+        for index, starts in enumerate(bounds):
             for start, end in zip([0, *starts], [*starts, total]):
-                alone = logits_of(model, ids[row : row + 1, start:end])
+                alone = logits_of(model, ids[index : index + 1, start:end])
                 require_close(
-                    packed[row : row + 1, start:end],
+                    packed[index : index + 1, start:end],
                     alone,
-                    f"row {row}, document at {start}..{end - 1}, packed against alone",
+                    f"sequence {index}, document at {start}..{end - 1}, packed against alone",
                 )
         one = logits_of(model, ids, doc_ids=torch.full_like(ids, 7))
-        require_close(one, logits_of(model, ids), "one document a row against no doc_ids")
+        require_close(one, logits_of(model, ids), "one document per sequence against no doc_ids")
         padded = torch.zeros_like(ids[:2])
         padded[0, 5:], padded[1] = -1, -1
         before = logits_of(model, ids[:2], doc_ids=padded)
-        require(before.isfinite().all(), "logits that are not finite where a row is padding, doc_ids of -1")
+        require(before.isfinite().all(), "non-finite logits where a sequence is padding, doc_ids of -1")
         require_close(before[:1, :5], logits_of(model, ids[:1, :5]), "a document before padding, against alone")
 
 
-def gradient_stays_in_the_document(subject: ModelUnderTest):
+def gradient_stays_in_the_document(tested: ModelUnderTest) -> None:
     """No logit has a gradient to a token of another document.
 
-    Measured: one backward pass a position, in a row of four documents.
+    Measured: one backward pass per position, in a sequence of four documents.
     Causes: as for `packed_equals_separate`.
     """
-    subject.needs("doc_ids")
-    model, ids = subject.build(), subject.tokens(rows=1)
+    tested.needs("doc_ids")
+    model, ids = tested.build(), tested.tokens(batch_size=1)
     doc_ids = _documents(ids, _bounds(ids.shape[1])[:1])
     with embedded_tokens(model) as outputs:
         logits = logits_of(model, ids, doc_ids=doc_ids)
@@ -85,43 +86,43 @@ def gradient_stays_in_the_document(subject: ModelUnderTest):
         )
 
 
-def packed_loss_equals_separate(subject: ModelUnderTest):
+def packed_loss_equals_separate(tested: ModelUnderTest) -> None:
     """The task loss of packed documents is that of the documents alone, weighted by their targets.
 
-    Measured: four documents in a row, without targets at the borders, against each alone.
+    Measured: four documents in a sequence, without targets at the borders, against each alone.
     Causes: as for `packed_equals_separate`, on the path that computes the loss.
     """
-    subject.needs("doc_ids")
-    model, ids = subject.build(), subject.tokens(rows=1)
+    tested.needs("doc_ids")
+    model, ids = tested.build(), tested.tokens(batch_size=1)
     starts = _bounds(ids.shape[1])[0]
     doc_ids, targets = _documents(ids, [starts]), next_tokens(ids)
     for start in [*starts, ids.shape[1]]:
         targets[:, start - 1] = -100
-    packed = subject.task_loss(*call(model, ids, targets=targets, doc_ids=doc_ids)[1:])
-    total, count = 0.0, 0
+    packed = tested.task_loss(*call(model, ids, targets=targets, doc_ids=doc_ids)[1:])
+    total, count = torch.zeros((), dtype=torch.float64), 0
     for start, end in zip([0, *starts], [*starts, ids.shape[1]]):
         part = targets[:, start:end]
-        n = (part != -100).sum().item()
-        alone = subject.task_loss(*call(model, ids[:, start:end], targets=part)[1:])
+        n = int((part != -100).sum())
+        alone = tested.task_loss(*call(model, ids[:, start:end], targets=part)[1:])
         total, count = total + alone.double() * n, count + n
     require_close(packed.double(), total / count, "packed loss against the mean of the documents alone", 1e-4)
 
 
-def losses_stay_in_the_document(subject: ModelUnderTest):
-    """The loss on one document teaches nothing about another: no term of it crosses a border.
+def losses_stay_in_the_document(tested: ModelUnderTest) -> None:
+    """The loss on one document has no gradient to another: no term of it crosses a border.
 
     Measured: the gradient of each `loss/*` at the tokens of the first document, with targets in the second only,
     against that without any target (a balance loss does not look at targets).
     Causes: multi-token prediction that predicts beyond the border, or reads an embedding from beyond it; an auxiliary
     head that gets no doc_ids.
     """
-    subject.needs("doc_ids")
-    model, ids = subject.build(), subject.tokens(rows=1)
+    tested.needs("doc_ids")
+    model, ids = tested.build(), tested.tokens(batch_size=1)
     border = ids.shape[1] // 2
     doc_ids, targets = _documents(ids, [[border]]), next_tokens(ids)
     targets[:, :border] = -100
 
-    def gradients(targets):
+    def gradients(targets: Tensor) -> dict[str, Tensor]:
         with embedded_tokens(model) as outputs:
             _, loss, other_vars = call(model, ids, targets=targets, doc_ids=doc_ids)
         terms = {k: v for k, v in other_vars.items() if k.startswith("loss/")} or {"loss": loss}

@@ -6,11 +6,12 @@ from torch import nn
 
 from checks.harness.model_under_test import ModelUnderTest, call, logits_of, next_tokens, require, require_close
 from checks.harness.training import train_steps
+from model.basemodel import BaseModel
 
 
-def _trained(subject):
+def _trained(tested: ModelUnderTest) -> BaseModel:
     """Return a model that has taken a few steps, its hooks included, in eval mode."""
-    model, ids = subject.build(seed=0), subject.tokens()
+    model, ids = tested.build(seed=0), tested.tokens()
     train_steps(model.train(), [(ids, next_tokens(ids))] * 2, lr=1e-3)
     with torch.no_grad():
         other_vars = call(model, ids, targets=next_tokens(ids))[2]
@@ -21,7 +22,7 @@ def _trained(subject):
 
 
 @torch.no_grad()
-def saved_weights_restore_the_model(subject: ModelUnderTest):
+def saved_weights_restore_the_model(tested: ModelUnderTest) -> None:
     """A fresh model with the saved weights of a trained one gives the same logits.
 
     Measured: two optimizer steps and fifty calls of the hooks; the state_dict through safetensors; into a model that
@@ -31,16 +32,16 @@ def saved_weights_restore_the_model(subject: ModelUnderTest):
     of `after_step` kept as a Python number that the logits depend on.
     """
     with torch.enable_grad():
-        model = _trained(subject)
-    ids = subject.tokens()
+        model = _trained(tested)
+    ids = tested.tokens()
     want = logits_of(model, ids)
     saved = save({k: v.clone().contiguous() for k, v in model.state_dict().items()})
-    fresh = subject.build(seed=7)
+    fresh = tested.build(seed=7)
     fresh.load_state_dict(load(saved))
     require_close(logits_of(fresh, ids), want, "logits after saving and loading", 1e-6)
 
 
-def tied_weights_stay_tied(subject: ModelUnderTest):
+def tied_weights_stay_tied(tested: ModelUnderTest) -> None:
     """Parameters that are one tensor before saving are one after loading and moving; no two only share their memory.
 
     Measured: the names under which each parameter appears, in the model and in a fresh one that loaded its weights and
@@ -48,8 +49,8 @@ def tied_weights_stay_tied(subject: ModelUnderTest):
     Causes: tying by `.data =` (two parameters on one memory, updated twice) or by a copy (they part at the first step);
     tying in a method that is not called again; an own `load_state_dict`.
     """
-    model = subject.build(sharp=False)
-    fresh = subject.build(seed=7)
+    model = tested.build(unit_gain=False)
+    fresh = tested.build(seed=7)
     fresh.load_state_dict(model.state_dict())
     fresh = fresh.double().float()
     before, after = _names_of_each(model), _names_of_each(fresh)
@@ -57,7 +58,7 @@ def tied_weights_stay_tied(subject: ModelUnderTest):
         require(names in after, f"{' and '.join(names)} are one parameter, and not any more after loading")
     for names in after:
         require(names in before, f"{' and '.join(names)} are one parameter after loading, and were not before")
-    owner = {}
+    owner: dict[int, str] = {}
     for name, param in model.named_parameters():
         if param.numel():
             other = owner.setdefault(param.untyped_storage().data_ptr(), name)
@@ -69,8 +70,8 @@ def tied_weights_stay_tied(subject: ModelUnderTest):
     for table_name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             for name, param in model.named_parameters():
-                same = param is not module.weight and param.shape == module.weight.shape
-                same = same and torch.equal(param, module.weight) and param.std() > 0
+                another = param is not module.weight and param.shape == module.weight.shape
+                same = another and torch.equal(param, module.weight) and bool(param.std() > 0)
                 require(
                     not same,
                     f"{name} and {table_name}.weight start equal but are two parameters: they part at the first step",
@@ -78,23 +79,23 @@ def tied_weights_stay_tied(subject: ModelUnderTest):
                 )
 
 
-def _names_of_each(model):
+def _names_of_each(model: BaseModel) -> set[tuple[str, ...]]:
     """Return the set of tuples of names under which each parameter appears."""
-    names = {}
+    names: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)
     return {tuple(sorted(n)) for n in names.values()}
 
 
 @torch.no_grad()
-def buffers_keep_their_precision(subject: ModelUnderTest):
+def buffers_keep_their_precision(tested: ModelUnderTest) -> None:
     """What `after_step` moves is a persistent fp32 buffer: in the state_dict, and fine enough for small steps.
 
     Measured: the buffers that change over fifty calls of `after_step`.
     Causes: a routing bias that is registered with `persistent=False`, or kept in half precision, where steps of 0.001
     vanish.
     """
-    model, ids = subject.build(), subject.tokens()
+    model, ids = tested.build(), tested.tokens()
     before = {k: v.clone() for k, v in model.named_buffers()}
     other_vars = call(model.train(), ids, targets=next_tokens(ids))[2]
     for _ in range(50):

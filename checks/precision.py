@@ -1,9 +1,13 @@
 """Does it survive what training does to it for speed: bf16, and the compiler?"""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from checks.harness.model_under_test import (
     LONG,
+    CheckFailed,
     ModelUnderTest,
     NotApplicable,
     call,
@@ -12,34 +16,35 @@ from checks.harness.model_under_test import (
     require,
     require_close,
 )
+from model.basemodel import BaseModel
 
 
 @torch.no_grad()
-def bf16_stays_near_fp32(subject: ModelUnderTest):
-    """Under bf16 autocast the logits and the loss stay near those of fp32, at the beginning and the end of a long row.
+def bf16_stays_near_fp32(tested: ModelUnderTest) -> None:
+    """Under bf16 autocast the logits and the loss stay near those of fp32, at the beginning and the end of a long
+    sequence.
 
     Measured: over 300 tokens, the relative error of each token's logits. Its lower quartile (a token may take another
-    expert for a rounding) may be 5%, and in no sixth of the row more than three times that of the first. The loss may
-    differ by 2%.
+    expert for a rounding) may be 5%, and in no sixth of the sequence more than three times that of the first. The loss
+    may differ by 2%.
     Causes: positions or their angles in the type of the activations (bf16 has no odd number above 256); a cumulative
     sum, a decay or a softmax over many tokens in bf16; logits or the loss in bf16; a constant such as -1e9 in a type
-    that cannot hold it.
-    """
+    that cannot hold it."""
     try:
-        model, length = subject.build_long(), LONG
+        model, length = tested.build_long(), LONG
     except NotApplicable:
-        model, length = subject.build(), subject.args.max_seq_len
-    ids = subject.tokens(rows=2, length=length)
+        model, length = tested.build(), tested.args.max_seq_len
+    ids = tested.tokens(batch_size=2, length=length)
     want = logits_of(model, ids)
-    want_loss = subject.task_loss(*call(model, ids, targets=next_tokens(ids))[1:]).item()
+    want_loss = tested.task_loss(*call(model, ids, targets=next_tokens(ids))[1:]).item()
     with torch.autocast("cpu", torch.bfloat16):
         got = logits_of(model, ids).float()
-        loss = subject.task_loss(*call(model, ids, targets=next_tokens(ids))[1:])
+        loss = tested.task_loss(*call(model, ids, targets=next_tokens(ids))[1:])
     require(got.isfinite().all(), "logits under bf16 autocast are not all finite")
     centred = want - want.mean(dim=-1, keepdim=True)
     error = ((got - want).norm(dim=-1) / centred.norm(dim=-1).clamp(min=1e-6)).mean(dim=0)  # (T,)
     parts = [part.quantile(0.25).item() for part in error.tensor_split(6)]
-    seen = "relative errors of the logits, by sixth of the row: " + ", ".join(f"{part:.2%}" for part in parts)
+    seen = "relative errors of the logits, by sixth of the sequence: " + ", ".join(f"{part:.2%}" for part in parts)
     require(max(parts) < 0.05, seen)
     require(max(parts) < 3 * parts[0] + 0.003, f"{seen}: they grow with the position")
     require(loss.isfinite(), f"the loss under bf16 autocast is {loss.item()}")
@@ -49,17 +54,17 @@ def bf16_stays_near_fp32(subject: ModelUnderTest):
     )
 
 
-def bf16_gradients_are_finite(subject: ModelUnderTest):
+def bf16_gradients_are_finite(tested: ModelUnderTest) -> None:
     """Backward under bf16 autocast, matrices in bf16, gives finite gradients that point where those of fp32 point.
 
     Measured: at the initial weights and at weights of unit gain, all gradients finite; at the initial ones, where few
     tokens change their experts for a rounding, the cosine between the gradients of bf16 and fp32 is above 0.9.
-    Causes: a custom backward that mixes types; an exponential or a division that overflows; a scale that underflows; a
+    Causes: a custom backward that mixes dtypes; an exponential or a division that overflows; a scale that underflows; a
     part in fp32, autocast off, that takes a matrix as it is: the trainer hands it over in bf16, so `weight.float()`.
     """
-    ids, grads = subject.tokens(), []
-    for sharp, bf16 in ((True, True), (False, True), (False, False)):
-        model = subject.build(sharp=sharp).train()
+    ids, grads = tested.tokens(), []
+    for unit_gain, bf16 in ((True, True), (False, True), (False, False)):
+        model = tested.build(unit_gain=unit_gain).train()
         for param in model.param_groups()["matrix"] if bf16 else ():
             param.data = param.data.bfloat16()
         torch.manual_seed(0)
@@ -78,25 +83,24 @@ def bf16_gradients_are_finite(subject: ModelUnderTest):
 
 
 @torch.no_grad()
-def large_weights_stay_finite(subject: ModelUnderTest):
+def large_weights_stay_finite(tested: ModelUnderTest) -> None:
     """Large weights, as they come with training, give large logits and a large loss, not infinity.
 
-    Measured: matrices of 8 times unit gain, tables of the vocabulary of 64 times, rows of eight tokens: the logits and
-    the loss are finite.
+    Measured: matrices of 8 times unit gain, tables of the vocabulary of 64 times, sequences of eight tokens: the logits
+    and the loss are finite.
     Causes: a softmax without subtracting the maximum; `log(softmax(x))` instead of `log_softmax`; an `exp` of something
-    that grows; a detour through half precision.
-    """
-    model, ids = subject.build(), subject.tokens(length=min(8, subject.args.max_seq_len))
+    that grows; a detour through half precision."""
+    model, ids = tested.build(), tested.tokens(length=min(8, tested.args.max_seq_len))
     for param in model.parameters():
         if param.requires_grad and param.ndim >= 2:
-            param.mul_(64 if subject.args.vocab_size in param.shape else 8)
+            param.mul_(64 if tested.args.vocab_size in param.shape else 8)
     require(logits_of(model, ids).isfinite().all(), "with large weights the logits are not all finite")
     loss = call(model, ids, targets=next_tokens(ids))[1]
     require(loss.isfinite(), f"with large weights the loss is {loss.item()}")
 
 
-def compiled_equals_eager(subject: ModelUnderTest):
-    """torch.compile gives the same loss and gradients, and does not compile anew in every step.
+def compiled_equals_eager(tested: ModelUnderTest) -> None:
+    """torch.compile gives the same loss and gradients, and does not recompile in every step.
 
     Measured: six training steps on different data with the backend "aot_eager" (what the compiler traces and
     differentiates, without generating code), hooks called; the graphs compiled in each step are counted. First with
@@ -105,10 +109,10 @@ def compiled_equals_eager(subject: ModelUnderTest):
     Causes: a Python number on the module, or taken from a tensor (`.item()`, `.tolist()`), that changes every step; a
     branch on the values of a tensor; a list that grows; an in-place edit that the tracer cannot see.
     """
-    counts = _graphs_after_each_step(subject, dynamic=False, steps=6)
+    counts = _graphs_after_each_step(tested, dynamic=False, steps=6)
     if counts[-1] == counts[1]:
         return
-    counts = _graphs_after_each_step(subject, dynamic=None, steps=10)
+    counts = _graphs_after_each_step(tested, dynamic=None, steps=10)
     new = [after - before for before, after in zip(counts[4:], counts[5:])]
     require(
         not all(new),
@@ -117,21 +121,21 @@ def compiled_equals_eager(subject: ModelUnderTest):
     )
 
 
-def _graphs_after_each_step(subject, dynamic, steps):
+def _graphs_after_each_step(tested: ModelUnderTest, dynamic: bool | None, steps: int) -> list[int]:
     torch._dynamo.reset()
     graphs, counts = [], []
 
-    def backend(module, inputs):
+    def backend(module: torch.fx.GraphModule, inputs: list) -> Callable:
         graphs.append(module)
         return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
 
-    eager, model = subject.build().train(), subject.build().train()
+    eager, model = tested.build().train(), tested.build().train()
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    # Beyond its limit the compiler gives up without a word and runs the rest as it is: here it must go on counting.
+    # Beyond its limit the compiler gives up silently and runs the rest as it is: here it must go on counting.
     with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024):
         for step in range(steps):
-            ids = subject.tokens(9, min(8, subject.args.max_seq_len), seed=30 + step)  # short: loops over time unroll
+            ids = tested.tokens(9, min(8, tested.args.max_seq_len), seed=30 + step)  # short: loops over time unroll
             model.before_step(step, steps)
             torch.manual_seed(step)
             _, loss, other_vars = compiled(ids, targets=next_tokens(ids))
@@ -146,8 +150,9 @@ def _graphs_after_each_step(subject, dynamic, steps):
     return counts
 
 
-def _same_as_eager(eager, ids, loss, model):
-    """Compare the first step, before any weight has moved; models with dropout cannot be compared number by number."""
+def _same_as_eager(eager: BaseModel, ids: Tensor, loss: Tensor, model: BaseModel) -> None:
+    """Compare the first step, before any weight has moved; models with dropout cannot be compared element by
+    element."""
     eager.before_step(0, 6)
     torch.manual_seed(0)
     want = call(eager, ids, targets=next_tokens(ids))[1]
@@ -158,5 +163,6 @@ def _same_as_eager(eager, ids, loss, model):
     for name, param in eager.named_parameters():
         got = model.get_parameter(name).grad
         if param.grad is not None:
-            require(got is not None, f"compiled, {name} has no gradient")
+            if got is None:
+                raise CheckFailed(f"compiled, {name} has no gradient")
             require_close(got, param.grad, f"gradient of {name}, compiled against eager", 1e-3)

@@ -1,11 +1,15 @@
 """Does decoding through `state` give what the full forward gives?"""
 
+from collections.abc import Iterable, Sequence
+
 import torch
+from torch import Tensor
 
 from checks.harness.model_under_test import LONG, ModelUnderTest, NotApplicable, call, logits_of, require, require_close
+from model.basemodel import BaseModel, State
 
 
-def _decode(model, ids, state, sizes):
+def _decode(model: BaseModel, ids: Tensor, state: State, sizes: Iterable[int]) -> Tensor:
     """Return the logits of `ids` (B, T) fed to `state` in chunks of the given sizes."""
     parts, start = [], 0
     for size in sizes:
@@ -15,25 +19,26 @@ def _decode(model, ids, state, sizes):
     return torch.cat(parts, dim=1)
 
 
-def _chunks(total, sizes):
+def _chunks(total: int, sizes: Sequence[int]) -> list[int]:
     """Cut `total` into pieces that go through `sizes` again and again."""
-    out = []
+    out: list[int] = []
     while sum(out) < total:
         out.append(min(sizes[len(out) % len(sizes)], total - sum(out)))
     return out
 
 
 @torch.no_grad()
-def chunks_equal_full_forward(subject: ModelUnderTest):
+def chunks_equal_full_forward(tested: ModelUnderTest) -> None:
     """Token by token, in uneven chunks, and a prompt followed by steps: up to exactly max_seq_len, the same logits.
 
-    Measured: the logits of every chunk against those of one forward pass over the whole row, in eval and train mode.
+    Measured: the logits of every chunk against those of one forward pass over the full sequence, in eval and train
+    mode.
     Causes: rotary positions counted from 0 in every chunk; keys rotated again when they are read; a causal mask of the
     chunk that forgets the offset; the last token of a chunk not stored; a convolution or token shift that starts each
     chunk from zeros; a state updated before it is read on one path and after it on the other; a cache in low precision.
     """
-    subject.needs("state")
-    model, ids = subject.build(), subject.tokens()
+    tested.needs("state")
+    model, ids = tested.build(), tested.tokens()
     full, total = logits_of(model, ids), ids.shape[1]
     for sizes in ([1], [3, 1, 5, 2], [total // 2, 1], [total], [total - 1, 1], [1, total - 1]):
         got = _decode(model, ids, model.init_state(len(ids)), _chunks(total, sizes))
@@ -44,15 +49,15 @@ def chunks_equal_full_forward(subject: ModelUnderTest):
 
 
 @torch.no_grad()
-def long_sequences(subject: ModelUnderTest):
+def long_sequences(tested: ModelUnderTest) -> None:
     """The same over 300 tokens: beyond windows, chunks and short tables.
 
     Measured: a prompt of 150 tokens, ten steps, a chunk of 71, and steps to the end of 240 tokens.
     Causes: a window that is cut one token too early or late when it slides; a chunk's state carried over wrongly; a
     numerical drift of the recurrent state.
     """
-    subject.needs("state")
-    model, ids = subject.build_long(), subject.tokens(rows=2, length=240)
+    tested.needs("state")
+    model, ids = tested.build_long(), tested.tokens(batch_size=2, length=240)
     sizes = [150, *[1] * 10, 71, *[1] * 9]
     got = _decode(model, ids, model.init_state(2, LONG), sizes)
     what = "240 tokens in chunks of 150, 1 .., 71, 1 .. against the full forward"
@@ -60,55 +65,54 @@ def long_sequences(subject: ModelUnderTest):
 
 
 @torch.no_grad()
-def rows_at_their_own_positions(subject: ModelUnderTest):
-    """Rows that stand at different positions decode as if alone, after `put` and `rows` moved them about.
+def sequences_at_their_own_positions(tested: ModelUnderTest) -> None:
+    """Sequences that stand at different positions decode as if alone, after `overwrite` and `select` moved them.
 
     Measured: prompts of different lengths put into a used batch, decoded together by steps and by a chunk of two.
-    Causes: `pos[0]`, `pos.max()` or `max_pos` taken for all rows; the mask not per row; leftovers of another text read as
-    keys; something in the state whose dim 0 is not the batch.
-    """
-    subject.needs("state")
-    model, ids = subject.build(), subject.tokens(rows=4)
+    Causes: `pos[0]`, `pos.max()` or `max_pos` taken for all sequences; the mask not per sequence; leftovers of another
+    text read as keys; something in the state whose dim 0 is not the batch."""
+    tested.needs("state")
+    model, ids = tested.build(), tested.tokens(batch_size=4)
     full, total = logits_of(model, ids), ids.shape[1]
     lengths = [5, 1, 9, 3]
     batch = model.init_state(len(ids))
     _decode(model, ids.flip(1)[:, :8], batch, [8])  # another text was here before
-    for row, length in enumerate(lengths):
+    for index, length in enumerate(lengths):
         alone = model.init_state(1)
-        _decode(model, ids[row : row + 1, :length], alone, [length])
-        batch.overwrite([row], alone)
-    at, rows = torch.tensor(lengths), torch.arange(len(ids))[:, None]
+        _decode(model, ids[index : index + 1, :length], alone, [length])
+        batch.overwrite([index], alone)
+    at, every = torch.tensor(lengths), torch.arange(len(ids))[:, None]
     for size in [1, 2, *[1] * (total - max(lengths) - 3)]:
         wanted = at[:, None] + torch.arange(size)
         got = logits_of(model, ids.gather(1, wanted), state=batch)
         batch.advance(size)
-        require_close(got, full[rows, wanted], f"rows at positions {at.tolist()}")
+        require_close(got, full[every, wanted], f"sequences at positions {at.tolist()}")
         at = at + size
         if batch.max_pos + 2 > batch.max_len:
             break
     picked = batch.select([2, 0])
     if picked.max_pos < batch.max_len:
         got = logits_of(model, ids[[2, 0]].gather(1, at[[2, 0], None]), state=picked)[:, 0]
-        require_close(got, full[[2, 0], at[[2, 0]]], "two rows picked out of the batch")
+        require_close(got, full[[2, 0], at[[2, 0]]], "two sequences picked out of the batch")
 
 
 @torch.no_grad()
-def clone_is_independent(subject: ModelUnderTest):
+def clone_is_independent(tested: ModelUnderTest) -> None:
     """A trial continuation on a clone, and another state in between, leave the first state as it was.
 
-    Measured: half a row, then other tokens on a clone and on a second state in turn, then the other half.
+    Measured: half a sequence, then other tokens on a clone and on a second state in turn, then the other half.
     Causes: a cache that lives on the module; two states that share a tensor; state kept in a list or an attribute that
-    `state.layers` does not hold, so that `clone`, `rows` and `put` cannot see it.
+    `state.layers` does not hold, so that `clone`, `select` and `overwrite` cannot see it.
     """
-    subject.needs("state")
-    model, ids = subject.build(), subject.tokens()
+    tested.needs("state")
+    model, ids = tested.build(), tested.tokens()
     full, half = logits_of(model, ids), ids.shape[1] // 2
     state, other = model.init_state(len(ids)), model.init_state(len(ids))
-    got = []
+    steps = []
     for t in range(half):  # two texts in turn
-        got.append(_decode(model, ids[:, t : t + 1], state, [1]))
+        steps.append(_decode(model, ids[:, t : t + 1], state, [1]))
         _decode(model, ids.flip(0)[:, t : t + 1], other, [1])
-    require_close(torch.cat(got, dim=1), full[:, :half], "one of two states fed in turn")
+    require_close(torch.cat(steps, dim=1), full[:, :half], "one of two states fed in turn")
     trial = state.clone()
     got = _decode(model, ids[:, half:], state.clone(), [1] * (ids.shape[1] - half))
     require_close(got, full[:, half:], "going on on a clone")
@@ -120,21 +124,22 @@ def clone_is_independent(subject: ModelUnderTest):
 
 
 @torch.no_grad()
-def rows_can_be_reordered(subject: ModelUnderTest):
-    """Beam copies and freed slots: picked rows go on as the rows they are, and an empty row starts from nothing.
+def sequences_can_be_reordered(tested: ModelUnderTest) -> None:
+    """Beam copies and freed slots: selected sequences continue unchanged, and an empty slot starts from nothing.
 
-    Measured: `rows` with a row twice and in another order; a fresh state put into a row that was in use.
+    Measured: `select` with a sequence twice and in another order; a fresh state written over a sequence that was in
+    use.
     Causes: something in the state whose dim 0 is not the batch; a recurrent state that is not zeroed for a new text.
     """
-    subject.needs("state")
-    model, ids = subject.build(), subject.tokens()
+    tested.needs("state")
+    model, ids = tested.build(), tested.tokens()
     full, half, order = logits_of(model, ids), ids.shape[1] // 2, [2, 0, 2, 1]
     state = model.init_state(len(ids))
     _decode(model, ids[:, :half], state, [half])
     for layer, tensors in enumerate(state.layers):
         for name, tensor in tensors.items():
             require(
-                isinstance(tensor, torch.Tensor),
+                isinstance(tensor, Tensor),
                 f"state.layers[{layer}][{name!r}] is {type(tensor).__name__}, expected a tensor",
             )
             require(
@@ -142,25 +147,25 @@ def rows_can_be_reordered(subject: ModelUnderTest):
                 f"state.layers[{layer}][{name!r}] has shape {tuple(tensor.shape)}: dim 0 must be the batch, {len(ids)}",
             )
     got = _decode(model, ids[order, half:], state.select(order), [1] * (ids.shape[1] - half))
-    require_close(got, full[order, half:], f"rows {order} of a state")
+    require_close(got, full[order, half:], f"sequences {order} of a state")
     state.overwrite([1], model.init_state(1))
     n = ids.shape[1] - half - 1
     mixed = torch.stack((ids[0, half : half + n], ids[1, :n], ids[2, half : half + n]))
     got = _decode(model, mixed, state, [1] * n)
-    require_close(got[1], full[1, :n], "a new text in a row that was in use")
-    require_close(got[[0, 2]], full[[0, 2], half : half + n], "the rows beside a new text")
+    require_close(got[1], full[1, :n], "a new text in a sequence that was in use")
+    require_close(got[[0, 2]], full[[0, 2], half : half + n], "the sequences beside a new text")
 
 
 @torch.no_grad()
-def forward_leaves_pos_alone(subject: ModelUnderTest):
+def forward_leaves_pos_alone(tested: ModelUnderTest) -> None:
     """`forward` reads `pos` and does not move it; `last_only` gives the last token's logits.
 
     Measured: `pos`, `max_pos` and `max_len` before and after; the logits with `last_only`.
     Causes: `state.pos += T` or `state.advance` inside forward, which the caller does; `last_only` that takes the first
     token, or leaves out the norm or the scale of the output.
     """
-    subject.needs("state")
-    model, ids = subject.build(), subject.tokens()
+    tested.needs("state")
+    model, ids = tested.build(), tested.tokens()
     state = model.init_state(len(ids))
     full = logits_of(model, ids[:, :5], state=state)
     require((state.pos == 0).all() and state.max_pos == 0, "forward moved state.pos: the caller advances it")
@@ -176,29 +181,33 @@ def forward_leaves_pos_alone(subject: ModelUnderTest):
 
 
 @torch.no_grad()
-def memory_is_bounded(subject: ModelUnderTest):
+def memory_is_bounded(tested: ModelUnderTest) -> None:
     """The state holds no more after many small steps than after one large one, and grows with max_len at most.
 
     Measured: bytes of all tensors in the state after max_seq_len tokens, fed in one chunk and one by one; in a state of
-    half the length; for one row and for two.
+    half the length; for one sequence and for two.
     Causes: chunks appended twice; the whole history kept for a window; memory taken for max_seq_len instead of the
     state's max_len.
     """
-    subject.needs("state")
-    model, ids = subject.build(), subject.tokens(rows=2)
+    tested.needs("state")
+    model, ids = tested.build(), tested.tokens(batch_size=2)
     total = ids.shape[1]
 
-    def used(rows, length, sizes, max_len):
-        state = model.init_state(rows, max_len)
-        _decode(model, ids[:rows, :length], state, sizes)
+    def used(batch_size: int, length: int, sizes: list[int], max_len: int) -> int:
+        state = model.init_state(batch_size, max_len)
+        _decode(model, ids[:batch_size, :length], state, sizes)
         tensors = [t for layer in state.layers for t in layer.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    whole, steps = used(2, total, [total], total), used(2, total, [1] * total, total)
-    require(steps <= 1.02 * whole + 64, f"{total} single steps leave {steps} bytes, one chunk leaves {whole}")
+    one_chunk = used(2, total, [total], total)
+    steps = used(2, total, [1] * total, total)
+    require(steps <= 1.02 * one_chunk + 64, f"{total} single steps leave {steps} bytes, one chunk leaves {one_chunk}")
     half = used(2, total // 2, [total // 2], total // 2)
-    require(half <= whole, f"a state of half the length takes {half} bytes, the whole one {whole}")
+    require(half <= one_chunk, f"a state of half the length takes {half} bytes, the full one {one_chunk}")
     one = used(1, total, [total], total)
-    require(abs(2 * one - whole) <= 0.02 * whole + 64, f"one row takes {one} bytes, two rows take {whole}")
-    if not whole:
+    require(
+        abs(2 * one - one_chunk) <= 0.02 * one_chunk + 64,
+        f"one sequence takes {one} bytes, two sequences take {one_chunk}",
+    )
+    if not one_chunk:
         raise NotApplicable("the state holds nothing")

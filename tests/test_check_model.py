@@ -22,6 +22,7 @@ from tests.support.models import BASE_MODEL
 from tests.support.paths import ROOT
 from tests.support.token_files import pretrain_files
 from tests.support.tokenizers import make_tokenizer
+from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +59,12 @@ def run(folder, *command):
 
 
 def test_a_right_model_passes(project):
-    done = run(project, "check_model.py", "--model_name=mini_fine", "--only=contract,rows", "--json=out.json")
+    done = run(project, "check_model.py", "--model_name=mini_fine", "--only=contract,batch", "--json=out.json")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
     rows = json.loads((project / "out.json").read_text())
     assert {tuple(row) for row in rows} == {("check", "status", "detail")}
     assert {row["status"] for row in rows} == {"pass", "skip"} and rows[0]["check"] == "contract.builds"
-    assert "0 failed" in done.stdout and "rows.alone_equals_batch" in done.stdout
+    assert "0 failed" in done.stdout and "batch.alone_equals_batch" in done.stdout
 
 
 def test_a_wrong_model_is_told_what_and_why(project):
@@ -92,10 +93,15 @@ def test_user_errors_and_the_list(capsys):
         (["--model_name=mini_no_such_net"], "unknown model 'mini_no_such_net'"),
         ([], "which model?"),
         ([f"--model_name={BASE_MODEL}", "--only=causalty"], "did you mean causality?"),
+        ([f"--model_name={BASE_MODEL}", "--only=rows"], "the check 'rows' is called batch now: --only=batch"),
+        (
+            [f"--model_name={BASE_MODEL}", "--only=rows.order_does_not_matter"],
+            "the check 'rows.order_does_not_matter' is called batch.order_does_not_matter now",
+        ),
     ):
         with pytest.raises(ValueError, match=re.escape(says)) as caught:
             check_model.main(flags)
-        assert caught.value.user_error and "\n" not in str(caught.value)
+        assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)
     check_model.main(["--list"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in CHECKS)
@@ -180,11 +186,11 @@ def test_the_author_decides():
 def test_checks_leave_the_random_generator_alone():
     from checks.harness.runner import run_check
 
-    subject = ModelUnderTest.of(RightModel, RightModelArgs)
+    tested = ModelUnderTest.of(RightModel, RightModelArgs)
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)
-    run_check(subject, "gradients.every_parameter_learns")
+    run_check(tested, "gradients.every_parameter_learns")
     assert torch.equal(torch.rand(3), want)
 
 

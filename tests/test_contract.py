@@ -12,7 +12,7 @@ TEMPLATE = "the template"
 
 
 @functools.cache
-def subject(name):
+def tested(name):
     return (
         ModelUnderTest.of(template.TemplateModel, template.TemplateModelArgs)
         if name == TEMPLATE
@@ -27,7 +27,7 @@ def marked(check):
 @pytest.mark.parametrize("check", [marked(check) for check in CHECKS])
 @pytest.mark.parametrize("name", [*list_models(), TEMPLATE])
 def test_contract(name, check):
-    result = run_check(subject(name), check)
+    result = run_check(tested(name), check)
     assert result.status != "fail", result.detail
     if result.status == "skip":
         pytest.skip(result.detail)

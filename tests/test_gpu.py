@@ -25,7 +25,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA 
 
 
 def batch_of(subject, seed=0):
-    ids = subject.tokens(rows=4, seed=seed)
+    ids = subject.tokens(batch_size=4, seed=seed)
     return {"input_ids": ids, "targets": ids.roll(-1, 1)}
 
 

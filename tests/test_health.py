@@ -29,7 +29,7 @@ def one_step(model, diagnostics, ids, lr=0.1, step=1, other_vars=None):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_norms_and_updates_of_any_model(name):
-    model, ids = ModelUnderTest(name).build().train(), ModelUnderTest(name).tokens(rows=2)
+    model, ids = ModelUnderTest(name).build().train(), ModelUnderTest(name).tokens(batch_size=2)
     outputs = {}
     for i, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda _m, _i, out, i=i: outputs.update({i: out[0] if type(out) is tuple else out}))

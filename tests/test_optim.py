@@ -76,7 +76,7 @@ def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
     for param in model.parameters():
         assert (groups[id(param)]["weight_decay"] > 0) == (id(param) in matrices)
     before = [p.detach().clone() for p in model.parameters()]
-    ids = ModelUnderTest(name).tokens(rows=8)
+    ids = ModelUnderTest(name).tokens(batch_size=8)
     model(ids, targets=ids.roll(-1, 1))[1].backward()
     combined.step(GOOD)
     assert all((p != b).any() for p, b in zip(model.parameters(), before))
@@ -102,7 +102,7 @@ def test_adamw_equals_the_formula(name):
     first = {key: torch.zeros_like(value) for key, value in want.items()}
     second = {key: torch.zeros_like(value) for key, value in want.items()}
     for step, lr in enumerate((0.01, 0.02, 0.005), start=1):
-        ids = ModelUnderTest(name).tokens(rows=2, seed=step)
+        ids = ModelUnderTest(name).tokens(batch_size=2, seed=step)
         model(ids, targets=ids.roll(-1, 1))[1].backward()
         for kind, params in groups.items():
             for p in params:

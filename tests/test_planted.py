@@ -3,7 +3,7 @@
 import pytest
 
 from checks import CHECKS, SLOW, ModelUnderTest
-from checks.harness.runner import BUILDS, open_subject_of, run_check
+from checks.harness.runner import BUILDS, open_classes, run_check
 from tests.planted import (
     unusual,
     wrong_attention,
@@ -26,16 +26,16 @@ def compiles(name):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if compiles(n) else n for n in WRONG])
 def test_a_planted_bug_is_caught_by_name(name):
     Model, ModelArgs, check = WRONG[name]
-    subject, result = open_subject_of(Model, ModelArgs)
-    if subject is not None:
+    tested, result = open_classes(Model, ModelArgs)
+    if tested is not None:
         assert check != BUILDS, "it was to fail when built"
-        result = run_check(subject, check)
+        result = run_check(tested, check)
     assert (result.check, result.status) == (check, "fail"), result
     assert "checks/" not in result.detail and len(result.detail) > 20, result
 
 
 @pytest.fixture(scope="module")
-def subjects():
+def tested_models():
     return {name: ModelUnderTest.of(*pair) for name, pair in UNUSUAL.items()}
 
 
@@ -45,8 +45,8 @@ def slow(check):
 
 @pytest.mark.parametrize("check", [slow(check) for check in CHECKS])
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_what_is_right_is_not_blamed(subjects, name, check):
-    result = run_check(subjects[name], check)
+def test_what_is_right_is_not_blamed(tested_models, name, check):
+    result = run_check(tested_models[name], check)
     assert result.status != "fail", result
 
 

@@ -69,7 +69,7 @@ def test_weights_and_gradients_come_back(name):
 def test_a_matrix_of_bf16_that_meets_fp32_is_one_line():
     """Where autocast is off a weight is what it is, and autocast alone would leave it fp32."""
     subject = ModelUnderTest.of(Fp32GateTakesItsMatrixAsItIs, RightModelArgs)
-    model, ids = subject.build().train(), subject.tokens(rows=2)
+    model, ids = subject.build().train(), subject.tokens(batch_size=2)
     with pytest.raises(UserError, match=r"weight\.float"):
         train_step(model, "bf16").gradients([{"input_ids": ids, "targets": ids}], [1.0], [0], 1.0)
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -100,7 +100,7 @@ def test_twenty_steps_compile_nothing_after_the_first(name, precision, monkeypat
     step = TrainStep(model, TrainConfig(precision=precision, compile="true"), CPU)
     graphs = []
     for step in range(20):
-        ids = subject.tokens(rows=4, seed=step)
+        ids = subject.tokens(batch_size=4, seed=step)
         starts = torch.rand(ids.shape, generator=torch.Generator().manual_seed(step)) < 0.2
         padding = torch.arange(ids.shape[1]) >= ids.shape[1] - step % 4
         documents = starts.cumsum(dim=1).masked_fill(padding, PADDING)

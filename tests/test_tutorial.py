@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from checks import CHECKS, ModelUnderTest
-from checks.harness.runner import open_subject_of, run_check, run_checks
+from checks.harness.runner import open_classes, run_check, run_checks
 from model.new import new_file
 from tests.support.paths import ROOT
 
@@ -58,7 +58,7 @@ def test_the_mistake_is_found_as_the_page_shows(steps):
 
 @pytest.mark.parametrize("step", ["template", "right", "state"])
 def test_each_step_passes(steps, step):
-    subject, _ = open_subject_of(*steps[step])
+    subject, _ = open_classes(*steps[step])
     names = [name for name in CHECKS if not name.startswith("precision.compiled")]
     results = {r.check: r for r in run_checks(subject, names)}
     assert not [r for r in results.values() if r.status == "fail"]

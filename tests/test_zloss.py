@@ -44,7 +44,7 @@ def test_without_a_valid_target_it_is_zero_with_a_graph(targets):
 def test_a_model_reports_the_term_and_its_gradient(name):
     """loss == sum of loss/*, and the gradient is the loss's derivative, measured by a small step along it."""
     model_under_test = ModelUnderTest(name)
-    model, ids = model_under_test.build(sharp=False).train(), model_under_test.tokens(rows=3)
+    model, ids = model_under_test.build(unit_gain=False).train(), model_under_test.tokens(batch_size=3)
     targets = ids.roll(-1, 1)
     plain, without = model(ids, targets=targets)[1:]
     assert "loss/z" not in without
@@ -74,7 +74,7 @@ def test_a_model_without_the_term_is_one_line():
 @pytest.mark.slow
 def test_compiled_it_is_the_same_and_compiles_once():
     model_under_test = ModelUnderTest(list_models()[-1])
-    model, ids = model_under_test.build().train(), model_under_test.tokens(rows=3)
+    model, ids = model_under_test.build().train(), model_under_test.tokens(batch_size=3)
     model.z_loss = 0.1
     targets = ids.roll(-1, 1)
     compiled = torch.compile(model, dynamic=False)

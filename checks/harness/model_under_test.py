@@ -2,23 +2,26 @@
 
 import copy
 import dataclasses
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from checks.harness.tiny_args import tiny_args
 from model import get_model_and_args
+from model.basemodel import BaseModel, BaseModelArgs
 
 LONG = 300  # tokens of a sequence that reaches beyond the usual chunks, and beyond the integers that bf16 can hold
 
 
 class CheckFailed(AssertionError):
-    """The architecture is wrong: the message says what was seen, with figures. `causes`: the likely ones, if known."""
+    """The architecture is wrong: the message says what was seen, with values. `causes`: the likely ones, if known."""
 
-    def __init__(self, message, causes=()):
+    def __init__(self, message: str, causes: Iterable[str] = ()) -> None:
         super().__init__(message)
         self.causes = list(causes)
 
@@ -27,33 +30,33 @@ class NotApplicable(Exception):
     """The architecture does not declare what this check is about."""
 
 
-def require(condition, message, causes=()):
+def require(condition: object, message: str, causes: Iterable[str] = ()) -> None:
     """Raise `CheckFailed(message)` unless `condition` holds."""
     if not condition:
         raise CheckFailed(message, causes)
 
 
-def require_close(got, want, what, tolerance=2e-4):
+def require_close(got: Tensor, want: Tensor, what: str, tolerance: float = 2e-4) -> None:
     """Raise `CheckFailed` when two tensors differ by more than `tolerance`, relative to the larger scale of `want`."""
     require(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
     if not got.numel():
         return
-    require(got.isfinite().all(), f"{what}: {(~got.isfinite()).sum()} of {got.numel()} numbers are not finite")
+    require(got.isfinite().all(), f"{what}: {(~got.isfinite()).sum()} of {got.numel()} elements are non-finite")
     error, bound = (got - want).abs(), tolerance * max(1.0, want.abs().max().item())
     worst = tuple(i.item() for i in torch.unravel_index(error.argmax(), error.shape))
-    where = f" at {list(worst[:2])} of (row, position)" if got.ndim == 3 else ""
+    where = f" at {list(worst[:2])} of (sequence, position)" if got.ndim == 3 else ""
     require(error.max() <= bound, f"{what}: differs by {error.max():.3g}{where} (allowed {bound:.2g})")
 
 
-def positions_text(positions):
-    """Return a list of numbers as short text: `3, 4, 5 and 9 more`."""
+def positions_text(positions: Iterable) -> str:
+    """Return positions as short text: `3, 4, 5 and 9 more`."""
     positions = [int(p) for p in positions]
     more = f" and {len(positions) - 6} more" if len(positions) > 6 else ""
     return ", ".join(map(str, positions[:6])) + more
 
 
-def call(model, ids, **inputs):
-    """Return what `forward` returns, after a look at its form."""
+def call(model: BaseModel, ids: Tensor, **inputs: Any) -> tuple:
+    """Return what `forward` returns, after checking its form."""
     out = model(ids, **inputs)
     form = "(logits, loss, other_vars)"
     require(isinstance(out, tuple), f"forward returns {type(out).__name__}, expected a tuple {form}")
@@ -62,11 +65,11 @@ def call(model, ids, **inputs):
     return out
 
 
-def logits_of(model, ids, **inputs):
+def logits_of(model: BaseModel, ids: Tensor, **inputs: Any) -> Tensor:
     """Return the logits (B, T, V) of a call without targets."""
     logits = call(model, ids, **inputs)[0]
     require(
-        isinstance(logits, torch.Tensor),
+        isinstance(logits, Tensor),
         f"without targets forward must return logits, and they are {type(logits).__name__}",
     )
     shape = (*ids.shape, model.args.vocab_size)
@@ -74,34 +77,39 @@ def logits_of(model, ids, **inputs):
     return logits
 
 
-def next_tokens(ids):
-    """Return targets for random tokens `ids` (B, T): every row moved by one."""
+def next_tokens(ids: Tensor) -> Tensor:
+    """Return targets for random tokens `ids` (B, T): every sequence moved by one."""
     return ids.roll(-1, 1)
 
 
 @contextmanager
-def embedded_tokens(model):
+def embedded_tokens(model: BaseModel) -> Iterator[list[Tensor]]:
     """Within the block, collect what the model's token embedding returns: tensors to take gradients at."""
     table = next(
         (m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings >= model.args.vocab_size), None
     )
     if table is None:
         raise NotApplicable("there is no nn.Embedding of the vocabulary to take gradients at")
-    outputs = []
-    handle = table.register_forward_hook(lambda module, args, out: outputs.append(out.requires_grad_()) or out)
+    outputs: list[Tensor] = []
+
+    def collect(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        outputs.append(out.requires_grad_())
+        return out
+
+    handle = table.register_forward_hook(collect)
     try:
         yield outputs
     finally:
         handle.remove()
 
 
-def gradient_at_tokens(scalar, outputs):
+def gradient_at_tokens(scalar: Tensor, outputs: list[Tensor]) -> Tensor:
     """Return the size (B, T) of the gradient of `scalar` at the embedded tokens."""
     if not scalar.requires_grad:
         return torch.zeros(outputs[0].shape[:2])
     grads = torch.autograd.grad(scalar, outputs, retain_graph=True, allow_unused=True)
     sizes = [g.abs().amax(dim=-1) for g in grads if g is not None]
-    return sum(sizes) if sizes else torch.zeros(outputs[0].shape[:2])
+    return torch.stack(sizes).sum(0) if sizes else torch.zeros(outputs[0].shape[:2])
 
 
 class ModelUnderTest:
@@ -111,74 +119,77 @@ class ModelUnderTest:
     `ModelUnderTest.of(Model, ModelArgs)` takes the classes themselves.
     """
 
-    def __init__(self, name, switches=None):
-        self._set(*get_model_and_args(name), name, switches)
+    def __init__(self, name: str, switches: dict | None = None) -> None:
+        Model, ModelArgs = get_model_and_args(name)
+        self._set(Model, ModelArgs, name, switches)
 
     @classmethod
-    def of(cls, Model, ModelArgs, switches=None):
-        subject = cls.__new__(cls)
-        subject._set(Model, ModelArgs, Model.model_name or Model.__name__, switches)
-        return subject
+    def of(cls, Model: type[BaseModel], ModelArgs: type, switches: dict | None = None) -> "ModelUnderTest":
+        tested = cls.__new__(cls)
+        tested._set(Model, ModelArgs, Model.model_name or Model.__name__, switches)
+        return tested
 
-    def _set(self, Model, ModelArgs, name, switches):
-        self.Model, self.ModelArgs, self.name = Model, ModelArgs, name
+    def _set(self, Model: type[BaseModel], ModelArgs: type, name: str, switches: dict | None) -> None:
+        self.Model = Model
+        self.ModelArgs = ModelArgs
+        self.name = name
         self.args, self.warning = tiny_args(Model, ModelArgs, switches)
 
-    def build(self, seed=0, sharp=True, **changes):
-        """Return a model in eval mode; `changes` are arguments other than the tiny ones. `sharp`: weights of unit gain
-        instead of the small initial ones, whose outputs hardly depend on the input, so that a leak or a drift would
-        hide in rounding."""
-        gain = self._gain if sharp else 0.0  # before the seed is set: finding it draws random numbers
+    def build(self, seed: int = 0, unit_gain: bool = True, **changes: Any) -> BaseModel:
+        """Return a model in eval mode; `changes` are arguments other than the tiny ones. `unit_gain`: weights of unit
+        gain instead of the small initial ones, whose outputs hardly depend on the input, so that a leak or a drift
+        would hide in rounding."""
+        gain = self._gain if unit_gain else 0.0  # before the seed is set: finding it draws random numbers
         torch.manual_seed(seed)
         model = self.Model(self.changed_args(**changes)).eval()
         if gain:
-            _sharpen(model, gain)
+            _set_gain(model, gain)
         return model
 
-    def changed_args(self, **changes):
+    def changed_args(self, **changes: Any) -> BaseModelArgs:
         """Return the tiny args with some values changed."""
         if not changes:
             return copy.deepcopy(self.args)
         given = {f.name: getattr(self.args, f.name) for f in dataclasses.fields(self.args) if f.init}
         return type(self.args)(**{**given, **changes})
 
-    def build_long(self, seed=0, sharp=True):
+    def build_long(self, seed: int = 0, unit_gain: bool = True) -> BaseModel:
         """Return a model for sequences of `LONG` tokens."""
         try:
-            return self.build(seed, sharp, max_seq_len=LONG)
+            return self.build(seed, unit_gain, max_seq_len=LONG)
         except Exception as error:
             raise NotApplicable(f"no model of max_seq_len={LONG} with the other arguments small: {error}") from error
 
     @cached_property
-    def _gain(self):
+    def _gain(self) -> float:
         """The largest gain at which the outputs stay finite: an unusual recurrence may blow up at 1."""
         ids = self.tokens()
         for gain in (1.0, 0.3):
             torch.manual_seed(0)
             model = self.Model(self.changed_args()).eval()
-            _sharpen(model, gain)
+            _set_gain(model, gain)
             with torch.no_grad():
                 logits = model(ids)[0]
-            if isinstance(logits, torch.Tensor) and logits.isfinite().all() and logits.abs().max() < 1e4:
+            if isinstance(logits, Tensor) and logits.isfinite().all() and logits.abs().max() < 1e4:
                 return gain
         return 0.0
 
-    def tokens(self, rows=3, length=None, seed=1):
-        """Return random token ids (rows, length or max_seq_len)."""
+    def tokens(self, batch_size: int = 3, length: int | None = None, seed: int = 1) -> Tensor:
+        """Return random token ids (batch_size, length or max_seq_len)."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(self.args.vocab_size, (rows, length or self.args.max_seq_len), generator=generator)
+        return torch.randint(self.args.vocab_size, (batch_size, length or self.args.max_seq_len), generator=generator)
 
-    def needs(self, parameter):
+    def needs(self, parameter: str) -> None:
         """Skip the check unless the model's forward accepts `parameter`."""
         if not self.Model.accepts(parameter):
             raise NotApplicable(f"forward does not accept {parameter}")
 
-    def task_loss(self, loss, other_vars):
+    def task_loss(self, loss: Tensor, other_vars: dict[str, Tensor]) -> Tensor:
         """Return the cross-entropy among the terms of the loss: `loss/ce`, or the term that comes nearest to it."""
-        return other_vars.get(self._task_key, loss)
+        return loss if self._task_key is None else other_vars.get(self._task_key, loss)
 
     @cached_property
-    def _task_key(self):
+    def _task_key(self) -> str | None:
         model, ids = self.build(), self.tokens()
         with torch.no_grad():
             _, loss, other_vars = call(model, ids, targets=next_tokens(ids))
@@ -189,7 +200,7 @@ class ModelUnderTest:
         return min([None, *terms], key=lambda k: abs((loss if k is None else terms[k]).item() - want.item()))
 
 
-def _sharpen(model, gain):
+def _set_gain(model: BaseModel, gain: float) -> None:
     with torch.no_grad():
         for param in model.parameters():
             if param.requires_grad and param.ndim >= 2:
@@ -198,7 +209,7 @@ def _sharpen(model, gain):
                 param.add_(torch.randn_like(param), alpha=0.1)
 
 
-def negative_log_likelihood(logits, targets):
-    """Return -log p(target) in float64, one number for each target that is not -100."""
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p(target) in float64, one value per target that is not -100."""
     valid = targets != -100
     return -F.log_softmax(logits.double(), dim=-1)[valid].gather(1, targets[valid][:, None])[:, 0]

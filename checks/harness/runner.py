@@ -1,10 +1,11 @@
-"""Runs checks over one architecture, and turns whatever happens into a line: pass, fail or skip."""
+"""Runs checks over one architecture, and turns each outcome into one line: pass, fail or skip."""
 
 import inspect
 import re
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,13 @@ from model import BaseModel, get_model_and_args
 from utils.errors import UserError
 
 BUILDS = "contract.builds"  # the check that comes before all others: the file imports, and a tiny model runs
+Check = Callable[[ModelUnderTest], None]
 MODEL_FOLDER = Path(inspect.getfile(BaseModel)).parent
 
 
 @dataclass
 class Result:
-    """What one check says. status: "pass", "fail" or "skip"; detail: what was seen, or why it was left out."""
+    """The outcome of one check. status: "pass", "fail" or "skip"; detail: what was seen, or why it was left out."""
 
     check: str
     status: str
@@ -30,34 +32,39 @@ class Result:
     seconds: float = 0.0
 
 
-def run_checks(subject, names=None, tell=lambda result: None):
-    """Return the `Result` of each check in `names` (default: all), in order; `tell` hears of each as it comes."""
+def run_checks(
+    tested: ModelUnderTest, names: Iterable[str] | None = None, report: Callable[[Result], object] = lambda result: None
+) -> list[Result]:
+    """Return the `Result` of each check in `names` (default: all), in order; `report` is called with each as it
+    comes."""
     results = []
     for name in names or CHECKS:
-        results.append(run_check(subject, name))
-        tell(results[-1])
+        results.append(run_check(tested, name))
+        if report is not None:
+            report(results[-1])
     return results
 
 
-def run_check(subject, name):
+def run_check(tested: ModelUnderTest, name: str) -> Result:
     """Run one check from a fixed seed, and return its `Result`."""
     started, check = time.perf_counter(), CHECKS[name]
     with _undisturbed():
+        causes: list[str]
         try:
-            check(subject)
+            check(tested)
             status, detail, causes = "pass", "", []
         except NotApplicable as reason:
             status, detail, causes = "skip", str(reason), []
         except CheckFailed as failure:
             status, detail, causes = "fail", str(failure), [*failure.causes, *usual_causes(check)]
         except Exception as error:
-            status, detail, causes = "fail", crash_text(error, subject.Model), usual_causes(check)
+            status, detail, causes = "fail", crash_text(error, tested.Model), usual_causes(check)
     return Result(name, status, detail, causes, time.perf_counter() - started)
 
 
 @contextmanager
-def _undisturbed():
-    """One thread (tiny matrices gain nothing by a second, and wait for it), a fixed seed, no warnings; all put back."""
+def _undisturbed() -> Iterator[None]:
+    """One thread (a second one slows tiny matrices down), a fixed seed, no warnings; all restored at the end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -69,44 +76,46 @@ def _undisturbed():
         torch.set_num_threads(threads)
 
 
-def open_subject(name, switches=None):
-    """Return (ModelUnderTest or None, Result of `contract.builds`): None when the file does not import or no tiny model runs.
+def open_registered(name: str, switches: dict | None = None) -> tuple[ModelUnderTest | None, Result]:
+    """Return (the model under test, Result of `contract.builds`): None when its file fails to import or to run.
 
-    switches: argument values taken over from a real run. Raises the `ModelError` of a name that nobody has.
+    switches: argument values taken over from a real run. Raises `ModelError` when no model has that name.
     """
     try:
-        classes = get_model_and_args(name)
+        Model, ModelArgs = get_model_and_args(name)
     except Exception as error:
         if str(error).startswith("unknown model"):
             raise
         return None, Result(BUILDS, "fail", import_text(str(error)))
-    return open_subject_of(*classes, switches)
+    return open_classes(Model, ModelArgs, switches)
 
 
-def open_subject_of(Model, ModelArgs, switches=None):
+def open_classes(
+    Model: type[BaseModel], ModelArgs: type, switches: dict | None = None
+) -> tuple[ModelUnderTest | None, Result]:
     """The same for the classes of an architecture that is not registered."""
     started = time.perf_counter()
     with _undisturbed():
         try:
-            subject, status, detail = ModelUnderTest.of(Model, ModelArgs, switches), "pass", ""
+            tested, status, detail = ModelUnderTest.of(Model, ModelArgs, switches), "pass", ""
         except Exception as error:
-            subject, status, detail = None, "fail", crash_text(error, Model)
-    return subject, Result(BUILDS, status, detail, [], time.perf_counter() - started)
+            tested, status, detail = None, "fail", crash_text(error, Model)
+    return tested, Result(BUILDS, status, detail, [], time.perf_counter() - started)
 
 
-def first_sentence(check):
+def first_sentence(check: Check) -> str:
     """Return what a check proves, in one line."""
-    return inspect.getdoc(check).split("\n\n")[0].replace("\n", " ")
+    return (inspect.getdoc(check) or "").split("\n\n")[0].replace("\n", " ")
 
 
-def usual_causes(check):
+def usual_causes(check: Check) -> list[str]:
     """Return the causes that a check's docstring lists, in order."""
     found = re.search(r"Causes:(.*)", inspect.getdoc(check) or "", re.DOTALL)
     return [" ".join(cause.split()).rstrip(".") for cause in found[1].split(";")] if found else []
 
 
-def crash_text(error, Model):
-    """Say where in the author's file an error arose: "model/mynet.py:41 in forward: RuntimeError: ..."."""
+def crash_text(error: BaseException, Model: type) -> str:
+    """Return where in the author's file an error arose: "model/mynet.py:41 in forward: RuntimeError: ..."."""
     message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     own = Path(inspect.getfile(Model))
     frames = traceback.extract_tb(error.__traceback__)
@@ -119,8 +128,8 @@ def crash_text(error, Model):
     return f"{_short(own)}:{line} in class {Model.__name__}: {message}{inside}"
 
 
-def import_text(message):
-    """Shorten discovery's report of a file that cannot be used to one line with the file's own line."""
+def import_text(message: str) -> str:
+    """Shorten discovery's report of an unusable file to one line with the file's own line."""
     first, *rest = message.strip().splitlines()
     lines = [re.search(r'File "(.*?)", line (\d+)', line) for line in rest]
     places = [(Path(m[1]), m[2]) for m in lines if m]
@@ -129,15 +138,15 @@ def import_text(message):
     return f"{file}:{place}: {rest[-1].strip()}" if place else first
 
 
-def _short(path):
+def _short(path: str | Path) -> str:
     path = Path(path)
     return f"{path.parent.name}/{path.name}"
 
 
-def refuse_unless_right(name, switches=None):
+def refuse_unless_right(name: str, switches: dict | None = None) -> None:
     """Run the fast checks on the architecture called `name`; `UserError` with the first failure when one fails."""
-    subject, built = open_subject(name, switches)
-    results = [built] if subject is None else run_checks(subject, FAST)
+    tested, built = open_registered(name, switches)
+    results = [built] if tested is None else run_checks(tested, FAST)
     failed = [r for r in results if r.status == "fail"]
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""

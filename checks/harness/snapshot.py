@@ -1,12 +1,14 @@
 """What a module holds besides its parameters, in a form that can be compared later."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SKIPPED = {"_parameters", "_buffers", "_modules", "training"}
 
 
-def snapshot(model):
+def snapshot(model: nn.Module) -> dict[str, Any]:
     """Return {"module.attribute": a comparable value} for every attribute of every submodule."""
     out = {}
     for name, module in model.named_modules():
@@ -18,14 +20,14 @@ def snapshot(model):
     return out
 
 
-def differences(before, after):
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Return the attributes that appeared, vanished or changed."""
     names = sorted(before.keys() | after.keys())
     return [name for name in names if name not in before or name not in after or not _same(before[name], after[name])]
 
 
-def _value(value, depth):
-    if isinstance(value, torch.Tensor):
+def _value(value: Any, depth: int) -> Any:
+    if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):
         return value
@@ -42,10 +44,10 @@ def _value(value, depth):
     return id(value)
 
 
-def _same(one, other):
+def _same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
-    if isinstance(one, torch.Tensor):
+    if isinstance(one, Tensor):
         return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)

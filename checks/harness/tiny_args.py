@@ -1,11 +1,16 @@
-"""How small can an architecture be made? Args that run in milliseconds, from any args dataclass.
+"""Small args for any args dataclass, so that its model runs in milliseconds.
 
-The author may say it (`ModelArgs.tiny()`); else the usual names get small values, as many of them as the class accepts.
+The author may define them (`ModelArgs.tiny()`); otherwise the usual field names get small values, as many of them as
+the class accepts.
 """
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+
+from model.basemodel import BaseModel, BaseModelArgs
 
 # Uneven where a mix-up of two sizes should show. A value is only ever lowered: what the author switched off (0, None)
 # or set to one stays as it is.
@@ -31,8 +36,8 @@ SMALL = {
 RAISED = ("n_expert_groups", "n_limited_groups")  # one group, the usual default, would leave their choice untried
 
 
-def tiny_args(Model, ModelArgs, switches=None):
-    """Return (args, warning): small args that `Model` builds and runs with; the warning is "" or says what stayed big.
+def tiny_args(Model: type[BaseModel], ModelArgs: type, switches: dict | None = None) -> tuple[BaseModelArgs, str]:
+    """Return (args, warning): small args that `Model` builds and runs with; the warning is "" or names what stayed big.
 
     switches: values to keep from a real run. Raises the author's own error when no size works.
     """
@@ -57,7 +62,7 @@ def tiny_args(Model, ModelArgs, switches=None):
     )
 
 
-def small_values(ModelArgs):
+def small_values(ModelArgs: type) -> dict[str, Any]:
     """Return {name: small value} for the fields of `ModelArgs` that have one of the usual names."""
     default = ModelArgs()
     out = {}
@@ -70,10 +75,10 @@ def small_values(ModelArgs):
     return out | _fewer_layer_types(default, out)
 
 
-def _fewer_layer_types(default, small):
-    """A list with one entry a layer is cut to a few entries that still hold every kind."""
+def _fewer_layer_types(default: BaseModelArgs, small: dict[str, Any]) -> dict[str, Any]:
+    """A list with one entry per layer is cut to a few entries that still hold every kind."""
     depth = next((getattr(default, name) for name in LAYERS if hasattr(default, name)), 0)
-    out = {}
+    out: dict[str, Any] = {}
     for field in dataclasses.fields(default):
         value = getattr(default, field.name)
         given = field.default is not None and field.init
@@ -86,7 +91,7 @@ def _fewer_layer_types(default, small):
     return out
 
 
-def _largest_that_works(Model, ModelArgs, small, switches):
+def _largest_that_works(Model: type[BaseModel], ModelArgs: type, small: dict, switches: dict) -> dict[str, Any] | None:
     """Return as many of the `small` values as work together, taken one after another; None when nothing works."""
     depth = [name for name in small if name in LAYERS or isinstance(small[name], (list, tuple))]
     sizes = ["vocab_size", "max_seq_len"]
@@ -99,7 +104,7 @@ def _largest_that_works(Model, ModelArgs, small, switches):
     return {name: small[name] for name in start if name in small}
 
 
-def _works(Model, ModelArgs, small, names, switches):
+def _works(Model: type[BaseModel], ModelArgs: type, small: dict, names: Iterable[str], switches: dict) -> bool:
     try:
         _try(Model, ModelArgs(**{name: small[name] for name in names if name in small} | switches))
         return True
@@ -108,5 +113,5 @@ def _works(Model, ModelArgs, small, names, switches):
 
 
 @torch.no_grad()
-def _try(Model, args):
+def _try(Model: type[BaseModel], args: BaseModelArgs) -> None:
     Model(args).eval()(torch.zeros(2, 5, dtype=torch.long))

@@ -1,9 +1,19 @@
 """The few optimizer steps that some checks take, the hooks called as the trainer calls them."""
 
+from collections.abc import Callable, Sequence
+
 import torch
+from torch import Tensor
+
+from model.basemodel import BaseModel
 
 
-def train_steps(model, batches, lr, after_backward=None):
+def train_steps(
+    model: BaseModel,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    lr: float,
+    after_backward: Callable[[int], None] | None = None,
+) -> list[float]:
     """Take one AdamW step on the total loss of each (input_ids, targets) of `batches`; return the losses as floats.
 
     The optimizer gets what `param_groups` lists. after_backward: called with the step's number before each step.

@@ -164,7 +164,7 @@ class EmbedsTheTargets(RightModel):
         return x if targets is None else x + 0.1 * self.tok_embed(targets.clamp(min=0))
 
 
-@plant("rows.alone_equals_batch")
+@plant("batch.alone_equals_batch")
 class NormalisesTheBatch(RightModel):
     class FFN(FeedForward):
         def __init__(self, args):
@@ -175,7 +175,7 @@ class NormalisesTheBatch(RightModel):
             return self.down_proj(self.batch_norm(self.up_proj(x).flatten(0, 1)).view(*x.shape[:2], -1).relu())
 
 
-@plant("rows.alone_equals_batch")
+@plant("batch.alone_equals_batch")
 class ExpertsHaveACapacity(MixtureModel):
     """Beyond its capacity, filled in the order of the batch, an expert passes its tokens on to the next."""
 
@@ -187,13 +187,13 @@ class ExpertsHaveACapacity(MixtureModel):
             return torch.where(full, (chosen + 1) % self.args.n_routed_experts, chosen)
 
 
-@plant("rows.order_does_not_matter")
+@plant("batch.order_does_not_matter")
 class AddsTheRowNumber(RightModel):
     def head(self, x, state):
         return super().head(x + 0.1 * torch.arange(len(x))[:, None, None], state)
 
 
-@plant("rows.alone_equals_batch")
+@plant("batch.alone_equals_batch")
 class SwapsRowsAndTime(RightModel):
     """`view` where a transpose was meant: with one row nothing is wrong."""
 

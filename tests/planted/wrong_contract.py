@@ -160,6 +160,37 @@ class DropsTokensInTraining(MixtureModel):
             return weights * (torch.arange(len(weights)) % 3 > 0)[:, None] if self.training else weights
 
 
+@plant("contract.after_step_moves_buffers_only")
+class ClipsItsHeadAfterTheStep(RightModel):
+    def after_step(self, other_vars):
+        self.lm_head.weight.data.clamp_(-0.1, 0.1)
+
+
+@plant("contract.after_step_moves_buffers_only")
+class CountsItsSteps(RightModel):
+    steps = 0
+
+    def after_step(self, other_vars):
+        self.steps += 1
+
+
+@plant("contract.after_step_moves_buffers_only")
+class MovesABufferThatIsNotSaved(RightModel):
+    def make_more(self):
+        self.register_buffer("mean_loss", torch.zeros(()), persistent=False)
+
+    def after_step(self, other_vars):
+        self.mean_loss.lerp_(other_vars["loss/ce"].detach(), 0.1)
+
+
+@plant("contract.after_step_moves_buffers_only")
+class HalvesTheTypeOfItsBuffer(MixtureModel):
+    def after_step(self, other_vars):
+        super().after_step(other_vars)
+        for layer in self.layers:
+            layer.ffn.routing_bias = layer.ffn.routing_bias.half()
+
+
 @dataclass
 class UnbuildableModelArgs(RightModelArgs):
     def __post_init__(self):

@@ -101,7 +101,7 @@ class BackwardIsTwiceTooLarge(RightModel):
             return _Double.apply(super().forward(x))
 
 
-@plant("gradients.norms_a_layer")
+@plant("gradients.norms_per_layer")
 class AddsTheStreamTwice(RightModel):
     class Block(Block):
         def forward(self, x, positions, state, doc_ids):
@@ -109,7 +109,7 @@ class AddsTheStreamTwice(RightModel):
             return (x + self.ffn(self.ffn_norm(x)),)
 
 
-@plant("gradients.norms_a_layer")
+@plant("gradients.norms_per_layer")
 class HasNoResidual(RightModel):
     class Block(Block):
         def forward(self, x, positions, state, doc_ids):
@@ -117,7 +117,7 @@ class HasNoResidual(RightModel):
             return (self.ffn(x),)
 
 
-@plant("gradients.norms_a_layer")
+@plant("gradients.norms_per_layer")
 class WeightsStartTooLarge(RightModel):
     class Block(Block):
         def forward(self, x, positions, state, doc_ids):  # and no norm that would catch it

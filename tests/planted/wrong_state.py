@@ -5,7 +5,7 @@ from torch import nn
 
 from .right import Attention, FeedForward, RightModel, plant
 
-CHUNKS, ROWS = "state.chunks_equal_full_forward", "state.rows_at_their_own_positions"
+CHUNKS, ROWS = "state.chunks_equal_full_forward", "state.sequences_at_their_own_positions"
 
 
 @plant(CHUNKS)
@@ -160,7 +160,7 @@ class HidesItsStateElsewhere(RightModel):
             return out
 
 
-@plant("state.rows_can_be_reordered")
+@plant("state.sequences_can_be_reordered")
 class BatchIsTheSecondDimension(RightModel):
     class Attention(Attention):
         def append(self, state, name, new, positions):
