@@ -194,7 +194,9 @@ def _sizes_per_layer(model: BaseModel, ids: Tensor) -> dict[str, list[float]]:
 def _flat(out: Any) -> Iterable:
     if isinstance(out, dict):
         return out.values()
-    return out if isinstance(out, (tuple, list)) else [out]
+    if isinstance(out, (tuple, list)):
+        return out
+    return [out]
 
 
 def _deep(tested: ModelUnderTest) -> BaseModel:

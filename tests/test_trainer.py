@@ -393,9 +393,17 @@ def test_bf16_trains_fp32_weights(world):
 
 
 def test_tied_weights_train_and_resume(world, monkeypatch):
-    stop_after(world, monkeypatch, 3, model_fields={"tied": True})
-    world.run(model_fields={"tied": True})
+    tied = {"tied": True}
+    uninterrupted = world.run(model_fields=tied, output_path=str(world.path / "uninterrupted"))
+    expected = world.weights()
+    stop_after(world, monkeypatch, 3, model_fields=tied)
+    resumed = world.run(model_fields=tied)
+    assert losses(resumed) == losses(uninterrupted) and same(world.weights(), expected)
     assert world.model.lm_head.weight is world.model.tok_embed.weight
+    saved = load_file(os.path.join(resumed["run"], "final", "model.safetensors"))
+    assert torch.equal(saved["tok_embed.weight"], expected["lm_head.weight"])
+    torch.manual_seed(1337)
+    assert not torch.equal(type(world.model)(world.model.args).lm_head.weight, expected["lm_head.weight"])
 
 
 def test_a_model_without_doc_ids(world):

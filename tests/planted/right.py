@@ -38,6 +38,7 @@ def plant(caught_by, ModelArgs=None):
     """Register a model with one bug, and the check that must catch it."""
 
     def register(Model):
+        assert Model.__name__ not in WRONG, f"two models are called {Model.__name__}"
         WRONG[Model.__name__] = (Model, ModelArgs or Model.Args, caught_by)
         return Model
 
@@ -46,6 +47,7 @@ def plant(caught_by, ModelArgs=None):
 
 def unusual(Model):
     """Register a model that is right and must pass every check."""
+    assert Model.__name__ not in UNUSUAL, f"two models are called {Model.__name__}"
     UNUSUAL[Model.__name__] = (Model, Model.Args)
     return Model
 
