@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them:  bash run_tests.sh [--all] [PYTEST ARGUMENTS]
-#
+# Installs what the tests need, then runs the linter, the type checker and the tests:
+#     bash run_tests.sh [--all] [PYTEST ARGUMENTS]
 # Without --all the slow tests are left out. PYTHON=... chooses the interpreter that .venv is made with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -48,7 +48,15 @@ install_packages() {
     fi
 }
 
+# Fast, and before everything else: a mistake that they find makes the tests a waste of time.
+check_source() {
+    "$python" -m ruff check --quiet . || die "ruff check: see above; $python -m ruff check --fix . repairs some of it"
+    "$python" -m ruff format --quiet --check . || die "not formatted: $python -m ruff format . does it"
+    "$python" -m mypy --no-error-summary || die "mypy: see above"
+}
+
 make_venv test
+check_source
 install_packages
 export PYTHONUTF8=1
 status=0

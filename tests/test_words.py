@@ -7,8 +7,6 @@ import pytest
 from tests.support.paths import ROOT, name_of, source_files
 
 UNIT = r"(?:row|sequence|token|step|nat|bit|second|byte|megabyte|flop|character|example|weight)s?"
-    r"rows?|sequences?|tokens?|steps?|nats?|bits?|seconds?|bytes?|megabytes|flops|flop|characters?|examples?|weights?"
-)
 WHOLE = r"(?:step|row|token|second|layer|character|model|prompt|run|file|process|sequence|expert|parameter)s?"
 
 # {what to write instead: a regular expression, which ignores case}. There is no list of exceptions.
