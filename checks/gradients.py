@@ -138,7 +138,7 @@ def _slope(
         rounding = 4e-6 * max(1.0, abs(base)) / step
         curvature = abs(values[0] + values[1] - 2 * base) / (2 * step)
         slopes.append(slope)
-        # Three steps of different size that agree, on a stretch that is nearly straight: this is the slope.
+        # Three steps of different size that agree, on a segment that is nearly straight: this is the slope.
         if curvature < 0.3 * abs(slope) + rounding and len(slopes) > 2:
             if all(abs(s - slope) < 0.03 * abs(slope) + rounding for s in slopes[-3:-1]):
                 return slope, rounding

@@ -52,7 +52,7 @@ NAMES_ALLOWED = (
     "run_demo.sh",
 )
 
-# What has bitten others: code hidden in data, markup hidden in text, errors hidden from everybody.
+# What has bitten others: code hidden in data, markup hidden in text, errors hidden from the user.
 FORBIDDEN = {
     "a pickle that runs code": r"weights_only\s*=\s*False|allow_pickle\s*=\s*True|\bpickle\.loads?\(|\bjoblib\.load",
     "YAML that builds any object": r"\byaml\.(load|unsafe_load|full_load)\(",
@@ -60,7 +60,7 @@ FORBIDDEN = {
     "a model's own code": r"trust_remote_code\s*=\s*True",
     "a shell made of strings": r"\bos\.system\(|\bos\.popen\(|shell\s*=\s*True",
     "text run as code": r"(?<![\w.])(eval|exec)\(",
-    "an error nobody sees": r"^\s*except\s*:",
+    "a hidden error": r"^\s*except\s*:",
 }
 
 

@@ -23,7 +23,7 @@ OLD_WORDS = {
     "middleware": r"\bdoors?\b",
     "segments": r"\bstretch(?:es)?\b",
     "MoE": r"\bthe mixture\b(?! of)|\bmixtures?\b(?! of)|\bMixture(?:Model|OfExperts)?\b",
-    "CPU": r"(?<!post[-_ ])(?<!post-)(?<!pre)(?<!Logits)\bprocessors?\b",
+    "CPU": r"(?<!platform\.)(?<![\w-])(?<!Logits )(?<!tokenizer )processors?\b(?![\"(])",
     "strip_control_chars": r"\bharmless\b",
     "interleave": r"\bwoven\b",
     "uninterrupted": r"\bin peace\b",

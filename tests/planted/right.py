@@ -26,7 +26,7 @@ class RightModelArgs(BaseModelArgs):
 
 
 @dataclass
-class MixtureModelArgs(RightModelArgs):
+class MoEModelArgs(RightModelArgs):
     moe_inter_dim: int = 20
     n_routed_experts: int = 6
     n_activated_experts: int = 2
@@ -111,7 +111,7 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.up_proj(x)))
 
 
-class Mixture(nn.Module):
+class MoE(nn.Module):
     """Sigmoid-routed experts in a plain loop, with a routing bias and a balance loss."""
 
     def __init__(self, args):
@@ -160,7 +160,7 @@ class Mixture(nn.Module):
 
 
 class Block(nn.Module):
-    """Returns the stream and, from a mixture, its load and balance loss."""
+    """Returns the stream and, from an MoE layer, its load and balance loss."""
 
     def __init__(self, model, args, layer):
         super().__init__()
@@ -226,8 +226,8 @@ class RightModel(BaseModel):
         return total / (targets != -100).sum().clamp(min=1)
 
 
-class MixtureModel(RightModel):
-    Args, FFN = MixtureModelArgs, Mixture
+class MoEModel(RightModel):
+    Args, FFN = MoEModelArgs, MoE
 
     def after_step(self, other_vars):
         for layer, load in zip(self.layers, other_vars["moe/load"]):

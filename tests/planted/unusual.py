@@ -13,9 +13,9 @@ from .right import (
     Attention,
     Block,
     FeedForward,
-    Mixture,
-    MixtureModel,
-    MixtureModelArgs,
+    MoE,
+    MoEModel,
+    MoEModelArgs,
     RightModel,
     RightModelArgs,
     unusual,
@@ -23,7 +23,7 @@ from .right import (
 from .wrong_state import CarriesAMean
 
 unusual(RightModel)
-unusual(MixtureModel)
+unusual(MoEModel)
 
 
 @unusual
@@ -159,17 +159,17 @@ class TrainsWithDropout(RightModel):
 
 
 @dataclass
-class OneExpertModelArgs(MixtureModelArgs):
+class OneExpertModelArgs(MoEModelArgs):
     n_activated_experts: int = 1
 
 
 @unusual
-class OneExpert(MixtureModel):
+class OneExpert(MoEModel):
     """Switch's: one active expert by a softmax, its weight not normalised, no routing bias, a ModuleList of experts."""
 
     Args = OneExpertModelArgs
 
-    class FFN(Mixture):
+    class FFN(MoE):
         def __init__(self, args):
             super().__init__(args)
             del self.routing_bias, self.up_proj, self.down_proj

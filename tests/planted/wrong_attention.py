@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .right import Attention, Block, FeedForward, Mixture, MixtureModel, RightModel, plant
+from .right import Attention, Block, FeedForward, MoE, MoEModel, RightModel, plant
 
 LATER = "causality.later_tokens_change_nothing"
 
@@ -120,8 +120,8 @@ class RollsAround(RightModel):
 
 
 @plant(LATER)
-class ExpertsChooseTokens(MixtureModel):
-    class FFN(Mixture):
+class ExpertsChooseTokens(MoEModel):
+    class FFN(MoE):
         def choose(self, scores):  # each expert takes its best tokens of the row; the rest falls to expert 0
             keep = torch.zeros_like(scores).scatter(0, scores.topk(max(1, len(scores) // 4), dim=0).indices, 1.0)
             return (scores + 10 * keep).topk(self.args.n_activated_experts, dim=-1).indices
@@ -176,10 +176,10 @@ class NormalisesTheBatch(RightModel):
 
 
 @plant("batch.alone_equals_batch")
-class ExpertsHaveACapacity(MixtureModel):
+class ExpertsHaveACapacity(MoEModel):
     """Beyond its capacity, filled in the order of the batch, an expert passes its tokens on to the next."""
 
-    class FFN(Mixture):
+    class FFN(MoE):
         def choose(self, scores):
             chosen = super().choose(scores)
             place = torch.nn.functional.one_hot(chosen[:, 0], self.args.n_routed_experts).cumsum(dim=0)

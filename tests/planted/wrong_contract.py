@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .right import Attention, FeedForward, Mixture, MixtureModel, RightModel, RightModelArgs, plant
+from .right import Attention, FeedForward, MoE, MoEModel, RightModel, RightModelArgs, plant
 
 
 class Overridden(RightModel):
@@ -54,8 +54,8 @@ class DropoutInEval(RightModel):
 
 
 @plant("contract.eval_is_deterministic")
-class NoisyRouter(MixtureModel):
-    class FFN(Mixture):
+class NoisyRouter(MoEModel):
+    class FFN(MoE):
         def choose(self, scores):
             return super().choose(scores + 0.1 * torch.randn_like(scores))
 
@@ -76,8 +76,8 @@ class WritesToTheTargets(Overridden):
 
 
 @plant("contract.nothing_is_modified")
-class CountsTokensInForward(MixtureModel):
-    class FFN(Mixture):
+class CountsTokensInForward(MoEModel):
+    class FFN(MoE):
         def count(self, chosen, scores):
             self.routing_bias += 1e-3 * torch.bincount(chosen.flatten(), minlength=6)
             return super().count(chosen, scores)
@@ -108,8 +108,8 @@ class KeepsItsMask(RightModel):
 
 
 @plant("contract.nothing_is_stored")
-class LeavesItsLossOnTheModule(MixtureModel):
-    class FFN(Mixture):
+class LeavesItsLossOnTheModule(MoEModel):
+    class FFN(MoE):
         def balance(self, scores, chosen):
             self.last_balance = super().balance(scores, chosen)
             return self.last_balance
@@ -153,8 +153,8 @@ class CutsTheInput(Overridden):
 
 
 @plant("contract.train_equals_eval")
-class DropsTokensInTraining(MixtureModel):
-    class FFN(Mixture):
+class DropsTokensInTraining(MoEModel):
+    class FFN(MoE):
         def weigh(self, scores, chosen):
             weights = super().weigh(scores, chosen)
             return weights * (torch.arange(len(weights)) % 3 > 0)[:, None] if self.training else weights
@@ -184,7 +184,7 @@ class MovesABufferThatIsNotSaved(RightModel):
 
 
 @plant("contract.after_step_moves_buffers_only")
-class HalvesTheTypeOfItsBuffer(MixtureModel):
+class HalvesTheTypeOfItsBuffer(MoEModel):
     def after_step(self, other_vars):
         super().after_step(other_vars)
         for layer in self.layers:

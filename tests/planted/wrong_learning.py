@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .right import Attention, Block, FeedForward, Mixture, MixtureModel, RightModel, plant
+from .right import Attention, Block, FeedForward, MoE, MoEModel, RightModel, plant
 
 LEARNS = "gradients.every_parameter_learns"
 
@@ -22,15 +22,15 @@ class DetachesKeys(RightModel):
 
 
 @plant(LEARNS)
-class RoutingBiasIsAParameter(MixtureModel):
-    class FFN(Mixture):
+class RoutingBiasIsAParameter(MoEModel):
+    class FFN(MoE):
         def make_bias(self):
             self.routing_bias = nn.Parameter(torch.zeros(self.args.n_routed_experts))
 
 
 @plant(LEARNS)
-class LastExpertIsNeverChosen(MixtureModel):
-    class FFN(Mixture):
+class LastExpertIsNeverChosen(MoEModel):
+    class FFN(MoE):
         def choose(self, scores):
             return super().choose(scores - torch.tensor([0.0] * 5 + [9.0]))
 
@@ -77,8 +77,8 @@ class DetachesTheResidual(RightModel):
 
 
 @plant("gradients.agree_with_finite_differences")
-class DetachesTheNormaliser(MixtureModel):
-    class FFN(Mixture):
+class DetachesTheNormaliser(MoEModel):
+    class FFN(MoE):
         def weigh(self, scores, chosen):
             weights = scores.gather(1, chosen)
             return weights / weights.detach().sum(dim=-1, keepdim=True)
@@ -194,7 +194,7 @@ class CountsTheTiedTableTwice(RightModel):
 
 
 @plant("counts.parameters_are_counted")
-class CountsAllExpertsAsActive(MixtureModel):
+class CountsAllExpertsAsActive(MoEModel):
     def num_params(self):
         return RightModel.num_params(self)
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .right import MixtureModel, RightModel, plant
+from .right import MoEModel, RightModel, plant
 
 MEAN, TERMS = "loss.mean_over_valid_targets", "contract.loss_is_sum_of_terms"
 
@@ -105,14 +105,14 @@ class LossForEveryToken(RightModel):
 
 
 @plant(TERMS)
-class BalanceReportedNotAdded(MixtureModel):
+class BalanceReportedNotAdded(MoEModel):
     def losses(self, logits, targets, balances, other_vars):
         loss, other_vars = super().losses(logits, targets, balances, other_vars)
         return loss - other_vars["loss/balance"], other_vars
 
 
 @plant(TERMS)
-class BalanceAddedDetached(MixtureModel):
+class BalanceAddedDetached(MoEModel):
     """The number is right, and teaches nothing."""
 
     def losses(self, logits, targets, balances, other_vars):

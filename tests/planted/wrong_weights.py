@@ -1,18 +1,18 @@
-"""What is not saved, what bf16 and the compiler break, and mixtures whose routing is wrong."""
+"""What is not saved, what bf16 and the compiler break, and MoE models whose routing is wrong."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .right import Attention, FeedForward, Mixture, MixtureModel, MixtureModelArgs, RightModel, plant
+from .right import Attention, FeedForward, MoE, MoEModel, MoEModelArgs, RightModel, plant
 
 SAVED, TIED = "persistence.saved_weights_restore_the_model", "persistence.tied_weights_stay_tied"
 
 
 @plant(SAVED)
-class RoutingBiasIsNotSaved(MixtureModel):
-    class FFN(Mixture):
+class RoutingBiasIsNotSaved(MoEModel):
+    class FFN(MoE):
         def make_bias(self):
             self.register_buffer("routing_bias", torch.zeros(self.args.n_routed_experts), persistent=False)
 
@@ -45,8 +45,8 @@ class ScheduleIsAPythonNumber(RightModel):
 
 
 @plant("persistence.buffers_keep_their_precision")
-class RoutingBiasInBf16(MixtureModel):
-    class FFN(Mixture):
+class RoutingBiasInBf16(MoEModel):
+    class FFN(MoE):
         def make_bias(self):
             self.register_buffer("routing_bias", torch.zeros(self.args.n_routed_experts, dtype=torch.bfloat16))
 
@@ -124,79 +124,79 @@ class DependsOnTheStep(RightModel):
 
 
 @plant("moe.loads_are_counted")
-class LoadsAreShares(MixtureModel):
-    class FFN(Mixture):
+class LoadsAreShares(MoEModel):
+    class FFN(MoE):
         def count(self, chosen, scores):
             return super().count(chosen, scores) / chosen.numel()
 
 
 @plant("moe.loads_are_counted")
-class LoadsCountTheBestOnly(MixtureModel):
-    class FFN(Mixture):
+class LoadsCountTheBestOnly(MoEModel):
+    class FFN(MoE):
         def count(self, chosen, scores):
             return super().count(chosen[:, :1], scores)
 
 
 @plant("moe.loads_are_true")
-class LoadsCountedWithoutTheBias(MixtureModel):
-    class FFN(Mixture):
+class LoadsCountedWithoutTheBias(MoEModel):
+    class FFN(MoE):
         def count(self, chosen, scores):
             return super().count(scores.topk(self.args.n_activated_experts, dim=-1).indices, scores)
 
 
 @plant("moe.loads_are_true")
-class LoadsInAnotherOrder(MixtureModel):
-    class FFN(Mixture):
+class LoadsInAnotherOrder(MoEModel):
+    class FFN(MoE):
         def count(self, chosen, scores):
             return super().count(chosen, scores).flip(0)
 
 
 @plant("moe.routers_have_a_task_gradient")
-class DetachesTheWeights(MixtureModel):
-    class FFN(Mixture):
+class DetachesTheWeights(MoEModel):
+    class FFN(MoE):
         def weigh(self, scores, chosen):
             return super().weigh(scores.detach(), chosen)
 
 
 @dataclass
-class OneExpertModelArgs(MixtureModelArgs):
+class OneExpertModelArgs(MoEModelArgs):
     n_activated_experts: int = 1
 
 
 @plant("moe.routers_have_a_task_gradient", OneExpertModelArgs)
-class OneWeightDividedByItself(MixtureModel):
+class OneWeightDividedByItself(MoEModel):
     pass
 
 
 @plant("moe.bias_update_evens_the_load")
-class BiasMovesTheWrongWay(MixtureModel):
-    class FFN(Mixture):
+class BiasMovesTheWrongWay(MoEModel):
+    class FFN(MoE):
         def update_bias(self, load):
             super().update_bias(-load)
 
 
 @plant("moe.bias_update_evens_the_load")
-class BiasOfTheNextLayer(MixtureModel):
+class BiasOfTheNextLayer(MoEModel):
     def after_step(self, other_vars):
         super().after_step({**other_vars, "moe/load": other_vars["moe/load"].flip(0, 1)})
 
 
 @plant("moe.bias_only_chooses")
-class BiasInTheWeights(MixtureModel):
-    class FFN(Mixture):
+class BiasInTheWeights(MoEModel):
+    class FFN(MoE):
         def weigh(self, scores, chosen):
             return super().weigh(scores + self.routing_bias, chosen)
 
 
 @plant("moe.balance_loss_evens_the_load")
-class BalanceLossHasTheWrongSign(MixtureModel):
-    class FFN(Mixture):
+class BalanceLossHasTheWrongSign(MoEModel):
+    class FFN(MoE):
         def balance(self, scores, chosen):
             return -super().balance(scores, chosen)
 
 
 @plant("moe.experts_differ")
-class ExpertsAreCopies(MixtureModel):
+class ExpertsAreCopies(MoEModel):
     def init_weights(self):
         super().init_weights()
         with torch.no_grad():
