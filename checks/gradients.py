@@ -187,7 +187,10 @@ def _sizes_per_layer(model: BaseModel, ids: Tensor) -> dict[str, list[float]]:
     if len(outputs) < 3:
         raise NotApplicable("fewer than three outputs of self.layers to compare")
     loss.backward()
-    tensors = {"activations": [x.detach() for x in outputs], "gradients": [x.grad for x in outputs]}
+    tensors: dict[str, list[Tensor | None]] = {
+        "activations": [x.detach() for x in outputs],
+        "gradients": [x.grad for x in outputs],
+    }
     return {what: [0.0 if x is None else x.square().mean().sqrt().item() for x in xs] for what, xs in tensors.items()}
 
 
