@@ -126,6 +126,11 @@ def test_imports_run_one_way(path):
         assert first not in scripts or first in OURS, f"{name_of(path)}:{line} imports the script {dotted}"
 
 
+def test_every_package_of_the_engine_has_a_rule():
+    packages = {package_of(path) for path in PYTHON if folder_of(path) == "engine"} - {"engine"}
+    assert packages <= MAY_IMPORT.keys()
+
+
 def test_no_two_modules_import_each_other():
     """Nor along a longer way round. Imports inside of functions count as well."""
     graph = {}
