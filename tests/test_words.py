@@ -11,7 +11,7 @@ WHOLE = r"(?:step|row|token|second|layer|character|model|prompt|run|file|process
 
 # {what to write instead: a regular expression, which ignores case}. There is no list of exceptions.
 OLD_WORDS = {
-    "per": rf"\b{UNIT} an? {WHOLE}\b",
+    "per": rf"\b{UNIT} an? {WHOLE}\b(?! (?:holds|takes)\b)",
     "any, each": r"\b(?:whoever|nobody|anybody)\b",
     "again": r"\banew\b",
     "compute, estimate": r"\breckon",
@@ -21,9 +21,9 @@ OLD_WORDS = {
     "chat runs, ChatModel": r"talkers|speaker",
     "logged, reported, given": r"\b(?:is|are|was|were) told\b",
     "middleware": r"\bdoors?\b",
-    "segments": r"\bstretch(?:es)?\b",
-    "MoE": r"\bthe mixture\b(?! of)|\bmixtures?\b(?! of)|\bMixture(?:Model|OfExperts)?\b",
-    "CPU": r"(?<!platform\.)(?<![\w-])(?<!Logits )(?<!tokenizer )processors?\b(?![\"(])",
+    "segments": r"\bstretches\b|\b(?:a|one) stretch\b",
+    "MoE": r"\bmixtures?\b(?! of)|\bMixtureModel",
+    "CPU": r"(?<!platform\.)(?<![\w-])(?<!Logits )(?<!tokenizer )(?<!izers, )processors?\b(?![\"'(.])",
     "strip_control_chars": r"\bharmless\b",
     "interleave": r"\bwoven\b",
     "uninterrupted": r"\bin peace\b",
@@ -32,7 +32,7 @@ OLD_WORDS = {
     "broadcast": r"\bone[ _]voice\b",
     "peak_memory, reset_peak_memory": r"\bmost_held\b|\bforget_most\b",
     "reshard": r"\blet_go\b",
-    "TrainStep, CheckpointManager, BadStepFilter": r"\bStepper\b|\bSaver\b|\bStepGuard\b",
+    "TrainStep, CheckpointManager, BadStepFilter": r"(?-i:\bStepper\b|\bSaver\b|\bStepGuard\b)",
     "atomic_directory, atomic_write, attach_path": r"\bwhole_folder\b",
     "compiled graph": r"\bone program after another\b|\bmakes? a program\b",
 }
