@@ -19,7 +19,7 @@ from model import list_models
 out = {}
 for name in list_models():
     model_under_test = ModelUnderTest(name)
-    model, ids = model_under_test.build(), model_under_test.tokens(rows=3)
+    model, ids = model_under_test.build(), model_under_test.tokens(batch_size=3)
     model.z_loss = 0.1
     docs = (torch.arange(ids.shape[1]) // 7).expand_as(ids)
     _, loss, other_vars = model(ids, targets=ids.roll(-1, 1), doc_ids=docs)
