@@ -36,7 +36,9 @@ SMALL = {
 RAISED = ("n_expert_groups", "n_limited_groups")  # one group, the usual default, would leave their choice untried
 
 
-def tiny_args(Model: type[BaseModel], ModelArgs: type, switches: dict | None = None) -> tuple[BaseModelArgs, str]:
+def tiny_args(
+    Model: type[BaseModel], ModelArgs: type[BaseModelArgs], switches: dict | None = None
+) -> tuple[BaseModelArgs, str]:
     """Return (args, warning): small args that `Model` builds and runs with; the warning is "" or names what stayed big.
 
     switches: values to keep from a real run. Raises the author's own error when no size works.
