@@ -30,7 +30,7 @@ def gradients(name, precision, parts=1):
     subject = ModelUnderTest(name)
     model = subject.build().train()
     step = train_step(model, precision)
-    ids = subject.tokens(rows=4)
+    ids = subject.tokens(batch_size=4)
     batches = [{"input_ids": part, "targets": part.roll(-1, 1)} for part in ids.chunk(parts)]
     values = step.gradients(batches, [1 / parts] * parts, [0] * parts, 1 / parts)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, values
@@ -54,7 +54,7 @@ def test_weights_and_gradients_come_back(name):
     model = ModelUnderTest(name).build().train()
     before = {n: (p, p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
     step = train_step(model, "bf16")
-    ids = ModelUnderTest(name).tokens(rows=2)
+    ids = ModelUnderTest(name).tokens(batch_size=2)
     step.gradients([{"input_ids": ids, "targets": ids}], [1.0], [0], 1.0)
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     with pytest.raises(RuntimeError, match="stop"), step.compute_dtype():
