@@ -56,7 +56,7 @@ class BaseModelArgs:
 class BaseModel(nn.Module):
     """Parent of every architecture. All but `forward` has a default that may be overridden."""
 
-    model_name = None  # set it in the subclass, e.g. "mini_mynet"; this is what --model_name takes
+    model_name: str | None = None  # set it in the subclass, e.g. "mini_mynet"; this is what --model_name takes
     hf_layout = None  # a `Layout` of model/hf/ where transformers has the architecture too (docs/interchange.md)
     gradients_are_exact = True  # False: not the derivative of forward on purpose, e.g. straight-through rounding
     z_loss = 0.0  # set by the trainer: the weight of the term "loss/z", see `lm_loss`
@@ -94,16 +94,15 @@ class BaseModel(nn.Module):
     def after_step(self, other_vars):
         """Called once after each optimizer step with `other_vars` averaged over micro-batches and ranks.
 
-        It may move persistent buffers, on their device, and nothing else: training does not wait for the device, calls
-        it after a step that turns out to be skipped, too, and then restores the buffers.
+        It may move persistent buffers, on their device, and nothing else: it also runs after a step that turns out to
+        be skipped, whose buffers are then restored.
         """
 
     draft = None
-    """Optional: `draft(hidden, ids, state)` -> (logits (B, T, V), hidden (B, T, D)), a guess one token further.
+    """Optional: `draft(hidden, ids, state)` -> (logits (B, T, V), hidden (B, T, D)), used by --speculative=draft.
 
     hidden (B, T, D): the `state.hidden` of T tokens; ids (B, T): the tokens that followed them. The logits are of the
-    token after those. `state` is a second one of `init_state`, for drafts alone. --speculative=draft uses it: the model
-    verifies a drafted token together with the token before it.
+    token after those. `state` is a second one of `init_state`, for drafts alone.
     """
 
     def init_weights(self):

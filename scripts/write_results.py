@@ -246,7 +246,7 @@ def first_token(lang: str) -> str:
     results = load("first_token")
     median = results["median_seconds"]
     words = {
-        "en": "A cold `python test.py --prompt ...` gives its first token after {:.1f} s; importing torch takes {:.1f}.",
+        "en": "A cold `python test.py --prompt ...` answers after {:.1f} s, {:.1f} of them to import torch.",
         "zh": "冷启动的 `python test.py --prompt ...` 在 {:.1f} 秒后给出第一个词元，其中导入 torch 用 {:.1f} 秒。",
     }[lang]
     return words.format(median["first_token"], median["torch"]) + "\n\n" + measured(results, lang)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import yaml
@@ -33,8 +33,9 @@ Fingerprint = dict[str, Any]  # JSON values; see run_fingerprint
 
 
 class RunSettings(Protocol):
-    """The settings of a training that decide its run directory."""
+    """The settings of a training that decide its run directory: a dataclass."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     output_path: str
     run_name: str
     model_name: str

@@ -9,13 +9,13 @@ class State:
     """What a model remembers between two calls of `forward` while it generates.
 
     pos (B,) int64: the tokens already seen by each sequence. max_len: the room in tokens. max_pos: a plain int that no
-    position exceeds, so that a layer can slice its cache without reading the device. layers: one dict per layer, and
-    model: one dict for the whole model; the model fills them with tensors as it likes. last_only: set by a caller who
-    needs the logits of the last token only. hidden: set by a model that can `draft`, the (B, T, D) its head has read.
+    position exceeds, to slice a cache without reading the device. layers: one dict per layer, model: one for the whole
+    model, filled with tensors as it likes. last_only: set by a caller who needs only the logits of the last token.
+    hidden: set by a model that can `draft`, the (B, T, D) its head has read.
 
-    Two rules: dim 0 of every tensor in the dicts is the batch, and sequences are independent. Two declarations, made
-    where the tensors are: `token_indexed.add(name)` says that dim 1 is the position, so that they can be rewound (see
-    `cache_append`); `empty[name] = value` that another value than 0 means "nothing seen".
+    Two rules: dim 0 of every tensor in the dicts is the batch, and sequences are independent. Declared where a tensor
+    is made: `token_indexed.add(name)`, dim 1 is the position (see `cache_append`), so it can be rewound;
+    `empty[name] = value`, another value than 0 means "nothing seen".
     """
 
     def __init__(self, pos, max_len, layers, max_pos=0, last_only=False, model=None):
@@ -76,7 +76,6 @@ class State:
                 mine[name][index] = tensor
 
     def _map(self, function):
-        """Return a state whose `pos` and tensors are those of `function`."""
         held = [*self.layers, self.model]
         *layers, model = [{name: function(tensor) for name, tensor in tensors.items()} for tensors in held]
         other = State(function(self.pos), self.max_len, layers, self.max_pos, self.last_only, model)
