@@ -1,4 +1,4 @@
-"""Counts the lines that a learner reads for one architecture: python scripts/reading_length.py mini_deepseekv3
+"""Counts the lines that a learner reads for one architecture: python scripts/reading_length.py MODEL
 
 The architecture's file and all that it imports from model/, followed to the end; without the faster forms
 (model/kernels/), the tables of published names (model/hf/) and files that only re-export names.
@@ -56,7 +56,7 @@ def reading_list(first: Path) -> dict[Path, int]:
 
 def main() -> None:
     if len(sys.argv) != 2:
-        raise UserError("name one architecture: python scripts/reading_length.py mini_llama3")
+        raise UserError("name one architecture: python scripts/reading_length.py MODEL")
     lines = reading_list(Path(model_file(sys.argv[1])))
     for path, count in lines.items():
         print(f"{count:6}  {path.relative_to(ROOT)}")

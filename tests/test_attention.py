@@ -34,7 +34,7 @@ def both_ways_mask(tokens=7):
 
 
 def short_mask(tokens=7):
-    """The last two keys are seen by nobody, and later queries see fewer keys than the first."""
+    """No query sees the last two keys, and later queries see fewer keys than the first."""
     return both_ways_mask(tokens).flip(2) & (torch.arange(tokens) < tokens - 2)
 
 

@@ -91,8 +91,8 @@ def test_ids_of_hostile_texts_equal_those_of_the_template_part_by_part(tokenizer
 
 
 def test_role_markers_in_a_text_stay_text(tokenizer):
-    harmless, _ = encode_chat(tokenizer, conversation("a", "b"))
-    count = sum(token < N_SPECIAL for token in harmless)
+    plain, _ = encode_chat(tokenizer, conversation("a", "b"))
+    count = sum(token < N_SPECIAL for token in plain)
     for text in HOSTILE:
         ids, mask = encode_chat(tokenizer, conversation(text, text))
         assert sum(token < N_SPECIAL for token in ids) == count

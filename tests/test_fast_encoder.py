@@ -76,7 +76,7 @@ OTHERS = {
     "an added token": added,
 }
 # Changes without an effect on cleaned text: the fast encoder may be used, with the same ids.
-HARMLESS = {
+SAME_IDS = {
     "nothing": lambda data: None,
     "unk": at("model", "unk_token", value="<unk>"),
     "NFC": at("normalizer", value={"type": "NFC"}),
@@ -108,9 +108,9 @@ def same(tokenizer, texts):
         assert ids[start : start + length].tolist() == [tokenizer.bos_id, *one, tokenizer.eos_id]
 
 
-@pytest.mark.parametrize("name", HARMLESS)
+@pytest.mark.parametrize("name", SAME_IDS)
 def test_where_it_is_used_the_ids_are_equal(tokenizer, tmp_path, name):
-    other = altered(tokenizer, tmp_path, HARMLESS[name])
+    other = altered(tokenizer, tmp_path, SAME_IDS[name])
     assert choose_encoder(other, "auto", SENTENCES)[0] == FAST
     same(other, [text for text in map(clean_text, [*HOSTILE, *SENTENCES]) if text])
 

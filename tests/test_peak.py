@@ -83,5 +83,5 @@ def test_mfu_and_bits_a_character_of_a_run(world, capsys):
         nats += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum"
         ).item()
-        characters += int((batch["targets"] >= 16).sum())  # a byte a token; the ids below are special
+        characters += int((batch["targets"] >= 16).sum())  # one byte is one token; the ids below are special
     assert first["bpc"] == pytest.approx(nats / math.log(2) / characters, rel=1e-5)

@@ -201,7 +201,7 @@ def test_no_error_prone_call(what):
 @pytest.mark.parametrize("path", [p for p in PYTHON if folder_of(p) != "tests"], ids=name_of)
 def test_files_are_small_and_open_with_a_sentence(path):
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 400, "a file holds one idea: split it"
+    assert text.count("\n") <= 500, "a file holds one idea: split it"
     assert not text.strip() or ast.get_docstring(ast.parse(text)), "say in one sentence what the file is for"
 
 

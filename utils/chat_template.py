@@ -6,12 +6,9 @@ Both give the same ids for the same messages. Only the code is safe for text tha
 contents with special tokens switched off, while in a rendered template such text becomes a special token.
 """
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from utils.errors import UserError
-
-if TYPE_CHECKING:  # utils.tokenizer imports this module
-    from utils.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]  # {"role", "content"}
 
@@ -30,8 +27,25 @@ CHAT_TEMPLATE = (
 )
 
 
+class ChatTokenizer(Protocol):
+    """What the template needs of a tokenizer; `utils.tokenizer.Tokenizer` has it."""
+
+    @property
+    def bos_id(self) -> int: ...
+
+    @property
+    def im_start_id(self) -> int: ...
+
+    @property
+    def im_end_id(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+
 def encode_chat(
-    tokenizer: "Tokenizer", messages: Messages, add_generation_prompt: bool = False
+    tokenizer: ChatTokenizer, messages: Messages, add_generation_prompt: bool = False
 ) -> tuple[list[int], list[int]]:
     """Ids of a conversation and a mask of the same length, 1 for tokens of the assistant.
 
@@ -46,7 +60,7 @@ def encode_chat(
     return _assemble(tokenizer, messages, tokenizer.encode_batch(texts), add_generation_prompt)
 
 
-def encode_chats(tokenizer: "Tokenizer", conversations: list[Messages]) -> list[tuple[list[int], list[int]]]:
+def encode_chats(tokenizer: ChatTokenizer, conversations: list[Messages]) -> list[tuple[list[int], list[int]]]:
     """`encode_chat` of many conversations at once, on all cores."""
     texts = [text for messages in conversations for m in messages for text in (m["role"] + "\n", m["content"].strip())]
     encoded = tokenizer.encode_batch(texts)
@@ -60,7 +74,7 @@ def encode_chats(tokenizer: "Tokenizer", conversations: list[Messages]) -> list[
 
 
 def _assemble(
-    tokenizer: "Tokenizer", messages: Messages, encoded: list[list[int]], add_generation_prompt: bool
+    tokenizer: ChatTokenizer, messages: Messages, encoded: list[list[int]], add_generation_prompt: bool
 ) -> tuple[list[int], list[int]]:
     """Ids and mask; encoded: the ids of the role and of the content of each message in turn."""
     newline = tokenizer.encode("\n")

@@ -103,7 +103,7 @@ def _openmp(compiler):
 
 
 def _private_folder():
-    """Return the folder of the libraries: nobody but the user may write there, since they are executed."""
+    """Return the folder of the libraries: only the user may write there, since they are executed."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini_llm"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
