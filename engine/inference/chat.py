@@ -26,6 +26,7 @@ from model.basemodel import BaseModel
 from model.kernels.prepare import prepare_for_decoding
 from utils.chat_template import encode_chat
 from utils.errors import UserError
+from utils.log import warn
 from utils.tokenizer import Tokenizer
 
 BASE = "pretrain"  # the stage of base models, which have seen no conversation
@@ -68,6 +69,8 @@ def open_chat_model(
         check_speculative(loaded.model, speculative)
     if precision != "fp32":
         check_dtypes(loaded.model, precision)
+    if compile and not loaded.model.accepts("state"):
+        warn("--compile does nothing here: this model keeps no state, so it has no decode step to compile")
     decode_step = prepare_for_decoding(loaded.model, precision, compile, slots)
     return ChatModel(loaded, decode_step, speculative, slots, max_queue)
 

@@ -9,7 +9,7 @@ from engine.data.loader import collate, to_device
 from engine.data.sequences import Sequences
 from engine.distributed import process_group
 from engine.planning import memory
-from engine.runs.checkpoint import TrainOptimizer
+from engine.runs.protocols import TrainOptimizer
 from utils.errors import UserError
 from utils.log import format_bytes, log
 

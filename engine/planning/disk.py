@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from engine.runs.checkpoint import TrainOptimizer
 from engine.runs.checkpoint_manager import RetentionSettings, checkpoint_bytes
+from engine.runs.protocols import TrainOptimizer
 from utils.atomic import folder_bytes
 from utils.errors import UserError
 from utils.log import format_bytes

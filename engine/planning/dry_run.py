@@ -14,8 +14,8 @@ from engine.distributed.fsdp import local, reshard
 from engine.planning import memory
 from engine.planning.disk import disk_free, room_for_checkpoints
 from engine.planning.mfu import HardwarePeak
-from engine.runs.checkpoint import TrainOptimizer
 from engine.runs.checkpoint_manager import checkpoint_bytes
+from engine.runs.protocols import TrainOptimizer
 from model.basemodel import BaseModel
 from utils.log import format_bytes, format_count, format_seconds, log
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from engine.distributed.fsdp import local
-from engine.runs.checkpoint import TrainOptimizer
 from engine.runs.checkpoint_manager import checkpoint_bytes
+from engine.runs.protocols import TrainOptimizer
 
 if sys.platform != "win32":
     import resource

@@ -9,9 +9,9 @@ import functools
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, cast
 
 import safetensors.torch
 import torch
@@ -19,29 +19,13 @@ from safetensors import SafetensorError
 
 from engine.distributed.fsdp import full_tensor, is_dtensor, is_sharded, shard_like
 from engine.distributed.process_group import is_main
+from engine.runs.protocols import Entry, Optimizer, TrainOptimizer
 from utils.atomic import atomic_directory, write_file
 from utils.errors import UserError
 from utils.log import warn
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
-
-Entry = dict[str, Any]  # of a manifest: {"name", "size", "sha256"}
-
-
-class Optimizer(Protocol):
-    """What a checkpoint needs of an optimizer, ours or one of torch.optim."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-
-class TrainOptimizer(Optimizer, Protocol):
-    """The optimizer of a training, which holds one or more of torch.optim."""
-
-    @property
-    def all(self) -> Sequence[torch.optim.Optimizer]: ...
-
 
 # ------------------------------------------------------------------------------------------------------- weights
 

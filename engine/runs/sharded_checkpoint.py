@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from engine.distributed.fsdp import is_dtensor, shard_like
-from engine.runs.checkpoint import Entry, TrainOptimizer
+from engine.runs.protocols import Entry, TrainOptimizer
 from utils.atomic import atomic_directory, hidden, write_file
 from utils.errors import UserError
 

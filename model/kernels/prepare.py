@@ -5,7 +5,6 @@ for any larger number (once more beyond 16), at any position.
 """
 
 import copy
-import warnings
 
 import torch
 
@@ -22,15 +21,12 @@ def prepare_for_decoding(model, precision="fp32", compile=False, slots=1):
 
     precision: fp32, bf16, fp16 or int8. The weights already have it; for int8 they are in bf16, and the matrices among
     them are quantized here, in place. compile: compile the decode step for up to `slots` sequences; the weights must
-    not change afterwards. A model without a state reads its whole text for every token, so it has no step to compile:
-    that is a warning. Raises `ModelError` where the C++ kernels pay and cannot be built.
+    not change afterwards. A model without a state reads its whole text for every token, so it has no step to compile.
+    Raises `ModelError` where the C++ kernels pay and cannot be built.
     """
     if precision == "int8":
         to_int8(model)
-    if not compile:
-        return _eager_step(model)
-    if not model.accepts("state"):
-        warnings.warn("--compile does nothing here: this model keeps no state, so it has no decode step", stacklevel=2)
+    if not compile or not model.accepts("state"):
         return _eager_step(model)
     return _compiled_step(model, precision, slots)
 
