@@ -48,7 +48,8 @@ class Tree:
     def run(self, *words: object) -> str:
         """Run a script of this tree and return its standard output; stop with its messages when it fails."""
         command = [sys.executable, *map(str, words)]
-        environment = os.environ | {"PYTHONUTF8": "1"}
+        compiled = str(self.out / "compiled")  # a cache of its own: neither tree runs what another program compiled
+        environment = os.environ | {"PYTHONUTF8": "1", "TORCHINDUCTOR_CACHE_DIR": compiled}
         done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"error: {self.name}: {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
