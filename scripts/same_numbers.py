@@ -3,8 +3,8 @@
 Runs the same commands in this working tree and in a temporary worktree of REV, on this machine, and compares to the
 bit: the tokenizer, token files, 50 steps of every CPU preset that both have (fp32 eager and bf16 compiled: losses,
 gradient norms, every other metric, final weights), fine-tuning, greedy and sampled text, and an export for
-transformers. A refactor is done when this ends with "equal". It takes about 15 minutes on two cores; --keep leaves the
-results of both trees for a closer look.
+transformers. A refactor is done when this ends with "equal". It takes about 15 minutes on two cores with AVX512-BF16;
+without it give fewer --bf16_steps. --keep leaves the results of both trees for a closer look.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PRECISIONS = {
+MODES = {
     "fp32": ["--precision=fp32", "--compile=false"],
+    "fp32_compiled": ["--precision=fp32", "--compile=true"],
     "bf16": ["--precision=bf16", "--compile=true"],
 }
 CHATS = {
@@ -67,27 +68,27 @@ class Tree:
         self.found["tokenizer"] = hashes([self.out / "tokenizer/tokenizer.json"])
         self.found["tokens"] = hashes(sorted([*self.out.glob("data/*.bin"), *self.out.glob("data/*.npy")]))
 
-    def train(self, model: str, precision: str, steps: int) -> Path:
+    def train(self, model: str, mode: str, steps: int) -> Path:
         """Pretrain, and fine-tune in fp32; return the run to talk to."""
         common = [
             f"--tokenizer_path={self.out / 'tokenizer'}",
-            f"--output_path={self.out / precision}",
+            f"--output_path={self.out / mode}",
             "--device=cpu",
             "--log_interval=1",
             "--eval_final_batches=2",
-            *PRECISIONS[precision],
+            *MODES[mode],
         ]
         tokens = f"--pretrain_data_path={self.out / 'data/pretrain_train.bin'}"
         preset = f"--config=configs/{model}_cpu.yaml"
         self.run("pretrain.py", preset, f"--model_name={model}", tokens, f"--max_steps={steps}", *common)
-        run = self.out / precision / f"pretrain_{model}"
-        self.found |= numbers_of(f"{model} {precision} pretraining", run)
-        if precision == "fp32":
+        run = self.out / mode / f"pretrain_{model}"
+        self.found |= numbers_of(f"{model} {mode} pretraining", run)
+        if mode == "fp32":
             tokens = f"--sft_data_path={self.out / 'data/sft_train.bin'}"
             few = f"--max_steps={max(2, steps // 5)}"
             self.run("sft.py", "--config=configs/sft_cpu.yaml", f"--init_from={run}", tokens, few, *common)
-            run = self.out / precision / f"sft_{model}"
-            self.found |= numbers_of(f"{model} {precision} fine-tuning", run)
+            run = self.out / mode / f"sft_{model}"
+            self.found |= numbers_of(f"{model} {mode} fine-tuning", run)
         return run
 
     def talk_and_export(self, model: str, run: Path) -> None:
@@ -175,6 +176,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision", help="the revision to compare with, as git names it")
     parser.add_argument("--steps", type=int, default=50, help="pretraining steps of each preset (default: 50)")
+    parser.add_argument("--bf16_steps", type=int, default=0, help="the same in bf16, which is slow on a CPU without it")
+    parser.add_argument("--modes", default="bf16,fp32", help=f"of {', '.join(MODES)} (default: bf16,fp32)")
     parser.add_argument("--models", default="", help="models to compare, separated by commas (default: all presets)")
     parser.add_argument("--corpora_path", default=str(ROOT / "output/corpora"), help="folder of the small corpora")
     parser.add_argument("--keep", default="", help="folder that keeps the results of both trees")
@@ -201,8 +204,9 @@ def main() -> int:
 
             both("tokenizer and tokens", "tokenizer_and_tokens")
             for model in models:
-                both(f"{model} bf16 compiled", "train", model, "bf16", arguments.steps)
-                runs = both(f"{model} fp32 eager", "train", model, "fp32", arguments.steps)
+                for mode in [*dict.fromkeys(arguments.modes.split(","))]:
+                    steps = arguments.bf16_steps if mode == "bf16" and arguments.bf16_steps else arguments.steps
+                    runs = both(f"{model} {mode}, {steps} steps", "train", model, mode, steps)
                 for tree, run in zip(trees, runs, strict=True):
                     print(f"[{time.monotonic() - started:4.0f} s] {tree.name}: {model} text and export", flush=True)
                     tree.talk_and_export(model, run)
