@@ -59,8 +59,12 @@ make_venv test
 check_source
 install_packages
 export PYTHONUTF8=1
+# A file of tests runs in one process, as many files at once as there are cores, up to four: each takes some memory. With
+# several threads in each they would wait for one another.
+workers=$("$python" -c 'import os; print(min(4, os.cpu_count() or 1))')
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 status=0
-"$python" -m pytest ${selection[@]+"${selection[@]}"} "$@" || status=$?
+"$python" -m pytest -n "$workers" --dist loadfile ${selection[@]+"${selection[@]}"} "$@" || status=$?
 if [ "$status" = 5 ]; then
     echo "error: no test ran" >&2
 fi
