@@ -64,9 +64,10 @@ def _discover():
         file = f"model/{path.name}"
         try:
             module = importlib.import_module(f"{__name__}.{path.stem}")
-        except (Exception, SystemExit):
+        except (Exception, SystemExit) as error:
+            hint = " (CHANGELOG.md lists what has moved)" if isinstance(error, ImportError) else ""
             for name in _names_in_source(path) or [path.stem]:
-                broken[name] = f"{file} does not import: fix the error below\n{traceback.format_exc()}"
+                broken[name] = f"{file} does not import: fix the error below{hint}\n{traceback.format_exc()}"
             continue
         for name, Model, ModelArgs in _models_of(module, file):
             if name in good or name in bad:

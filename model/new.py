@@ -27,7 +27,7 @@ def new_file(name, folder=FOLDER):
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,50}", name):
         raise ModelError(f"{name!r} cannot name an architecture: use small letters, digits and _, a letter first")
     path, model_name = Path(folder) / f"{name}.py", f"mini_{name}"
-    if path.exists() or model_name in list_models():
+    if path.exists() or path.with_suffix("").exists() or model_name in list_models():
         raise ModelError(f"model/{path.name} or the model {model_name} exists already: choose another name")
     title = "".join(part.capitalize() for part in name.split("_"))
     text = (FOLDER / "template.py").read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """Continuous batching: whatever else is admitted and retired, a request gets the tokens that it gets alone."""
 
+import contextlib
 import os
 import random
 import threading
@@ -218,6 +219,43 @@ def test_the_worker_survives_a_model_that_fails(capsys):
         worker.submit(left)
     assert left.finish is not None  # closing ends every request
     assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_request_that_gets_no_slot_ends_as_well(capsys):
+    """Out of memory while its slot is emptied: it is neither waiting nor running then."""
+    ended = threading.Event()
+    scheduler = Scheduler(build("recurrent"), n_slots=2)
+    scheduler.batch.clear = lambda slot: [][slot]
+    request = new_request(TOKENIZER, [1], 5, Sampling(0), (), notify=lambda: request.finish and ended.set())
+    with BatchWorker(scheduler) as worker:
+        worker.submit(request)
+        assert ended.wait(60) and request.finish == "error" and isinstance(request.exception, IndexError)
+        assert not scheduler.busy
+    capsys.readouterr()
+
+
+def test_no_request_is_left_when_the_worker_closes():
+    """Submitted at the same moment it is either refused or ended, so that no thread waits forever."""
+    model = build("recurrent")
+    for _ in range(20):
+        worker = BatchWorker(Scheduler(model, n_slots=1))
+        accepted = []
+
+        def ask(worker=worker, accepted=accepted):
+            with contextlib.suppress(QueueFull):
+                while True:
+                    request = new_request(TOKENIZER, [1], 2, Sampling(0), ())
+                    worker.submit(request)
+                    accepted.append(request)
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.01)
+        worker.close()
+        for thread in threads:
+            thread.join()
+        assert all(request.finish for request in accepted)
 
 
 def test_seeds_of_a_batch():

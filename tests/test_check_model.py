@@ -202,6 +202,7 @@ def test_new_copies_the_template_under_the_new_name(tmp_path):
     text = path.read_text(encoding="utf-8")
     assert model_name == "mini_my_net" and 'model_name = "mini_my_net"' in text
     assert "class MyNetModel(" in text and "class MyNetModelArgs(" in text and "emplate" not in text
-    for taken in ("my_net", "My Net", "3d", "../x"):
+    (tmp_path / "layers").mkdir()  # a package hides the module of its name
+    for taken in ("my_net", "My Net", "3d", "../x", "layers"):
         with pytest.raises(ModelError):
             new_file(taken, tmp_path)

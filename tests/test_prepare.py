@@ -1,11 +1,15 @@
 """prepare_for_decoding: a compiled decode step, on a machine where the C++ kernels pay and on one where they do not."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
+from engine.inference.chat import open_chat_model
 from engine.inference.generate import generate
+from engine.runs import registry
+from engine.runs.registry import LoadedRun
 from model import kernels
 from model.kernels import build, decode
 from model.kernels.packed import Packed, PackedLinear, PackedSwiGLU
@@ -15,6 +19,7 @@ from tests.support.decode_step import WithDecodeStep
 from tests.support.decoding_models import PROMPTS, TOKENIZER, bf16
 from tests.support.decoding_models import build as build_model
 from tests.support.models import BASE_MODEL, CHAT_MODEL, SHIPPED
+from utils.errors import UserError
 
 PACKED = Packed, PackedLinear, PackedSwiGLU
 
@@ -71,9 +76,28 @@ def test_an_eager_decode_step_is_the_model(name, precision):
     assert answers(model, decode_step=step) == answers(model)
 
 
-def test_a_model_without_a_state_is_not_compiled_and_that_is_a_warning():
-    with pytest.warns(UserWarning, match="keeps no state"):
-        prepare_for_decoding(build_model("no state"), compile=True)
+def test_a_model_without_a_state_is_not_compiled_and_that_is_a_warning(monkeypatch, capsys):
+    def must_not_compile(*_, **__):
+        raise AssertionError("a model without a state is compiled")
+
+    run = LoadedRun(build_model("no state"), TOKENIZER, {"stage": "sft"}, Path("run"), Path("run/final"), "")
+    monkeypatch.setattr(registry, "load_run", lambda *_, **__: run)
+    monkeypatch.setattr(torch, "compile", must_not_compile)
+    with open_chat_model("run", device="cpu", compile=True):
+        assert "this model keeps no state" in capsys.readouterr().err
+
+
+def test_without_a_compiler_the_error_is_one_line(monkeypatch):
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    without_kernels(monkeypatch)
+
+    def no_compiler(*_, **__):
+        raise InductorError(InvalidCxxCompiler(), None)
+
+    monkeypatch.setattr(torch, "compile", lambda forward, options: no_compiler)
+    with pytest.raises(UserError, match="needs a C.. compiler, .*--compile$"):
+        prepare_for_decoding(build_model(BASE_MODEL), compile=True)
 
 
 def test_where_kernels_do_not_pay_no_extension_is_built(monkeypatch):

@@ -192,8 +192,8 @@ class Generation:
 
     def __iter__(self) -> Iterator[str]:
         start = time.perf_counter()
-        self._chat_model.worker.submit(self._request)
         try:
+            self._chat_model.worker.submit(self._request)
             finish = None
             while finish is None:
                 n_tokens, text, finish, at = self._updates.get()

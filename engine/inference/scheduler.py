@@ -148,9 +148,18 @@ class Scheduler:
 
     def _admit(self) -> list[Request]:
         """Move waiting requests into free slots, those with the fewest tokens to prefill first; returns them."""
+        taken = self._next(len(self.slots) - len(self.running))
+        try:
+            return self._place(taken)
+        except Exception:
+            self.running += [request for request in taken if request not in self.running]  # `abort` ends them
+            raise
+
+    def _place(self, requests: list[Request]) -> list[Request]:
+        """Give each of `requests` a slot; returns them in the order of their slots."""
         admitted = []
         free = self.slots[len(self.running) :]
-        for request in self._next(len(free)):
+        for request in requests:
             slot = self._find_slot(free, request.ids)
             free.remove(slot)
             request.cached_tokens = len(slot.ids)

@@ -18,7 +18,7 @@ class BatchWorker:
         self.scheduler = scheduler
         self._wake = threading.Event()
         self._closing = False
-        self._starting = threading.Lock()
+        self._submitting = threading.Lock()
         self._thread: threading.Thread | None = None
 
     @property
@@ -28,18 +28,18 @@ class BatchWorker:
 
     def submit(self, *requests: Request) -> None:
         """Queue requests, all or none; UserError and QueueFull as `Scheduler.add`, QueueFull after `close`."""
-        with self._starting:
+        with self._submitting:
             if self._closing:
                 raise QueueFull
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="batch-worker", daemon=True)
                 self._thread.start()
-        self.scheduler.add(*requests)
+            self.scheduler.add(*requests)  # under the lock: `close` cancels what was added before it
         self._wake.set()
 
     def close(self) -> None:
         """Stop the thread after the current step and cancel the requests that are left."""
-        with self._starting:
+        with self._submitting:
             self._closing = True
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():

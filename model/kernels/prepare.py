@@ -5,6 +5,7 @@ for any larger number (once more beyond 16), at any position.
 """
 
 import copy
+from contextlib import contextmanager
 
 import torch
 
@@ -12,6 +13,7 @@ from model.kernels import decode
 from model.kernels.int8 import to_int8
 from model.kernels.matmul import FEW_ROWS
 from model.kernels.packed import Packer
+from utils.errors import ModelError
 
 USUAL_LENGTH = 160  # tokens before a typical decode step: the compiler optimizes the loops over keys for it
 
@@ -22,7 +24,7 @@ def prepare_for_decoding(model, precision="fp32", compile=False, slots=1):
     precision: fp32, bf16, fp16 or int8. The weights already have it; for int8 they are in bf16, and the matrices among
     them are quantized here, in place. compile: compile the decode step for up to `slots` sequences; the weights must
     not change afterwards. A model without a state reads its whole text for every token, so it has no step to compile.
-    Raises `ModelError` where the C++ kernels pay and cannot be built.
+    Raises `ModelError` without a C++ compiler, and where the C++ kernels pay and cannot be built.
     """
     if precision == "int8":
         to_int8(model)
@@ -66,8 +68,25 @@ def _compiled_step(model, precision, slots):
 
     with inductor.patch(frozen):  # as an option it reaches the compiler, but not the tracing of the weights
         for n_sequences in sorted({1, min(slots, FEW_ROWS), slots}):  # the layers choose their forms by these bounds
-            _trace(model, compiled, n_sequences)
+            with _explain_missing_compiler():
+                _trace(model, compiled, n_sequences)
     return decode_step
+
+
+@contextmanager
+def _explain_missing_compiler():
+    """A context in which torch.compile's error without a C++ compiler is a `ModelError`."""
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    try:
+        yield
+    except InductorError as error:
+        if not isinstance(error.inner_exception, InvalidCxxCompiler):
+            raise
+        raise ModelError(
+            "the compiled decode step needs a C++ compiler, and PyTorch finds none: install g++ (Debian: apt install "
+            "g++), name one by CXX=..., or leave out --compile"
+        ) from None
 
 
 def _trace(model, compiled, n_sequences):
