@@ -50,7 +50,7 @@ def test_blocked_attention_is_attention(heads, groups, v_dim, mask, block, monke
     torch.testing.assert_close(got, want)
 
 
-def test_a_block_reads_no_key_behind_what_it_sees(monkeypatch):
+def test_a_block_reads_no_key_after_its_last_visible_one(monkeypatch):
     monkeypatch.setattr(cpu_attention, "BLOCK", 3)
     assert cpu_attention.keys_per_block(None, 7, 7) == [3, 6, 7]
     assert cpu_attention.keys_per_block(document_mask(), 7, 7) == [3, 6, 7]
@@ -72,7 +72,7 @@ def test_fewer_queries_than_keys(monkeypatch):
 @pytest.mark.skipif(not ENABLED, reason="MINI_LLM_KERNELS=0: blocked attention is off")
 @pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.01), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("mask", [None, document_mask()])
-def test_training_on_a_cpu_takes_it_and_keeps_the_digits(mask, dtype, error, monkeypatch):
+def test_training_on_a_cpu_uses_it_without_loss_of_precision(mask, dtype, error, monkeypatch):
     monkeypatch.setattr(cpu_attention, "BLOCK", 3)
     tensors = inputs(6, 2, 6, dtype)
     doubled = [t.detach().double().requires_grad_() for t in tensors]
@@ -112,7 +112,7 @@ def test_blocks_compiled(mask, monkeypatch):
 
 @pytest.mark.parametrize("heads, groups, v_dim", [(4, 4, 6), (6, 2, 6), (3, 1, 4)])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_one_query_a_row(heads, groups, v_dim, compiled):
+def test_one_query_per_sequence(heads, groups, v_dim, compiled):
     """Each row at its own position, beside the formula a head at a time; compiled it is a sum, in fp32 inside."""
     torch.manual_seed(0)
     q, k = torch.randn(3, 1, heads, 6), torch.randn(3, 9, groups, 6)
@@ -147,7 +147,7 @@ def test_a_norm_in_bf16_on_a_cpu(shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
-def test_a_small_product_compiled(rows):
+def test_a_small_matmul_compiled(rows):
     """In bf16: the sum keeps more digits than a product of that type promises."""
     torch.manual_seed(0)
     a, b = torch.randn(2, 3, rows, 24).bfloat16(), torch.randn(2, 3, 24, 5).bfloat16()

@@ -84,7 +84,7 @@ def test_heads_that_flex_does_not_take_use_the_dense_mask(size, monkeypatch):
     assert torch.equal(attend(q, k, v, doc_ids), want)
 
 
-def test_who_builds_on_the_mask_gets_a_tensor(monkeypatch):
+def test_attention_mask_stays_a_tensor(monkeypatch):
     """Under the same conditions: a window of the model's own, say."""
     monkeypatch.setattr(kernels, "widest_flex_head", lambda x: 128)
     doc_ids = packed_batch(0)["doc_ids"]

@@ -30,11 +30,11 @@ def test_the_share_is_bracketed_and_interpolated(enough, shares):
     assert recipe.needed(ours, 5 - math.log(enough), "seconds") == pytest.approx(2000 * enough)
 
 
-def test_what_never_reaches_the_loss_needs_for_ever():
+def test_a_loss_that_is_never_reached_needs_infinitely_many_tokens():
     assert recipe.needed(recipe.bracket(lambda share: run(share, 6.0), 5.0), 5.0, "tokens") == math.inf
 
 
-def test_finished_runs_are_kept_and_go_on(tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_reused(tmp_path, monkeypatch, capsys):
     trained = []
 
     def train(self, model, seed, tokens, flags):

@@ -80,7 +80,7 @@ def test_models_and_health(server, client):
         {"seed": 4, "extra_body": {"top_k": 5, "min_p": 0.02, "repetition_penalty": 1.3}},
     ),
 )
-def test_a_chat_says_what_the_model_says_alone(server, client, sampling):
+def test_a_chat_has_the_tokens_of_the_model_alone(server, client, sampling):
     answer = chat(client, max_completion_tokens=30, logprobs=True, **sampling)
     ids, _ = encode_chat(server.tokenizer, HELLO, add_generation_prompt=True)
     more = sampling.pop("extra_body", {})
@@ -485,7 +485,7 @@ def test_the_command_serves_the_newest_chat_and_ends_cleanly(stop):
         pytest.param(["--temperature=-1", "--port=0"], "temperature", marks=pytest.mark.slow),
     ),
 )
-def test_a_wrong_start_is_one_line(arguments, message):
+def test_invalid_settings_are_one_line(arguments, message):
     process = command(*arguments)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and out == "" and err.count("\n") == 1, err

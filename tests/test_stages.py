@@ -164,7 +164,7 @@ def test_few_documents_leave_none_to_hold_out(stages, tmp_path, capsys):
     assert summary["val_loss"] is None and "no held-out data beside" in capsys.readouterr().err
 
 
-def test_fine_tuning_says_when_the_pretraining_is_not_finished(stages, tmp_path, capsys):
+def test_fine_tuning_warns_when_the_pretraining_is_not_finished(stages, tmp_path, capsys):
     shutil.copytree(stages / f"output/pretrain_{NAME}", tmp_path / "unfinished")
     shutil.rmtree(tmp_path / "unfinished/final")
     sft.main([f"--init_from={tmp_path / 'unfinished'}", *SMALL[:5], f"--output_path={tmp_path}"])

@@ -130,7 +130,7 @@ def test_stop_keeps_what_was_written(page, browser):
     wait(lambda: view.messages()[:2] == ["春眠", kept], report=view.text)
 
 
-def test_edit_compare_and_look_inside(page, browser, downloads):
+def test_edit_compare_and_inspect(page, browser, downloads):
     from selenium.webdriver import ActionChains, Keys
 
     view = Page(browser, page)

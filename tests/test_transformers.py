@@ -211,7 +211,7 @@ def test_rope_scaling_reaches_beyond_the_training():
     ],
 )
 @pytest.mark.parametrize("name", [LLAMA, DEEPSEEK])
-def test_rope_settings_that_cannot_be(name, fields, said):
+def test_invalid_rope_settings_are_one_line(name, fields, said):
     args = random_args(name, 0)
     with pytest.raises(ModelError, match=said) as error:
         dataclasses.replace(args, **fields)

@@ -36,7 +36,7 @@ OLD_WORDS = {
     "atomic_directory, atomic_write, attach_path": r"\bwhole_folder\b",
     "compiled graph": r"\bone program after another\b|\bmakes? a program\b",
 }
-OLD_FILE_NAMES = r"door|listening|following|keeping|talk|look|guard|shards|sharding|stepper|damage|heard|shrink|subject"
+OLD_FILE_NAMES = r"door|listening|following|keeping|talk|look|guard|shards|sharding|stepper|damage|heard|shrink|tested"
 
 # CHANGELOG.md says how things were called.
 FILES = [

@@ -90,9 +90,9 @@ def random_rope(r, kind: str) -> dict:
 def build(args, seed: int = 0):
     """Our model with weights that make every part matter, the routing bias among them."""
     name = LLAMA if not hasattr(args, "kv_lora_rank") else DEEPSEEK
-    subject = ModelUnderTest(name)
-    subject.args = args
-    model = subject.build(seed)
+    tested = ModelUnderTest(name)
+    tested.args = args
+    model = tested.build(seed)
     for module in model.modules():
         if isinstance(module, MoE):
             torch.nn.init.normal_(module.routing_bias, std=0.1)
