@@ -1,4 +1,4 @@
-"""Can a position see what comes later? Then training is cheating and generation is noise."""
+"""Does a position see later tokens? Then training leaks the targets and generation fails."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Does `forward` keep its side of the contract: shapes, other_vars, the same result twice, no memory of a call?"""
+"""Does `forward` fulfil the contract: shapes, other_vars, determinism, nothing stored about a call?"""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Where `moe/load` (L, E) is reported: are loads counted right, does routing learn, does it even out?"""
+"""Where `moe/load` (L, E) is reported: are loads counted right, does the router learn, are the loads balanced?"""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +35,7 @@ def loads_are_counted(tested: ModelUnderTest) -> None:
     """The loads of a layer sum to tokens times active experts, each sequence adds its own, and none is negative.
 
     Measured: the loads of a batch and of each of its sequences; the sum against `n_activated_experts`, or, where the
-    arguments have no such name, a whole number of experts per token.
+    arguments have no such name, an integer number of experts per token.
     Causes: loads that are shares instead of counts; tokens counted once for all their experts; loads of one layer
     reported for all; counts summed over calls; experts with a capacity that drop tokens.
     """

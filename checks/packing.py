@@ -1,4 +1,4 @@
-"""Do documents in one sequence keep apart?"""
+"""Are the documents in one sequence independent?"""
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def packed_equals_separate(tested: ModelUnderTest) -> None:
 
     Measured: three sequences with documents at different places, one of a single token, each document against itself
     alone; in train mode too; one document per sequence against no doc_ids at all; and a sequence that ends in padding,
-    whose id is -1, beside a sequence of nothing else.
+    whose id is -1, next to a sequence of padding alone.
     Causes: doc_ids ignored, or used in some layers only; the mask of sequence 0 used for all sequences; learned
     positions that do not start again at each document; a convolution, a token shift or a recurrent state that runs
     across the border; a document mask that replaces the causal one; doc_ids taken for indices; a mean over no token.

@@ -1,4 +1,4 @@
-"""Is everything that matters saved?"""
+"""Is the complete state of the model saved?"""
 
 import torch
 from safetensors.torch import load, save

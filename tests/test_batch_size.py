@@ -72,8 +72,10 @@ def test_running_out_of_memory_is_caught_and_other_errors_are_not():
 def test_a_run_that_takes_too_much_ends_in_one_line(training, capsys):
     with pytest.raises(SystemExit, match="2"):
         run_script(lambda: training.run(model_class=Narrow, max_batch_size=8))
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "error: out of memory (CUDA out of memory. Tried" in said and "--max_batch_size; 0 finds what fits" in said
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "error: out of memory (CUDA out of memory. Tried" in output and "--max_batch_size; 0 finds what fits" in output
+    )
 
 
 def test_the_smallest_device_decides(monkeypatch):

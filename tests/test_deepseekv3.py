@@ -94,7 +94,7 @@ def test_moe_equals_a_loop_over_tokens(changes):
 
 
 def test_padding_counts_in_no_load_and_no_balance_loss():
-    """Rows of 7, 4 and 0 real tokens in one batch, against the rows without their padding, one after another."""
+    """Sequences of 7, 4 and 0 tokens in one padded batch, against each without padding."""
     args, lengths = small_args(seq_aux_alpha=1.0), (7, 4, 0)
     model = unit_gain_model(args)
     ids = torch.randint(args.vocab_size, (3, 7), generator=torch.Generator().manual_seed(5))
@@ -108,7 +108,9 @@ def test_padding_counts_in_no_load_and_no_balance_loss():
     model.mtp = torch.nn.ModuleList()
     alone = [model(row[None, :n], target[None, :n])[2] for row, target, n in zip(ids, targets, lengths) if n]
     assert torch.equal(got["moe/load"], sum(terms["moe/load"] for terms in alone))
-    assert got["moe/load_mtp"].sum().item() == args.n_activated_experts * (6 + 4)  # no position for a row's last token
+    assert got["moe/load_mtp"].sum().item() == args.n_activated_experts * (
+        6 + 4
+    )  # no position for the last token of a sequence
     got, plain, no_padding = (model(ids, targets, doc_ids=d)[2] for d in (docs, None, docs * 0))
     want = sum(terms["loss/balance"] for terms in alone) / 3
     torch.testing.assert_close(got["loss/balance"], want)
@@ -250,7 +252,7 @@ def test_cache_holds_the_latent_and_the_rotary_key_only():
     state = model.init_state(2, 10)
     model(torch.randint(args.vocab_size, (2, 4)), state=state)
     for layer in state.layers:
-        size = sum(tensor.nbytes for tensor in layer.values())  # 2 rows of 10 tokens in fp32
+        size = sum(tensor.nbytes for tensor in layer.values())  # 2 sequences of 10 tokens in fp32
         assert size == 2 * 10 * (args.kv_lora_rank + args.qk_rope_head_dim) * 4
 
 

@@ -91,7 +91,7 @@ def test_one_process_loads_the_shards(sharded):
         "optimizer-00002-of-00002.safetensors",
     }
     sizes = [(newest / f"optimizer-0000{n}-of-00002.safetensors").stat().st_size for n in (1, 2)]
-    assert max(sizes) < 1.1 * min(sizes)  # each its part
+    assert max(sizes) < 1.1 * min(sizes)  # each its shards
     model = tiny(272, 32)
     optimizer = build_optimizer(model, TrainConfig(ema=0.9))
     state = load_training_state(newest, model, optimizer)

@@ -1,4 +1,4 @@
-"""int8 weights: near the weights they stand for, whatever module holds them."""
+"""int8 weights: near the original weights, in every kind of module."""
 
 import copy
 from pathlib import Path

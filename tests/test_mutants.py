@@ -1,4 +1,4 @@
-"""The checks themselves: each planted bug is caught by the check that should catch it, and nothing right is blamed."""
+"""Mutation tests of the checks: each mutant fails its check, and every correct model passes all of them."""
 
 import pytest
 
@@ -63,4 +63,4 @@ def test_every_model_of_these_files_is_registered(module):
 
 def test_every_check_catches_a_mutant():
     caught = {check for _, _, check in WRONG.values()}
-    assert not set(CHECKS) - caught, "nothing shows that these checks can fail"
+    assert not set(CHECKS) - caught, "no mutant fails these checks"

@@ -97,7 +97,7 @@ def test_every_target_that_fits_occurs_exactly_once(tmp_path_factory, masks, seq
             token, same = sequence["input_ids"][at], at and sequence["doc_ids"][at] == sequence["doc_ids"][at - 1]
             if token == TOKENIZER.pad_id:
                 assert sequence["targets"][at] == IGNORE and (sequence["input_ids"][at - 1] == token) == bool(same)
-            elif same:  # what an input sees before it is what stands before it in its own document
+            elif same:  # what an input sees before it is what precedes it in its own document
                 assert token == sequence["input_ids"][at - 1] + 1 and token not in starts
             else:
                 assert token in starts or long == "split"

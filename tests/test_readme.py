@@ -1,4 +1,4 @@
-"""The READMEs and how-tos tell the truth: their files exist, their flags are known, both languages say the same."""
+"""The READMEs and how-tos are correct: their files exist, their flags are known, both languages have the same commands."""
 
 import re
 import shlex

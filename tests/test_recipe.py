@@ -53,7 +53,7 @@ def test_finished_runs_are_reused(tmp_path, monkeypatch, capsys):
     assert len(json.loads((tmp_path / "r.json").read_text())["runs"]) == 5
     stop_at = None
     recipe.main()
-    assert len(trained) == len(set(trained)) + 1  # the best rate of the sweep once more, beside ours
+    assert len(trained) == len(set(trained)) + 1  # the best rate of the sweep once more, next to ours
     kept = json.loads((tmp_path / "r.json").read_text())
     assert kept["results"]["a"]["mean"]["tokens"] == pytest.approx(1 / 2.2, rel=1e-3)
     assert "yes (the largest mean is 45%)" in capsys.readouterr().out and (tmp_path / "r.png").stat().st_size

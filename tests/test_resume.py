@@ -1,4 +1,4 @@
-"""Preprocessing killed, on a full disk, or beside another run: the files equal those of an uninterrupted run."""
+"""Preprocessing killed, on a full disk, or next to another run: the files equal those of an uninterrupted run."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The routing bias under real training: however a step's rows are dealt out, it moves the same."""
+"""The routing bias under real training: it does not depend on how a step's sequences are divided."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ STEPS, GAMMA = 4, 0.01
 
 
 def train(folder, processes: int, sequences_per_pass: int):
-    """Four steps of eight rows by pretrain.py; {name: routing bias} at the end."""
+    """Four steps of eight sequences by pretrain.py; {name: routing bias} at the end."""
     settings = {
         "model_name": DeepSeekV3Model.model_name,
         "device": "cpu",

@@ -161,7 +161,7 @@ def test_few_documents_leave_none_to_hold_out(stages, tmp_path, capsys):
             f"--pretrain_data_path={tmp_path}/pretrain_train.bin",
         ]
     )
-    assert summary["val_loss"] is None and "no held-out data beside" in capsys.readouterr().err
+    assert summary["val_loss"] is None and "no held-out data next to" in capsys.readouterr().err
 
 
 def test_fine_tuning_warns_when_the_pretraining_is_not_finished(stages, tmp_path, capsys):

@@ -418,7 +418,7 @@ def foreign(addresses, own):
 
 
 def test_the_payloads_do_something_where_text_is_taken_for_markup(browser, tmp_path):
-    """The check on the checks: on a page that believes its text, scripts run and foreign things are asked for."""
+    """The test can fail: on a page that trusts its text, scripts run and other hosts are contacted."""
     for number, payload in enumerate(PAYLOADS):
         (tmp_path / f"{number}.html").write_text(f"<!doctype html><meta charset=utf-8><body><div>{payload}</div>")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)

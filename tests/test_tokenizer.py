@@ -223,8 +223,8 @@ def test_command_trains_on_a_users_file_and_reports(tmp_path, capsys):
         [f"--sources={path}", "--text_field=content", "--vocab_size=400", f"--tokenizer_path={tmp_path / 'out'}",
          "--max_bad_ratio=0.004"]
     )  # fmt: skip
-    said = capsys.readouterr().out
-    assert "round trip exact" in said and "skipped 1 invalid of 301 records: 1 broken JSON" in said
+    output = capsys.readouterr().out
+    assert "round trip exact" in output and "skipped 1 invalid of 301 records: 1 broken JSON" in output
     assert "my.jsonl" in (tmp_path / "out" / "report.md").read_text()
     assert load_tokenizer(tmp_path / "out").vocab_size == 400
 

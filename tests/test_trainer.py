@@ -160,7 +160,11 @@ def test_a_signal_in_the_last_evaluation_stops_the_run_and_a_resume_repeats_it(t
     assert half["status"].startswith("stopped by SIGTERM") and half["steps"] == 6 and half["val_loss"] is None
     assert len(seen) == 3 and len(training.val) > 3 and not (training.path / "output/pretrain_tiny/final").exists()
     rest = training.run(**settings)
-    assert rest["status"] == "finished" and rest["val_loss"] == uninterrupted["val_loss"] and losses(rest) == losses(uninterrupted)
+    assert (
+        rest["status"] == "finished"
+        and rest["val_loss"] == uninterrupted["val_loss"]
+        and losses(rest) == losses(uninterrupted)
+    )
     assert rest["run"] == half["run"] and same(weights, training.weights())
 
 

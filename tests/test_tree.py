@@ -13,7 +13,7 @@ from model import model_file
 from tests.support.models import SHIPPED
 from tests.support.paths import ROOT, folder_of, name_of, source_files
 
-# What the files of a folder may import of ours; "" stands for the scripts of the root. Of two entries that fit, the
+# What the files of a folder may import of ours; "" is the scripts of the root. Of two entries that fit, the
 # longer one counts.
 MAY_IMPORT = {
     "utils": {"utils"},

@@ -1,4 +1,4 @@
-"""docs/add_an_architecture.md, typed through: its code, put where it says, does what it says at each step."""
+"""docs/add_an_architecture.md, step by step: its code, inserted as described, has the described result."""
 
 import importlib.util
 import re

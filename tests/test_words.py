@@ -1,4 +1,4 @@
-"""Words that this project used for itself and no longer uses: a reader of the field would have to translate them."""
+"""Words of this project's own that have a standard term must not come back."""
 
 import re
 

@@ -89,7 +89,7 @@ class StepLoader:
         self.thread = threading.Thread(target=self._fill, daemon=True)
 
     def step_sequences(self, step: int) -> tuple[np.ndarray, int]:
-        """Indices (G,) of the sequences of a step, and the epoch it begins in; a step may reach into the next epoch."""
+        """Indices (G,) of the sequences of a step, and the epoch it begins in; a step may span two epochs."""
         positions = np.arange(self.plan.sequences_before(step), self.plan.sequences_before(step + 1), dtype=np.int64)
         n = len(self.data)
         epochs = positions // n

@@ -116,7 +116,7 @@ class DocumentSequences:
         return sequence
 
     def summary(self) -> str:
-        """One line: the number of sequences, how full they are, and what happened to the long documents."""
+        """One line: the number of sequences, how full they are, and what was done with the long documents."""
         fill = self.widths.sum(dtype=np.int64) / (len(self) * self.seq_len)
         what = "documents" if self.file.mask is None else "conversations"
         text = (

@@ -1,4 +1,4 @@
-"""Token files on disk: a memory-mapped `name.bin` and the files beside it."""
+"""Token files on disk: a memory-mapped `name.bin` and its side files."""
 
 import mmap
 from pathlib import Path

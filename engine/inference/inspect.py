@@ -1,4 +1,4 @@
-"""An answer from inside: token probabilities, reasoning apart from the reply, and the load of the experts."""
+"""Token-level inspection of an answer: probabilities with alternatives, the reasoning, and the expert load."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""--dry_run: what a whole run will need, estimated from one measured step of it; nothing is written."""
+"""--dry_run: what a full run will need, estimated from one measured step of it; nothing is written."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -142,7 +142,7 @@ def evaluated_sequences(config: Any, plan: Plan, total_steps: int, val_data: Seq
 
 
 def table(title: str, estimate: dict[str, Any], peak: HardwarePeak, device: torch.device) -> str:
-    """The estimates as text, one line per subject."""
+    """The estimates as text, one line per quantity."""
     e = estimate
     share = peak.share(e["flops_per_token"], e["tokens_per_s"], e["processes"])
     total = e["training_seconds"] + e["evaluation_seconds"]

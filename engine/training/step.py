@@ -46,7 +46,7 @@ class TrainStep:
         # fsdp.shard has compiled a sharded model layer by layer
         self.forward = torch.compile(model, dynamic=False) if self.compiled and not self.sharded else model
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        # a sharded model gathers each matrix for a moment only: copies for the whole step would defeat that
+        # a sharded model gathers each matrix only while it is used: copies for the full step would defeat that
         casts = self.precision == "bf16" and not self.sharded
         self.low_precision = LowPrecisionCopies(model.param_groups()["matrix"] if casts else [], self.dtype)
         model.z_loss = config.z_loss

@@ -1,4 +1,4 @@
-"""What the checks are judged by: architectures that are right but for one planted bug, and right but unusual ones.
+"""Mutants, which are correct models with one bug, and correct but unusual models: the tests of the checks.
 
-`right.py` is the base; a plant overrides one piece of it, in a few lines, and says by which check it must be caught.
+`right.py` is the base; a mutant overrides one method of it and names the check that must fail.
 """

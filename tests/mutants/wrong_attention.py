@@ -1,4 +1,4 @@
-"""Who sees whom: masks, norms and convolutions that look ahead, rows that look at each other."""
+"""Masks, norms and convolutions that see later tokens, sequences that see each other."""
 
 import torch
 from torch import nn
@@ -111,7 +111,7 @@ class ShiftsTheWrongWay(RightModel):
 
 @mutant(LATER)
 class RollsAround(RightModel):
-    """The first token's neighbour before is the last of the row."""
+    """The neighbour before the first token is the last of the sequence."""
 
     class FFN(FeedForward):
         def forward(self, x):
@@ -122,7 +122,7 @@ class RollsAround(RightModel):
 @mutant(LATER)
 class ExpertsChooseTokens(MoEModel):
     class FFN(MoE):
-        def choose(self, scores):  # each expert takes its best tokens of the row; the rest falls to expert 0
+        def choose(self, scores):  # each expert takes its best tokens of the sequence; the others go to expert 0
             keep = torch.zeros_like(scores).scatter(0, scores.topk(max(1, len(scores) // 4), dim=0).indices, 1.0)
             return (scores + 10 * keep).topk(self.args.n_activated_experts, dim=-1).indices
 
@@ -195,7 +195,7 @@ class AddsTheBatchIndex(RightModel):
 
 @mutant("batch.alone_equals_batch")
 class SwapsBatchAndTime(RightModel):
-    """`view` where a transpose was meant: with one row nothing is wrong."""
+    """`view` where a transpose was meant: right for a batch of one."""
 
     class FFN(FeedForward):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""What forward may not do: return the wrong form, remember, write to its inputs, roll dice in eval mode."""
+"""Forward that returns the wrong form, stores something, writes to its inputs, or is random in eval mode."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from .right import Attention, FeedForward, MoE, MoEModel, RightModel, RightModel
 
 
 class Overridden(RightModel):
-    """A base for plants that work around the whole forward."""
+    """A base for mutants that wrap forward."""
 
     def forward(self, input_ids, targets=None, state=None, doc_ids=None):
         return self.after(*super().forward(self.before(input_ids, targets), targets, state, doc_ids))

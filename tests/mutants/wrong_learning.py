@@ -1,4 +1,4 @@
-"""Gradients that are missing or false, weights that start badly, parameters not listed or counted right."""
+"""Missing or wrong gradients, bad initialisation, parameters listed or counted wrongly."""
 
 import torch
 from torch import nn

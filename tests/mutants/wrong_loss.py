@@ -1,4 +1,4 @@
-"""The loss: shifted, summed, smoothed, divided by the wrong number; and what stands beside it in other_vars."""
+"""The loss: shifted, summed, smoothed, divided by the wrong count; and the other entries of other_vars."""
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ class NothingValidHasNoGraph(RightModel):
 
 @mutant("loss.ignored_targets_have_no_gradient")
 class GradientOfIgnoredTargets(RightModel):
-    """The number is right; the gradient is that of another loss (a custom backward without the mask)."""
+    """The value is right; the gradient is that of another loss (a custom backward without the mask)."""
 
     def cross_entropy(self, logits, targets):
         right = super().cross_entropy(logits, targets)
@@ -113,7 +113,7 @@ class BalanceReportedNotAdded(MoEModel):
 
 @mutant(TERMS)
 class BalanceAddedDetached(MoEModel):
-    """The number is right, and teaches nothing."""
+    """The value is right, but has no gradient."""
 
     def losses(self, logits, targets, balances, other_vars):
         loss, other_vars = super().losses(logits, targets, balances, other_vars)

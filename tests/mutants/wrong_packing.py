@@ -1,4 +1,4 @@
-"""Documents in one row that see each other."""
+"""Documents in one sequence that see each other."""
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +108,7 @@ class LosesTheDocumentsInTraining(RightModel):
 
 @mutant(PACKED)
 class DocumentsCountFromTheFirstId(RightModel):
-    """Takes doc_ids for small numbers, though they may begin anywhere."""
+    """Takes doc_ids for small integers, though they may begin anywhere."""
 
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):

@@ -44,7 +44,7 @@ class MaskForgetsTheOffset(RightModel):
 
 @mutant(CHUNKS)
 class ChunkIsNotCausal(RightModel):
-    """Right token by token; in a chunk each token sees all of it."""
+    """Right token by token; within a chunk attention is not causal."""
 
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
@@ -106,7 +106,7 @@ class TakesTheLargestPosition(RightModel):
 
 @mutant(ROWS)
 class ReadsLeftovers(RightModel):
-    """Every slot that is not zero counts as a key: right until a row is used again."""
+    """Every slot that is not zero counts as a key: right until a slot is reused."""
 
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
@@ -148,7 +148,7 @@ class AllStatesShareOneCache(RightModel):
 
 @mutant("state.clone_is_independent")
 class HidesItsStateElsewhere(RightModel):
-    """The cache hangs on the state object, where `clone`, `rows` and `put` do not see it."""
+    """The cache is an attribute of the state object, which `clone`, `select` and `overwrite` do not see."""
 
     class Attention(Attention):
         def append(self, state, name, new, positions):

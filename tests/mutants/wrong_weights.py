@@ -1,4 +1,4 @@
-"""What is not saved, what bf16 and the compiler break, and MoE models whose routing is wrong."""
+"""State that is not saved, failures under bf16 and torch.compile, and MoE models with wrong routing."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Small models whose packed sequences are long enough for flex_attention, and what a compiler got to see of them."""
+"""Small models whose packed sequences are long enough for flex_attention, and a counter of compiled operators."""
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -111,7 +111,7 @@ def load(folder):
     """The reference; and, where the checkpoint has MTP modules, transformers' model of them, else None."""
     from transformers import AutoModelForCausalLM
 
-    # eager: the fused experts want sizes in multiples of 16 bytes
+    # eager: the fused experts require sizes in multiples of 16 bytes
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
     n = getattr(reference.config, "num_nextn_predict_layers", 0)
     if not n:
@@ -158,7 +158,7 @@ def our_gradients(model):
 
 
 def reference_gradients(reference, mtp):
-    """{published name: gradient} of transformers' models, whose experts stand in one tensor."""
+    """{published name: gradient} of transformers' models, whose experts are stacked in one tensor."""
     first, found = reference.config.num_hidden_layers, dict(reference.named_parameters())
     for name, param in mtp.named_parameters() if mtp is not None else ():
         if name.startswith("layers."):
