@@ -123,7 +123,7 @@ def their_model(ours: BaseModel, precision: str, folder: str) -> Any:
 
 
 def theirs(name: str, precision: str, folder: str) -> Contender:
-    """transformers, used as its documentation says."""
+    """transformers, used as in its documentation."""
     model = their_model(our_model(name, "fp32"), precision, folder)
     model.generation_config.pad_token_id = 0
 

@@ -75,9 +75,9 @@ def loads_are_true(tested: ModelUnderTest) -> None:
         for layer, (name, slices) in enumerate(experts):
             reached = [any(g is not None and bool((g != 0).any()) for g in weights()) for weights in slices]
             busy = (other_vars[KEY][layer] > 0).tolist()
-            for expert, (has, says) in enumerate(zip(reached, busy)):
+            for expert, (has, loaded) in enumerate(zip(reached, busy)):
                 require(
-                    has == says,
+                    has == loaded,
                     f"{KEY}[{layer}, {expert}] is {other_vars[KEY][layer][expert]:.0f} for {length} "
                     f"tokens, and {name} has {'a' if has else 'no'} gradient for this expert",
                 )

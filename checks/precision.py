@@ -59,8 +59,8 @@ def bf16_gradients_are_finite(tested: ModelUnderTest) -> None:
 
     Measured: at the initial weights and at weights of unit gain, all gradients finite; at the initial ones, where few
     tokens change their experts for a rounding, the cosine between the gradients of bf16 and fp32 is above 0.9.
-    Causes: a custom backward that mixes dtypes; an exponential or a division that overflows; a scale that underflows; an
-    fp32 computation, autocast off, on a matrix that the trainer holds in bf16: use `weight.float()`.
+    Causes: a custom backward that mixes dtypes; an exponential or a division that overflows; a scale that underflows;
+    an fp32 computation, autocast off, on a bf16 matrix of the trainer: use `weight.float()`.
     """
     ids, grads = tested.tokens(), []
     for unit_gain, bf16 in ((True, True), (False, True), (False, False)):

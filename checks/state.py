@@ -186,7 +186,7 @@ def memory_is_bounded(tested: ModelUnderTest) -> None:
 
     Measured: bytes of all tensors in the state after max_seq_len tokens, fed in one chunk and one by one; in a state of
     half the length; for one sequence and for two.
-    Causes: chunks appended twice; the whole history kept for a window; memory taken for max_seq_len instead of the
+    Causes: chunks appended twice; the full history kept for a window; memory taken for max_seq_len instead of the
     state's max_len.
     """
     tested.needs("state")

@@ -34,7 +34,7 @@ def table(result: dict[str, Any]) -> str:
     settings = result["settings"]
     lines += [
         f"(sampled at temperature {settings['temperature']:g}, top_p {settings['top_p']:g}, top_k {settings['top_k']};"
-        f" seed {settings['seed']}; a verse is copied when a training poem has it word for word)",
+        f" seed {settings['seed']}; a verse is copied when a training poem has it verbatim)",
         "",
     ]
     lines.append(

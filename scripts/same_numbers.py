@@ -46,9 +46,9 @@ class Tree:
         self.corpora = corpora
         self.found: dict[str, object] = {}
 
-    def run(self, *words: object) -> str:
+    def run(self, *arguments: object) -> str:
         """Run a script of this tree and return its standard output; stop with its messages when it fails."""
-        command = [sys.executable, *map(str, words)]
+        command = [sys.executable, *map(str, arguments)]
         compiled = str(self.out / "compiled")  # a cache of its own: neither tree runs what another program compiled
         environment = os.environ | {"PYTHONUTF8": "1", "TORCHINDUCTOR_CACHE_DIR": compiled}
         done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)

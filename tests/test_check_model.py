@@ -75,10 +75,10 @@ def test_a_failure_shows_what_was_seen_and_the_causes(project):
 
 
 @pytest.mark.parametrize(
-    "name, says",
+    "name, message",
     [("crashes", "model/crashes.py:{line} in forward: "), ("broken", "model/broken.py:{line}: SyntaxError: ")],
 )
-def test_a_file_that_breaks_is_named_by_its_line(project, name, says):
+def test_a_file_that_breaks_is_named_by_its_line(project, name, message):
     marks = {"crashes": "self.norm(x.T)", "broken": "class Block(nn.Module:"}
     lines = (project / f"model/{name}.py").read_text().splitlines()
     line = next(i for i, text in enumerate(lines, 1) if marks[name] in text)
@@ -88,12 +88,12 @@ def test_a_file_that_breaks_is_named_by_its_line(project, name, says):
     assert (
         result["status"] == "fail"
         and result["check"] == "contract.builds"
-        and says.format(line=line) in result["detail"]
+        and message.format(line=line) in result["detail"]
     )
 
 
 def test_user_errors_and_the_list(capsys):
-    for flags, says in (
+    for flags, message in (
         (["--model_name=mini_no_such_net"], "unknown model 'mini_no_such_net'"),
         ([], "which model?"),
         ([f"--model_name={BASE_MODEL}", "--only=causalty"], "did you mean causality?"),
@@ -103,7 +103,7 @@ def test_user_errors_and_the_list(capsys):
             "the check 'rows.order_does_not_matter' is called batch.order_does_not_matter now",
         ),
     ):
-        with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
             check_model.main(flags)
         assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)
     check_model.main(["--list"])

@@ -122,16 +122,16 @@ def test_file_errors_are_one_line(tmp_path, tokenizer, capsys):
     path = write_tokens(tmp_path / "d", documents(tokenizer, [6, 8]), tokenizer)
     meta = json.loads((tmp_path / "d.meta.json").read_text())
 
-    def fails(says, at=path, **changes):
+    def fails(message, at=path, **changes):
         (tmp_path / "d.meta.json").write_text(json.dumps({**meta, **changes}))
-        with pytest.raises(UserError, match=says) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             TokenFile(at, tokenizer, "python make.py")
         assert "\n" not in str(caught.value)
 
     fails("no data file .*python make.py", at=tmp_path / "none.bin")
     fails("another tokenizer", tokenizer_fingerprint="other")
     fails("token id 272, beyond the vocabulary of 272", max_id=272)
-    fails("meta file says 99", tokens=99)
+    fails("meta file lists 99", tokens=99)
     (tmp_path / "d.docs.npy").unlink()
     (tmp_path / "d.meta.json").unlink()  # without meta: read as uint16 with a warning, ids checked on reading
     np.array([1, 20, 2, 1, 60_000, 2], "<u2").tofile(path)

@@ -1,4 +1,4 @@
-"""--dry_run: estimates of the whole run from one measured step, and not a byte written."""
+"""--dry_run: estimates of the full run from one measured step, and not a byte written."""
 
 import pytest
 import torch

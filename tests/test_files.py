@@ -128,8 +128,8 @@ def test_a_full_disk_while_meta_files_are_written_publishes_nothing(tmp_path, to
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, data)
 
-    with monkeypatch.context() as planted:
-        planted.setattr(GrowingFile, "write", full)
+    with monkeypatch.context() as patch:
+        patch.setattr(GrowingFile, "write", full)
         with pytest.raises(UserError, match="the disk of .* is full: make room and run the same command again"):
             preprocess_data.main([*flags])
     assert not [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]

@@ -85,7 +85,7 @@ def test_heads_that_flex_does_not_take_use_the_dense_mask(size, monkeypatch):
 
 
 def test_attention_mask_stays_a_tensor(monkeypatch):
-    """Under the same conditions: a window of the model's own, say."""
+    """Under the same conditions: for example a window of the model's own."""
     monkeypatch.setattr(kernels, "widest_flex_head", lambda x: 128)
     doc_ids = packed_batch(0)["doc_ids"]
     dense = layers.attention_mask(positions, doc_ids=doc_ids)

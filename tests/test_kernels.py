@@ -137,7 +137,7 @@ def test_attention_of_one_query(dtype, heads, groups, k_dim, v_dim, n_keys):
 def test_attention_skips_keys_masked_in_the_middle():
     q, k, v = torch.randn(2, 1, 4, 16), torch.randn(2, 300, 2, 16), torch.randn(2, 300, 2, 16)
     mask = torch.rand(2, 1, 1, 300) < 0.3
-    mask[..., :130] = False  # whole tiles, the first among them
+    mask[..., :130] = False  # full tiles, the first among them
     torch.testing.assert_close(
         one_query_attention(q, k, v, mask, 1.0).double(), exact_attention(q, k, v, mask, 1.0), rtol=1e-5, atol=1e-6
     )

@@ -39,7 +39,7 @@ def run(kind: str, tokenizer, source, out: Path, *flags: str) -> tuple[dict, dic
 
 
 def documents_of(folder: Path, name: str, tokenizer) -> list[str]:
-    """The texts in a token file, each checked to stand between <s> and </s>."""
+    """The texts in a token file, each checked to be between <s> and </s>."""
     meta = json.loads((folder / f"{name}.meta.json").read_text())
     tokens = np.fromfile(folder / f"{name}.bin", dtype=np.dtype(meta["dtype"]).newbyteorder("<"))
     starts = np.load(folder / f"{name}.docs.npy")
@@ -345,7 +345,7 @@ def test_the_command_works_inside_its_folder_and_from_the_root(tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "argv,words",
+    "argv,message",
     [
         (["pretrain", "--sources=nothing.jsonl"], "no data file nothing.jsonl"),
         (["pretrain", "--sources=seq-monkey"], "download_pretrain_data.sh"),
@@ -363,13 +363,13 @@ def test_the_command_works_inside_its_folder_and_from_the_root(tokenizer, tmp_pa
         (["pretrain", f"--sources={__file__}"], "no reader for"),
     ],
 )
-def test_user_errors_in_one_line(tmp_path, tokenizer, argv, words):
+def test_user_errors_in_one_line(tmp_path, tokenizer, argv, message):
     folder = [] if "novels" in argv else [f"--corpora_path={tmp_path}"]
     if "fetch" not in argv:
         folder.append(f"--tokenizer_path={tokenizer.path}")
     with pytest.raises(UserError) as error:
         main([*argv, *folder])
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_encoder_is_chosen_without_searching_all_of_a_corpus_that_has_no_text(tokenizer, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The READMEs and how-tos are correct: their files exist, their flags are known, both languages have the same commands."""
+"""The READMEs and how-tos are correct: files and flags exist, both languages have the same commands."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
-# Files that a command of the same page makes, or stand-ins for the reader's own.
+# Files that a command of the same page makes, or placeholders for the reader's own.
 MADE_BY_THE_READER = {"model/my_net.py", ".venv/bin/activate", "configs/x.yaml"}
 
 

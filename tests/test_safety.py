@@ -179,7 +179,7 @@ def test_outlier_threshold_against_numpy():
         == outlier_threshold(recent, 1e9)
         == math.inf
     )
-    assert 1.3 < outlier_threshold([0.0] * 100, 10) < 2.0  # a loss that stood still
+    assert 1.3 < outlier_threshold([0.0] * 100, 10) < 2.0  # a constant loss
 
 
 def test_nan_weights_are_neither_saved_nor_final(training):
@@ -214,7 +214,7 @@ def test_a_short_run_of_skipped_steps_is_not_finished(training):
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         (lambda logits, loss, other_vars: (loss, other_vars), "forward returns 2 values, and must return three"),
         (lambda logits, loss, other_vars: loss, "forward returns a Tensor, and must return three"),
@@ -228,14 +228,16 @@ def test_a_short_run_of_skipped_steps_is_not_finished(training):
     ],
 )
 @pytest.mark.parametrize("z_loss", [0.0, 1e-4])
-def test_a_mistake_of_a_plugin_is_one_line_and_leaves_no_folder(training, change, says, z_loss):
+def test_a_mistake_of_a_plugin_is_one_line_and_leaves_no_folder(training, change, message, z_loss):
     class Wrong(TinyModel):
         def forward(self, input_ids, targets=None, doc_ids=None):
             return change(*super().forward(input_ids, targets, doc_ids))
 
     with pytest.raises(UserError) as caught:
         training.run(model_class=Wrong, z_loss=z_loss)
-    assert says in str(caught.value) and "tests/test_safety.py: " in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        message in str(caught.value) and "tests/test_safety.py: " in str(caught.value) and "\n" not in str(caught.value)
+    )
     assert not list((training.path / "output").iterdir())
 
 

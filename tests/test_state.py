@@ -1,4 +1,4 @@
-"""The generic operations of State on tensors of the layers and of the whole model."""
+"""The generic operations of State on tensors of the layers and of the full model."""
 
 import torch
 

@@ -117,14 +117,14 @@ def test_twenty_steps_compile_nothing_after_the_first(name, precision, monkeypat
 @pytest.mark.slow
 def test_the_speed_benchmark_runs(tmp_path):
     """benchmarks/train.py at tiny sizes: both models, both sides, equal losses, memory. Compiling takes minutes."""
-    words = [
+    arguments = [
         sys.executable,
         str(ROOT / "benchmarks/train.py"),
         "--quick",
         "--compiled=false",
         f"--results={tmp_path}/train.json",
     ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "train.json").read_text())
     assert len(results["speed"]) == 4 and all(row["ratio_eager"] > 0 for row in results["speed"].values())

@@ -148,16 +148,16 @@ def test_edit_compare_and_inspect(page, browser, downloads):
     view.idle()
 
     view.click(EN["probabilities"])
-    words = wait(lambda: view.shadow(".token"), report=view.text)
-    assert "".join(word.text for word in words if word.text != "·") == CHAT["背一首春晓"].replace("\n", "")
-    ActionChains(browser).move_to_element(words[0]).perform()
+    tokens = wait(lambda: view.shadow(".token"), report=view.text)
+    assert "".join(token.text for token in tokens if token.text != "·") == CHAT["背一首春晓"].replace("\n", "")
+    ActionChains(browser).move_to_element(tokens[0]).perform()
     rows = wait(lambda: [row for row in view.shadow(".row") if row.is_displayed()], report=view.text)
     assert len(rows) == 8 and "%" in rows[0].text
     view.shoot("probabilities")
-    words[1].click()  # stays when we leave
+    tokens[1].click()  # stays when we leave
     ActionChains(browser).move_to_element(view.all("h3")[0]).perform()
     assert any(row.is_displayed() for row in view.shadow(".row"))
-    words[1].click()
+    tokens[1].click()
 
     view.press(EN["export"])
     view.press("JSON Lines")

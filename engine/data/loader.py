@@ -18,7 +18,7 @@ class StepBatches:
     """One process's share of an optimizer step."""
 
     batches: list[dict[str, torch.Tensor]]  # micro-batches, each tensor (B, T) int64
-    sequences: list[int]  # indices of the sequences of the whole step, over all processes
+    sequences: list[int]  # indices of the sequences of the full step, over all processes
     epoch: int
     targets: list[int]  # valid targets of each micro-batch
     tokens: int  # tokens of this process's share, padding excluded

@@ -3,7 +3,7 @@
 Gradients are summed by an explicit all-reduce after the last micro-batch, not by DistributedDataParallel. DDP
 overlaps communication with the backward pass, but it must know which parameters a step uses (a model may leave some
 unused), breaks the graph of torch.compile, and averages over ranks where a sum weighted by valid targets is needed.
-With gradient accumulation the all-reduce is a small part of the step, and this needs twenty lines.
+With gradient accumulation the all-reduce is a small share of the step, and this needs twenty lines.
 """
 
 import atexit

@@ -176,11 +176,11 @@ def table(title: str, estimate: dict[str, Any], peak: HardwarePeak, device: torc
 
 
 def memory_lines(memory: dict[str, Any], device: torch.device) -> dict[str, str]:
-    """The two lines on memory: predicted by part, and measured."""
+    """The two lines on memory: predicted by component, and measured."""
     parts = " + ".join(
         f"{name} {format_bytes(memory[name])}" for name in ("weights", "gradients", "optimizer", "activations")
     )
-    scope = "allocated on the GPU" if device.type == "cuda" else "of the whole process, Python and libraries included"
+    scope = "allocated on the GPU" if device.type == "cuda" else "of the process, Python and libraries included"
     measured = "not measured: the system does not report it"
     if memory["measured"]:
         measured = f"{format_bytes(memory['measured'])} at the peak of the measured step ({scope})"

@@ -70,7 +70,7 @@ class TrainStep:
         loss. seeds: of each micro-batch's random numbers. share: the weight of each micro-batch in all other values.
 
         A model's loss is the mean over the valid targets of its micro-batch (`lm_loss`). The loader counts those
-        targets, the loop divides by the count of the whole step over all processes, and the quotient is the weight
+        targets, the loop divides by the count of the full step over all processes, and the quotient is the weight
         here. So the gradient is that of the mean over all targets of the step, however it is divided.
         """
         values: dict[str, torch.Tensor] = {}
@@ -87,7 +87,7 @@ class TrainStep:
         return values
 
     def accumulate(self, work: StepBatches, targets: float, seed: int, step: int) -> dict[str, torch.Tensor]:
-        """Forward and backward of a whole step: gradients and values summed over micro-batches and processes.
+        """Forward and backward of a full step: gradients and values summed over micro-batches and processes.
 
         targets: valid targets of the step over all processes. seed, step: for the random numbers.
         """

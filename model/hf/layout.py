@@ -160,7 +160,7 @@ class Layout:
 
 
 def to_hf(model):
-    """Return `(config, tensors)`: what config.json says and {published name: tensor}, fp32 copies on the CPU.
+    """Return `(config, tensors)`: the content of config.json and {published name: tensor}, fp32 copies on the CPU.
 
     Raises `ModelError` for an architecture without an `hf_layout`, or one that transformers cannot hold.
     """

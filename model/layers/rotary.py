@@ -24,7 +24,7 @@ class RopeArgs:
     rope_beta_slow: float = 1.0  # yarn: as rope_low_freq_factor
     rope_beta_fast: float = 32.0  # yarn: as rope_high_freq_factor
     rope_mscale: float = 0.0  # yarn: weight of DeepSeek's correction of cos and sin; 0 = YaRN's own
-    rope_mscale_all_dim: float = 0.0  # yarn: its counterpart over the whole head, which goes into the softmax scale
+    rope_mscale_all_dim: float = 0.0  # yarn: its counterpart over the full head, which goes into the softmax scale
 
     def check_rope(self):
         """Raise `ModelError` unless the fields above fit together; call it in `__post_init__`."""
@@ -75,7 +75,7 @@ def token_positions(input_ids, state=None):
 
 
 def rope_frequencies(head_dim, theta, scaling=None):
-    """Return the angle per token of each pair (K/2,), float64: theta^(-2j/K), stretched as `scaling` says."""
+    """Return the angle per token of each pair (K/2,), float64: theta^(-2j/K), scaled by `scaling`."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if scaling is None or scaling.rope_type == "default":
         return frequencies

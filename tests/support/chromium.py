@@ -1,6 +1,6 @@
 """A Streamlit page in a headless Chromium, with the actions of a user and what they see.
 
-Screenshots go to output/screenshots, or where SCREENSHOTS says.
+Screenshots go to output/screenshots, or to the folder SCREENSHOTS.
 """
 
 import contextlib
@@ -174,7 +174,7 @@ class Page:
         wait(lambda: len(self.messages()) >= before + 2, report=self.text)
 
     def ask(self, text):
-        """Send a message and wait for the whole answer."""
+        """Send a message and wait for the full answer."""
         self.send(text)
         self.idle()
 

@@ -39,7 +39,7 @@ def packed_batch(seed, batch_size=3, tokens=TOKENS):
 
 
 def counter(backend):
-    """A backend for torch.compile; `flex_calls` of it says how many flex_attention it has compiled."""
+    """A backend for torch.compile; `flex_calls` of it is the number of flex_attention calls compiled."""
     return CompileCounterWithBackend(backend)
 
 

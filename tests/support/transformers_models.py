@@ -133,7 +133,7 @@ def find_mtp(reference):
 def reference_loss(reference, mtp, ids, labels, weight):
     """The mean cross-entropy of the next token, plus `weight` times the mean over the MTP modules of theirs.
 
-    As equation 24 has it, every module's sum is divided by the targets of the whole sequence.
+    As equation 24 has it, every module's sum is divided by the targets of the full sequence.
     """
     out = reference(ids, labels=labels, output_hidden_states=True)
     if mtp is None:
