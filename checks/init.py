@@ -16,7 +16,7 @@ AFFORDABLE = 60e6  # parameters of a model of the author's width that is still b
 
 
 def loss_is_uniform(tested: ModelUnderTest) -> None:
-    """Before training the task loss is near ln V: no token is preferred, none is known.
+    """Before training the task loss is near ln V: no token is preferred.
 
     Measured: at the author's own width with few layers (the error of a wrong scale grows with the width), and at the
     tiny size: within 0.75 nats above ln V and 0.25 below, on random tokens.

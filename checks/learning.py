@@ -14,7 +14,7 @@ RATES = (1e-2, 3e-3)  # one of them suits: an architecture is not blamed for its
 
 
 def overfits_one_batch(tested: ModelUnderTest) -> None:
-    """It can learn two short sequences by heart.
+    """It memorizes two short sequences.
 
     Measured: AdamW on the same two sequences of random tokens; the task loss must fall below 0.3 ln V within 150 steps,
     at one of two learning rates.

@@ -248,7 +248,7 @@ def balance_loss_evens_the_load(tested: ModelUnderTest) -> None:
 
 
 def experts_differ(tested: ModelUnderTest) -> None:
-    """The experts of a layer do not start as copies of each other: equal experts learn the same for ever.
+    """The experts of a layer do not start as copies of each other: equal experts get equal gradients.
 
     Measured: the initial weights of the experts, in pairs.
     Causes: one expert copied by `expand`, `repeat` or `[expert] * n`; the same seed for each.

@@ -132,7 +132,7 @@ def _graphs_after_each_step(tested: ModelUnderTest, dynamic: bool | None, steps:
     eager, model = tested.build().train(), tested.build().train()
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    # Beyond its limit the compiler gives up silently and runs the rest as it is: here it must go on counting.
+    # Beyond its limit the compiler gives up silently and runs the rest as it is: so the limit is lifted here.
     with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024):
         for step in range(steps):
             ids = tested.tokens(9, min(8, tested.args.max_seq_len), seed=30 + step)  # short: loops over time unroll

@@ -21,7 +21,7 @@ def prepare_for_decoding(model, precision="fp32", compile=False, slots=1):
 
     precision: fp32, bf16, fp16 or int8. The weights already have it; for int8 they are in bf16, and the matrices among
     them are quantized here, in place. compile: compile the decode step for up to `slots` sequences; the weights must
-    not change afterwards. A model without a state reads its full text for every token, so it has no step to compile.
+    not change afterwards. A model without a state prefills the full text for every token, so it has no step to compile.
     Raises `ModelError` where the C++ kernels pay and cannot be built.
     """
     if precision == "int8":
