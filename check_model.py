@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.json:
         keys = ("check", "status", "detail")
         records = [{key: asdict(result)[key] for key in keys} for result in results]
-        with atomic_write(Path(config.json)) as beside:
-            beside.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with atomic_write(Path(config.json)) as temporary:
+            temporary.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     count = {status: sum(r.status == status for r in results) for status in MARKS}
     print(
         f"{config.model_name}: {count['pass']} passed, {count['fail']} failed, {count['skip']} not applicable, "

@@ -21,11 +21,11 @@ class ExportConfig:
     to_hf: str = opt("", "folder to write; the same as --to hf DIR", path=True)
     from_hf: str = opt("", "folder of a checkpoint, config.json and safetensors; the same as --from hf DIR", path=True)
     out: str = opt("", "run folder to write", path=True)
-    max_seq_len: int = opt(0, "with --from: tokens that the model is built for; 0: what the checkpoint says")
+    max_seq_len: int = opt(0, "with --from: tokens that the model is built for; 0: that of the checkpoint")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Export or import, as the command line says."""
+    """Export or import, by the command line."""
     config = parse(ExportConfig, join_format(sys.argv[1:] if argv is None else argv))
     if bool(config.to_hf) == bool(config.from_hf):
         raise UserError("give one of --to hf DIR (with --run RUN) and --from hf DIR (with --out RUN)")
@@ -43,16 +43,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def join_format(argv: list[str]) -> list[str]:
     """Rewrite `--to hf DIR` and `--from hf DIR`, which have two values, to --to_hf=DIR and --from_hf=DIR."""
-    words = iter(argv)
+    arguments = iter(argv)
     settings = []
-    for word in words:
-        if word in ("--to", "--from"):
-            format_ = next(words, "")
-            folder = next(words, "")
+    for argument in arguments:
+        if argument in ("--to", "--from"):
+            format_ = next(arguments, "")
+            folder = next(arguments, "")
             if format_ not in FORMATS or not folder:
-                raise UserError(f"{word} takes a format ({', '.join(FORMATS)}) and a folder, as in {word} hf DIR")
-            word = f"{word}_{format_}={folder}"
-        settings.append(word)
+                raise UserError(
+                    f"{argument} takes a format ({', '.join(FORMATS)}) and a folder, as in {argument} hf DIR"
+                )
+            argument = f"{argument}_{format_}={folder}"
+        settings.append(argument)
     return settings
 
 

@@ -30,11 +30,11 @@ class PretrainConfig(TrainConfig):
         "output/data/pretrain_train.bin", "training tokens", neutral=True, path=True, group="Data"
     )
     pretrain_val_path: str = opt(
-        "", "held-out tokens; default: beside the training tokens, `_val` for `_train`", neutral=True, path=True
+        "", "held-out tokens; default: next to the training tokens, `_val` for `_train`", neutral=True, path=True
     )
     rows: str = opt(
         "windows",
-        "how documents become sequences: cut at every max_seq_len tokens, or kept whole and packed",
+        "how documents become sequences: cut at every max_seq_len tokens, or unsplit and packed",
         choices=("windows", "documents"),
     )
     skip_checks: bool = opt(

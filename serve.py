@@ -27,8 +27,10 @@ class ServeConfig(ChatOptions):
     __doc__ = __doc__
     run: str = opt("", "run folder (empty: the newest in output_path, fine-tuned before base)", path=True)
     host: str = opt("127.0.0.1", "address to listen on; any but this machine's own needs an API key")
-    port: int = opt(8000, "0 takes a free one", ge=0, le=65535)
-    api_key: str = opt("", f"clients must send it ({KEY_VARIABLE} in the environment keeps it out of the process list)")
+    port: int = opt(8000, "0: any free port", ge=0, le=65535)
+    api_key: str = opt(
+        "", f"key that clients must send ({KEY_VARIABLE} in the environment keeps it out of the process list)"
+    )
     compile: bool = opt(False, "compile the decode step: minutes at the start, then faster")
     max_batch_size: int = opt(8, "slots: requests that run at once; each takes memory for max_seq_len", ge=1, le=4096)
     max_queue: int = opt(64, "requests that may wait for a slot; the next one gets status 429", ge=1, le=10**6)

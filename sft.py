@@ -26,7 +26,7 @@ class SFTConfig(FineTuneConfig):
 
     sft_data_path: str = opt("output/data/sft_train.bin", "training conversations", neutral=True, path=True)
     sft_val_path: str = opt(
-        "", "held-out conversations; default: beside the training ones, `_val` for `_train`", neutral=True, path=True
+        "", "held-out conversations; default: next to the training ones, `_val` for `_train`", neutral=True, path=True
     )
     long_rows: str = opt(
         "drop",

@@ -1,12 +1,12 @@
-"""Decoding speed: tokens per second beside transformers' `generate` and, for the dense model, llama.cpp.
+"""Decoding speed: tokens per second, compared with transformers' `generate` and, for the dense model, llama.cpp.
 
     pip install -e .[test,bench]
-    python benchmarks/decode.py              dense and MoE, one request and 8 side by side
-    python benchmarks/decode.py --models mini_llama3 --rows 1      a part; the figures of the others stay in the file
-    python benchmarks/decode.py --quick      few tokens, one round: does it all run?
+    python benchmarks/decode.py              dense and MoE, one request and 8 concurrent ones
+    python benchmarks/decode.py --models mini_llama3 --rows 1      one case; the figures of the others stay in the file
+    python benchmarks/decode.py --quick      few tokens, one round: a smoke test
 
 The same random weights everywhere, greedy, a prompt of 16 tokens. All take turns in one process, and a figure is the
-median over the rounds. Before it is timed, each contender's first logits are compared with ours. Beside the rates: the
+median over the rounds. Before it is timed, each contender's first logits are compared with ours. Further figures: the
 share of the rate that the memory bandwidth measured here allows when the active weights are read once per token, and
 the time of a decode step by its position, ours and transformers' in turns. Writes benchmarks/results/decode.json and
 prints the tables.
@@ -74,7 +74,7 @@ Contender = tuple[Answer, Logits]
 class Config:
     __doc__ = __doc__
     models: list[str] = opt([DENSE, MOE], "architectures")
-    rows: list[int] = opt([1, 8], "requests side by side")
+    rows: list[int] = opt([1, 8], "concurrent requests")
     tokens: int = opt(60, "of an answer")
     rounds: int = opt(5, "measured answers per contender")
     llama_cpp: bool = opt(True, "compare llama.cpp where it can hold the model")
@@ -123,7 +123,7 @@ def their_model(ours: BaseModel, precision: str, folder: str) -> Any:
 
 
 def theirs(name: str, precision: str, folder: str) -> Contender:
-    """transformers, used as its documentation says."""
+    """transformers, used as in its documentation."""
     model = their_model(our_model(name, "fp32"), precision, folder)
     model.generation_config.pad_token_id = 0
 

@@ -1,14 +1,14 @@
 """How much of AdamW's tokens and seconds does our recipe need for the same held-out loss?
 
     python benchmarks/recipe.py                  both models, three seeds: about half an hour of two CPU cores
-    python benchmarks/recipe.py --minutes=9      a part of it: finished runs are kept, and the same command continues
+    python benchmarks/recipe.py --minutes=9      as many runs as fit; the same command continues
 
 The baseline is AdamW with a cosine to zero, one learning rate for all parameters: the best of a sweep with the first
 seed, which continues until worse rates lie on both sides of it. Ours is the model's CPU preset; sizes, sequences and
 batch are the preset's for both. A schedule that ends later is another run, so ours is trained again for shares of the
 baseline's tokens, until one reaches the baseline's loss and the next smaller one misses it; tokens and seconds are
 interpolated between the two. Seconds are those of the training steps, without evaluations. The runs of a seed follow
-each other, so that a slow minute of the machine meets both recipes; nothing else should run beside them.
+each other, so that a slow minute of the machine meets both recipes; nothing else should run at the same time.
 An interrupted run is not a result. Writes benchmarks/results/recipe.json and docs/recipe.png, and prints the table.
 """
 

@@ -1,13 +1,13 @@
-"""Training speed: ours beside transformers' implementation of the same model, with the same weights and the same batch.
+"""Training speed: ours and transformers' implementation of the same model, with the same weights and the same batch.
 
     python benchmarks/train.py                  dense and MoE, bf16 and fp32, eager and compiled
     python benchmarks/train.py --device=cuda    the default sizes at 512 and 2048 tokens (benchmarks/gpu.sh)
-    python benchmarks/train.py --quick          tiny sizes, one round: does it all run?
+    python benchmarks/train.py --quick          tiny sizes, one round: a smoke test
 
 A step is forward, backward, clipping and AdamW. Ours is the trainer's own (engine/training/step.py); transformers is
-used as its documentation says: fp32 weights under autocast, SDPA, fused AdamW, the fastest of its expert
-implementations that run on the device. All sides of a table row take turns, step by step, in one process, each table
-row in another (what the allocator keeps of one model would slow the next); a figure is the median over the rounds.
+used as in its documentation: fp32 weights under autocast, SDPA, fused AdamW, the fastest of its expert
+implementations that run on the device. All sides of a table row take turns, step by step, in one process, each row
+in another (what the allocator keeps of one model would slow the next); a figure is the median over the rounds.
 The losses of both sides are compared before the timing. The FLOPs of `flops_per_token` (3 x forward, attention over
 the full square) are shown as a share of the rate of a large matmul of the same type, which takes its turn in the same
 rounds; on CUDA as a share of the device's published peak (MFU, engine/planning/mfu.py). Peak memory: on CUDA of each

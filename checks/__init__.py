@@ -1,7 +1,7 @@
-"""Is an architecture right? One file a group of checks, one function a check; check_model.py and the tests run them.
+"""Is an architecture right? One file per group of checks, one function per check; run by check_model.py and the tests.
 
 A check takes a `ModelUnderTest` and returns nothing, raises `CheckFailed` with what was seen, or `NotApplicable`. It
-knows the model by its contract alone (model/basemodel.py). Its docstring says what it proves, then "Measured:" and
+knows the model by its contract alone (model/basemodel.py). Its docstring states what it proves, then "Measured:" and
 "Causes:", the usual ones in order, separated by semicolons; the table prints them below a failure."""
 
 from checks import (

@@ -27,10 +27,10 @@ def alone_equals_batch(tested: ModelUnderTest) -> None:
 
 @torch.no_grad()
 def order_does_not_matter(tested: ModelUnderTest) -> None:
-    """Sequences in another order give the same logits in that order, and a sequence given twice gives the same twice.
+    """Sequences in another order give the same logits in that order, and a duplicated sequence gives equal logits.
 
     Measured: a batch, its sequences in another order, and a batch of one sequence repeated.
-    Causes: something indexed by its index in the batch; a capacity or a sort over the whole batch; noise in eval mode.
+    Causes: something indexed by its index in the batch; a capacity or a sort over the full batch; noise in eval mode.
     """
     model, ids = tested.build(), tested.tokens(batch_size=4)
     logits, order = logits_of(model, ids), [2, 0, 3, 1]

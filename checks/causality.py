@@ -1,4 +1,4 @@
-"""Can a position see what comes later? Then training is cheating and generation is noise."""
+"""Does a position see later tokens? Then training leaks the targets and generation fails."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from checks.harness.model_under_test import (
     require_close,
 )
 
-# A kernel may group its sums by what the whole batch holds (experts do), an FFT mixes all positions in rounding.
+# A kernel may group its sums by what the full batch holds (experts do), an FFT mixes all positions in rounding.
 ROUNDING = 2e-5
 
 
@@ -102,10 +102,10 @@ def gradient_reaches_the_past_only(tested: ModelUnderTest) -> None:
 def prefixes_agree(tested: ModelUnderTest) -> None:
     """The logits of the first n tokens do not depend on how many tokens, padding included, follow them.
 
-    Measured: every prefix of a sequence alone against the whole sequence; the task loss of a sequence against that of
+    Measured: every prefix of a sequence alone against the full sequence; the task loss of a sequence against that of
     the sequence with padding after it, whose targets are -100.
     Causes: a scale, a position or a decay counted from the end or from the length of the sequence; a norm over time;
-    padding that takes part in routing, in a mean or in the loss."""
+    padding that is counted in routing, in a mean or in the loss."""
     model, ids = tested.build(), tested.tokens(batch_size=2)
     full, total = logits_of(model, ids), ids.shape[1]
     for n in range(1, total):

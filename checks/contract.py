@@ -1,4 +1,4 @@
-"""Does `forward` keep its side of the contract: shapes, other_vars, the same result twice, no memory of a call?"""
+"""Does `forward` fulfil the contract: shapes, other_vars, determinism, nothing stored about a call?"""
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def loss_is_sum_of_terms(tested: ModelUnderTest) -> None:
 
     Measured: the terms added up against the loss, `requires_grad` of each entry.
     Causes: an auxiliary loss that is reported but not added, or added but not reported; a term reported before its
-    weight is applied; a `.detach()` missing on a statistic, which keeps the whole graph alive; `.item()` on a value.
+    weight is applied; a `.detach()` missing on a statistic, which keeps the full graph alive; `.item()` on a value.
     """
     model, ids = tested.build().train(), tested.tokens()
     _, loss, other_vars = call(model, ids, targets=next_tokens(ids))

@@ -11,7 +11,7 @@ from checks.harness.training import train_steps
 from model.basemodel import BaseModel
 
 BOUNDS = {"activations": (1.6, 100), "gradients": (2.2, 5000)}  # factors from layer to layer, and from first to last
-STEPS = 6  # after zero-initialised projections have left zero, what stands behind them has a gradient too
+STEPS = 6  # after zero-initialised projections have left zero, the parameters behind them have a gradient too
 
 
 def every_parameter_learns(tested: ModelUnderTest) -> None:
@@ -84,7 +84,7 @@ def agree_with_finite_differences(tested: ModelUnderTest) -> None:
 
     Measured: for each parameter, the loss after small steps to both sides, along its gradient and along a random
     direction, against the gradient; steps over a jump (another expert is chosen) are made smaller, and left out when
-    they still jump. A model whose gradients are another thing on purpose (straight-through rounding) declares it by the
+    they still jump. A model whose gradients deliberately differ (straight-through rounding) declares it by the
     class attribute `gradients_are_exact = False`.
     Causes: a `.detach()` or `no_grad` on one of two paths, such as the residual stream or the routing weights; a custom
     backward that is off by a factor; an in-place edit through `.data`; a value computed in numpy or by `.item()`.

@@ -16,7 +16,7 @@ AFFORDABLE = 60e6  # parameters of a model of the author's width that is still b
 
 
 def loss_is_uniform(tested: ModelUnderTest) -> None:
-    """Before training the task loss is near ln V: no token is preferred, none is known.
+    """Before training the task loss is near ln V: no token is preferred.
 
     Measured: at the author's own width with few layers (the error of a wrong scale grows with the width), and at the
     tiny size: within 0.75 nats above ln V and 0.25 below, on random tokens.
@@ -24,7 +24,7 @@ def loss_is_uniform(tested: ModelUnderTest) -> None:
     too large; a loss that is a sum; below ln V: the targets leak into the input.
     """
     for model, where in _sizes(tested):
-        ids = _random(model, rows=8)
+        ids = _random(model, batch_size=8)
         with torch.no_grad():
             _, loss, other_vars = call(model, ids, targets=next_tokens(ids))
         loss, uniform = tested.task_loss(loss, other_vars).item(), math.log(model.args.vocab_size)
@@ -35,14 +35,14 @@ def loss_is_uniform(tested: ModelUnderTest) -> None:
 
 @torch.no_grad()
 def logits_are_centred(tested: ModelUnderTest) -> None:
-    """The initial logits stand around zero and prefer no token.
+    """The initial logits are centred at zero and prefer no token.
 
     Measured: at the same two sizes, the mean of all logits (below 1) and the spread over the vocabulary of each token's
     mean logit (below 0.75).
     Causes: a bias of the head that does not start at zero; a last norm that is missing; a scale on the logits.
     """
     for model, where in _sizes(tested):
-        logits = logits_of(model, _random(model, rows=8)).float()
+        logits = logits_of(model, _random(model, batch_size=8)).float()
         mean, spread = logits.mean().item(), logits.mean(dim=(0, 1)).std().item()
         require(abs(mean) < 1, f"{where}: the initial logits have mean {mean:.3g}")
         require(
@@ -51,9 +51,9 @@ def logits_are_centred(tested: ModelUnderTest) -> None:
         )
 
 
-def _random(model: BaseModel, rows: int) -> Tensor:
+def _random(model: BaseModel, batch_size: int) -> Tensor:
     generator = torch.Generator().manual_seed(3)
-    return torch.randint(model.args.vocab_size, (rows, model.args.max_seq_len), generator=generator)
+    return torch.randint(model.args.vocab_size, (batch_size, model.args.max_seq_len), generator=generator)
 
 
 def _sizes(tested: ModelUnderTest) -> Iterator[tuple[BaseModel, str]]:

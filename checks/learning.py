@@ -1,4 +1,4 @@
-"""Does it learn? Every part may be right on its own and the whole still not learn."""
+"""Does it learn? Every component can be right and the model still not learn."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ RATES = (1e-2, 3e-3)  # one of them suits: an architecture is not blamed for its
 
 
 def overfits_one_batch(tested: ModelUnderTest) -> None:
-    """It can learn two short sequences by heart.
+    """It memorizes two short sequences.
 
     Measured: AdamW on the same two sequences of random tokens; the task loss must fall below 0.3 ln V within 150 steps,
     at one of two learning rates.
@@ -31,7 +31,7 @@ def overfits_one_batch(tested: ModelUnderTest) -> None:
 
 
 def recalls_the_past(tested: ModelUnderTest) -> None:
-    """It learns a copy task that needs the past: repeat the token that stood up to three positions before.
+    """It learns a copy task that needs the past: repeat a token from up to three positions before.
 
     Measured: sequences of one of eight tokens and three fillers; at each filler the target is that token. A model that
     cannot look back stays at ln 8 = 2.08; the loss must fall below 1.2 within 150 steps on fresh sequences.

@@ -18,7 +18,7 @@ from model.basemodel import BaseModel
 def mean_over_valid_targets(tested: ModelUnderTest) -> None:
     """The task loss is the mean of -log p(target) over targets that are not -100, in train and in eval mode.
 
-    Measured: against float64 by hand, from the logits of a call without targets; some targets, and one whole sequence,
+    Measured: against float64 by hand, from the logits of a call without targets; some targets, and one full sequence,
     are ignored, and the loss is a mean over tokens, not a mean over sequences.
     Causes: targets shifted a second time (the data layer has shifted them); the sum divided by all positions instead of
     the valid ones; a mean of the sequences' means; -100 taken as a class; label smoothing, capping or scaling of the
@@ -83,7 +83,7 @@ def _explain(got: float, logits: Tensor, targets: Tensor) -> str:
 
 
 def nothing_to_predict(tested: ModelUnderTest) -> None:
-    """A sequence, and a whole batch, whose targets are all ignored gives a finite loss, 0 for the batch, without
+    """A sequence, and a full batch, whose targets are all ignored gives a finite loss, 0 for the batch, without
     gradient.
 
     Measured: the task loss and its gradients with all targets -100, in train and eval mode; then a batch with one such

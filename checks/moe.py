@@ -1,4 +1,4 @@
-"""Where `moe/load` (L, E) is reported: are loads counted right, does routing learn, does it even out?"""
+"""Where `moe/load` (L, E) is reported: are loads counted right, does the router learn, are the loads balanced?"""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +35,7 @@ def loads_are_counted(tested: ModelUnderTest) -> None:
     """The loads of a layer sum to tokens times active experts, each sequence adds its own, and none is negative.
 
     Measured: the loads of a batch and of each of its sequences; the sum against `n_activated_experts`, or, where the
-    arguments have no such name, a whole number of experts per token.
+    arguments have no such name, an integer number of experts per token.
     Causes: loads that are shares instead of counts; tokens counted once for all their experts; loads of one layer
     reported for all; counts summed over calls; experts with a capacity that drop tokens.
     """
@@ -75,9 +75,9 @@ def loads_are_true(tested: ModelUnderTest) -> None:
         for layer, (name, slices) in enumerate(experts):
             reached = [any(g is not None and bool((g != 0).any()) for g in weights()) for weights in slices]
             busy = (other_vars[KEY][layer] > 0).tolist()
-            for expert, (has, says) in enumerate(zip(reached, busy)):
+            for expert, (has, loaded) in enumerate(zip(reached, busy)):
                 require(
-                    has == says,
+                    has == loaded,
                     f"{KEY}[{layer}, {expert}] is {other_vars[KEY][layer][expert]:.0f} for {length} "
                     f"tokens, and {name} has {'a' if has else 'no'} gradient for this expert",
                 )
@@ -248,7 +248,7 @@ def balance_loss_evens_the_load(tested: ModelUnderTest) -> None:
 
 
 def experts_differ(tested: ModelUnderTest) -> None:
-    """The experts of a layer do not start as copies of each other: equal experts learn the same for ever.
+    """The experts of a layer do not start as copies of each other: equal experts get equal gradients.
 
     Measured: the initial weights of the experts, in pairs.
     Causes: one expert copied by `expand`, `repeat` or `[expert] * n`; the same seed for each.

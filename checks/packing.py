@@ -1,4 +1,4 @@
-"""Do documents in one sequence keep apart?"""
+"""Are the documents in one sequence independent?"""
 
 import torch
 from torch import Tensor
@@ -36,10 +36,10 @@ def packed_equals_separate(tested: ModelUnderTest) -> None:
 
     Measured: three sequences with documents at different places, one of a single token, each document against itself
     alone; in train mode too; one document per sequence against no doc_ids at all; and a sequence that ends in padding,
-    whose id is -1, beside a sequence of nothing else.
+    whose id is -1, next to a sequence of padding alone.
     Causes: doc_ids ignored, or used in some layers only; the mask of sequence 0 used for all sequences; learned
     positions that do not start again at each document; a convolution, a token shift or a recurrent state that runs
-    across the border; a document mask that replaces the causal one; doc_ids taken for indices; a mean over no token.
+    across the boundary; a document mask that replaces the causal one; doc_ids taken for indices; a mean over no token.
     """
     tested.needs("doc_ids")
     ids = tested.tokens(batch_size=3)
@@ -89,7 +89,7 @@ def gradient_stays_in_the_document(tested: ModelUnderTest) -> None:
 def packed_loss_equals_separate(tested: ModelUnderTest) -> None:
     """The task loss of packed documents is that of the documents alone, weighted by their targets.
 
-    Measured: four documents in a sequence, without targets at the borders, against each alone.
+    Measured: four documents in a sequence, without targets at the boundaries, against each alone.
     Causes: as for `packed_equals_separate`, on the path that computes the loss.
     """
     tested.needs("doc_ids")
@@ -109,18 +109,18 @@ def packed_loss_equals_separate(tested: ModelUnderTest) -> None:
 
 
 def losses_stay_in_the_document(tested: ModelUnderTest) -> None:
-    """The loss on one document has no gradient to another: no term of it crosses a border.
+    """The loss on one document has no gradient to another: no term of it crosses a boundary.
 
     Measured: the gradient of each `loss/*` at the tokens of the first document, with targets in the second only,
     against that without any target (a balance loss does not look at targets).
-    Causes: multi-token prediction that predicts beyond the border, or reads an embedding from beyond it; an auxiliary
+    Causes: multi-token prediction that predicts beyond the boundary, or reads an embedding from beyond it; an auxiliary
     head that gets no doc_ids.
     """
     tested.needs("doc_ids")
     model, ids = tested.build(), tested.tokens(batch_size=1)
-    border = ids.shape[1] // 2
-    doc_ids, targets = _documents(ids, [[border]]), next_tokens(ids)
-    targets[:, :border] = -100
+    boundary = ids.shape[1] // 2
+    doc_ids, targets = _documents(ids, [[boundary]]), next_tokens(ids)
+    targets[:, :boundary] = -100
 
     def gradients(targets: Tensor) -> dict[str, Tensor]:
         with embedded_tokens(model) as outputs:
@@ -130,7 +130,7 @@ def losses_stay_in_the_document(tested: ModelUnderTest) -> None:
 
     nothing, second = gradients(torch.full_like(ids, -100)), gradients(targets)
     for key, size in second.items():
-        crossed = ((size - nothing[key])[:border].abs() > 1e-5 * size.max() + 1e-9).nonzero()[:, 0]
+        crossed = ((size - nothing[key])[:boundary].abs() > 1e-5 * size.max() + 1e-9).nonzero()[:, 0]
         require(
             not len(crossed), f"{key} of the second document has a gradient to the first, at {positions_text(crossed)}"
         )

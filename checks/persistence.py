@@ -1,4 +1,4 @@
-"""Is everything that matters saved?"""
+"""Is the complete state of the model saved?"""
 
 import torch
 from safetensors.torch import load, save
@@ -46,7 +46,7 @@ def tied_weights_stay_tied(tested: ModelUnderTest) -> None:
 
     Measured: the names under which each parameter appears, in the model and in a fresh one that loaded its weights and
     changed its type and back; the memory of each parameter; tables that start equal but are not one.
-    Causes: tying by `.data =` (two parameters on one memory, updated twice) or by a copy (they part at the first step);
+    Causes: tying by `.data =` (two parameters on one memory, updated twice) or by a copy (which diverges at step 1);
     tying in a method that is not called again; an own `load_state_dict`.
     """
     model = tested.build(unit_gain=False)
@@ -74,7 +74,7 @@ def tied_weights_stay_tied(tested: ModelUnderTest) -> None:
                 same = another and torch.equal(param, module.weight) and bool(param.std() > 0)
                 require(
                     not same,
-                    f"{name} and {table_name}.weight start equal but are two parameters: they part at the first step",
+                    f"{name} and {table_name}.weight start equal but are two parameters: they diverge at step 1",
                     ["tying by copying: assign the Parameter itself, a.weight = b.weight"],
                 )
 

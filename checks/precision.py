@@ -1,4 +1,4 @@
-"""Does it survive what training does to it for speed: bf16, and the compiler?"""
+"""Is it right under bf16 autocast and torch.compile?"""
 
 from collections.abc import Callable
 
@@ -59,8 +59,8 @@ def bf16_gradients_are_finite(tested: ModelUnderTest) -> None:
 
     Measured: at the initial weights and at weights of unit gain, all gradients finite; at the initial ones, where few
     tokens change their experts for a rounding, the cosine between the gradients of bf16 and fp32 is above 0.9.
-    Causes: a custom backward that mixes dtypes; an exponential or a division that overflows; a scale that underflows; a
-    part in fp32, autocast off, that takes a matrix as it is: the trainer hands it over in bf16, so `weight.float()`.
+    Causes: a custom backward that mixes dtypes; an exponential or a division that overflows; a scale that underflows;
+    an fp32 computation, autocast off, on a bf16 matrix of the trainer: use `weight.float()`.
     """
     ids, grads = tested.tokens(), []
     for unit_gain, bf16 in ((True, True), (False, True), (False, False)):
@@ -132,7 +132,7 @@ def _graphs_after_each_step(tested: ModelUnderTest, dynamic: bool | None, steps:
     eager, model = tested.build().train(), tested.build().train()
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    # Beyond its limit the compiler gives up silently and runs the rest as it is: here it must go on counting.
+    # Beyond its limit the compiler gives up silently and runs the rest as it is: so the limit is lifted here.
     with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024):
         for step in range(steps):
             ids = tested.tokens(9, min(8, tested.args.max_seq_len), seed=30 + step)  # short: loops over time unroll

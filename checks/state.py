@@ -66,7 +66,7 @@ def long_sequences(tested: ModelUnderTest) -> None:
 
 @torch.no_grad()
 def sequences_at_their_own_positions(tested: ModelUnderTest) -> None:
-    """Sequences that stand at different positions decode as if alone, after `overwrite` and `select` moved them.
+    """Sequences at different positions decode as if alone, after `overwrite` and `select` moved them.
 
     Measured: prompts of different lengths put into a used batch, decoded together by steps and by a chunk of two.
     Causes: `pos[0]`, `pos.max()` or `max_pos` taken for all sequences; the mask not per sequence; leftovers of another
@@ -153,7 +153,7 @@ def sequences_can_be_reordered(tested: ModelUnderTest) -> None:
     mixed = torch.stack((ids[0, half : half + n], ids[1, :n], ids[2, half : half + n]))
     got = _decode(model, mixed, state, [1] * n)
     require_close(got[1], full[1, :n], "a new text in a sequence that was in use")
-    require_close(got[[0, 2]], full[[0, 2], half : half + n], "the sequences beside a new text")
+    require_close(got[[0, 2]], full[[0, 2], half : half + n], "the sequences next to a new text")
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ def memory_is_bounded(tested: ModelUnderTest) -> None:
 
     Measured: bytes of all tensors in the state after max_seq_len tokens, fed in one chunk and one by one; in a state of
     half the length; for one sequence and for two.
-    Causes: chunks appended twice; the whole history kept for a window; memory taken for max_seq_len instead of the
+    Causes: chunks appended twice; the full history kept for a window; memory taken for max_seq_len instead of the
     state's max_len.
     """
     tested.needs("state")

@@ -54,7 +54,7 @@ def preset(model_name: str, output_path: Path) -> Path:
         return own
     shared = ROOT / "configs" / "any_cpu.yaml"
     if not shared.exists():
-        raise UserError(f"{shared} is missing: restore it, or write {own.name} beside it")
+        raise UserError(f"{shared} is missing: restore it, or write {own.name} next to it")
     fields = yaml.safe_load(shared.read_text(encoding="utf-8"))
     fields["model"] = small_sizes(Model, Args)
     path = output_path / f"demo_{model_name}.yaml"

@@ -11,9 +11,9 @@ from utils.errors import UserError, run_script
 from utils.terminal import strip_control_chars
 
 
-def share(part: int, whole: int) -> str:
-    """Return '69.4%', or '-' when whole is 0."""
-    return f"{100 * part / whole:.1f}%" if whole else "-"
+def share(part: int, total: int) -> str:
+    """Return '69.4%', or '-' when total is 0."""
+    return f"{100 * part / total:.1f}%" if total else "-"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -34,7 +34,7 @@ def table(result: dict[str, Any]) -> str:
     settings = result["settings"]
     lines += [
         f"(sampled at temperature {settings['temperature']:g}, top_p {settings['top_p']:g}, top_k {settings['top_k']};"
-        f" seed {settings['seed']}; a verse is copied when a training poem has it word for word)",
+        f" seed {settings['seed']}; a verse is copied when a training poem has it verbatim)",
         "",
     ]
     lines.append(

@@ -30,8 +30,8 @@ def table(times: dict[str, int], model: str) -> str:
 
 
 if __name__ == "__main__":
-    file, *words = sys.argv[1:]
-    if len(words) == 1:
-        print(table(read(Path(file)), words[0]))
+    file, *arguments = sys.argv[1:]
+    if len(arguments) == 1:
+        print(table(read(Path(file)), arguments[0]))
     else:
-        record(Path(file), words[0], int(words[1]), *words[2:])
+        record(Path(file), arguments[0], int(arguments[1]), *arguments[2:])

@@ -27,7 +27,7 @@ _VERSE_END = re.compile(r"[\s，。？！；、：,.?!;:]+")
 
 
 def split_verses(text: str) -> list[str]:
-    """Return the verses of a poem: what stands between punctuation marks and line ends."""
+    """Return the verses of a poem: the texts between punctuation marks and line ends."""
     return [verse for verse in _VERSE_END.split(text) if verse]
 
 

@@ -1,17 +1,17 @@
 """The contract between an architecture and the framework, complete: the one file a plugin author must read.
 
 An architecture is a dataclass `MyNetModelArgs(BaseModelArgs)` and a class `MyNetModel(BaseModel)` in one file of this
-folder. `forward(input_ids, targets=None)` is all that is required; `template.py` shows the smallest complete example.
-What the framework offers on top is switched on by *accepting a parameter* in `forward`: `state` gives fast decoding,
-`doc_ids` lets several documents share a sequence without seeing each other.
+folder (see template.py). Only `forward(input_ids, targets=None)` is required. Two more parameters of forward switch
+features on: `state` fast decoding, `doc_ids` packed documents.
 
-Names that mean something, where a model has them:
-    layers              the repeated blocks, an nn.ModuleList: units of `State`, of sharding and of diagnostics
-    tok_embed, lm_head  the embedding table and the output head, whose weight may be the table
-    o_proj, down_proj   projections into the residual stream, which `init_weights` makes smaller with depth
-    expert_weights      of a MoE module: names of the stacks of `expert_swiglu`, which decoding may quantise or pack
+Names that the framework reads, where a model has them:
+    layers              nn.ModuleList of the repeated blocks, called as modules: units of `State`, sharding, diagnostics
+    tok_embed, lm_head  the nn.Embedding of the vocabulary and the output head, whose weight may be the table
+    o_proj, down_proj   projections into the residual stream, which `init_weights` scales down with depth
+    expert_weights      of an MoE module: names of the stacks of `expert_swiglu`, which decoding may quantize or pack
     scalar_params       of any module: names of parameters for the group "scalar" of `param_groups`
-    dim, n_layers, ...  arguments of the usual names (Meta's and DeepSeek's) get small values in checks and demos
+    dim, n_layers, ...  usual arguments: for default FLOPs; checks (checks/harness/tiny_args.py) and demos shrink them;
+                        the checks of experts also read n_activated_experts and bias_update_speed
 """
 
 import inspect
@@ -70,16 +70,17 @@ class BaseModel(nn.Module):
 
         input_ids (B, T) int64. targets (B, T) int64, already shifted by one; -100 means no loss at that position.
         state: optional, a `State`; read `state.pos`, append T tokens to every sequence, leave `pos` alone.
-        doc_ids (B, T) int64: optional; tokens of different documents in one sequence must not see each other;
-        -1 is padding, which a count of tokens leaves out.
+        doc_ids (B, T) int64: optional; tokens of different documents must not see each other; -1 is padding.
 
         logits (B, T, V); may be None when targets are given, and (B, 1, V) when `state.last_only`.
         loss: None exactly when targets is None, else the mean over the valid targets (0 when there is none).
-        other_vars: flat dict of tensors. `loss/<name>` are the weighted terms, whose sum is `loss`; they keep their
-        graph. `loss/ce` is the cross-entropy of the next token: held-out loss and bits per character are made of it
-        (without it, of `loss`). All else is detached and logged: 0-d as a scalar, 1-d and 2-d as a histogram per layer.
+        other_vars: flat dict of tensors. `loss/<name>` are the weighted terms with their graph, whose sum is `loss`:
+        `loss/ce`, the cross-entropy of the next token, for held-out loss and bits per character (else `loss` is used);
+        `loss/z`, the z-loss, required when `self.z_loss` is set; a balance loss has balance, aux or load in its name.
+        All else is detached and logged: 0-d as a scalar, 1-d and 2-d as a histogram per layer.
         Reserved: `moe/load` (L, E), and 2-d `.../load...` for further experts: tokens per expert, without padding.
-        Forward never writes to its inputs and stores nothing about a call on the module.
+        Forward never writes to its inputs and stores nothing about a call on the module. Training in bf16 holds the
+        group "matrix" of `param_groups` in bf16: where autocast is off, use `weight.float()`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(self, input_ids, targets=None)")
 
@@ -89,20 +90,19 @@ class BaseModel(nn.Module):
         return parameter in inspect.signature(cls.forward).parameters
 
     def before_step(self, step, total_steps):
-        """Called before each optimizer step: the place for schedules of the model's own."""
+        """Called before each optimizer step, for schedules of the model's own."""
 
     def after_step(self, other_vars):
         """Called once after each optimizer step with `other_vars` averaged over micro-batches and ranks.
 
-        It may move persistent buffers, on their device, and nothing else: it also runs after a step that turns out to
-        be skipped, whose buffers are then restored.
+        It may change persistent buffers in place and nothing else. After a skipped step they are restored.
         """
 
     draft = None
     """Optional: `draft(hidden, ids, state)` -> (logits (B, T, V), hidden (B, T, D)), used by --speculative=draft.
 
-    hidden (B, T, D): the `state.hidden` of T tokens; ids (B, T): the tokens that followed them. The logits are of the
-    token after those. `state` is a second one of `init_state`, for drafts alone.
+    hidden (B, T, D): the `state.hidden` of T tokens, set by forward; ids (B, T): the tokens after them. The logits
+    predict the tokens after those. `state` is a second one of `init_state`, for drafts alone.
     """
 
     def init_weights(self):
@@ -120,8 +120,8 @@ class BaseModel(nn.Module):
     def param_groups(self):
         """Return {"matrix", "embed", "scalar"}: lists that hold every trainable parameter exactly once.
 
-        matrix: weights of 2 or more dimensions that map activations (Muon's, decayed); embed: embeddings and the
-        output head; scalar: norms, biases, other small vectors, and what a module names in `scalar_params`.
+        matrix: weights of 2 or more dimensions that map activations (Muon, decayed); embed: embeddings and output head;
+        scalar: norms, biases, other small vectors, and what a module names in `scalar_params`.
         """
         embed = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
         embed |= {id(p) for p in self._head()}

@@ -30,13 +30,13 @@ class DeepSeekV3ModelArgs(RopeArgs, BaseModelArgs):
     n_heads: int = 12  # H
     q_lora_rank: int = 384  # d_c', rank of the query latent; 0 = queries straight from the residual stream
     kv_lora_rank: int = 192  # d_c = R, rank of the latent that keys and values share
-    qk_nope_head_dim: int = 64  # d_h, the part of a head without positions
-    qk_rope_head_dim: int = 32  # d_h^R, the part with rotary positions; its key is shared by all heads
+    qk_nope_head_dim: int = 64  # d_h, head dim without positions
+    qk_rope_head_dim: int = 32  # d_h^R, head dim with rotary positions; its key is shared by all heads
     v_head_dim: int = 64
     inter_dim: int = 2048  # F of the dense layers
     moe_inter_dim: int = 512  # F of one expert
     n_routed_experts: int = 8  # N_r = E
-    n_shared_experts: int = 1  # N_s, always on
+    n_shared_experts: int = 1  # N_s, used by every token
     n_activated_experts: int = 3  # K_r = A, routed experts per token
     n_expert_groups: int = 1  # experts are chosen from the best `n_limited_groups` of these groups
     n_limited_groups: int = 1
@@ -59,13 +59,13 @@ class DeepSeekV3ModelArgs(RopeArgs, BaseModelArgs):
         require(
             active <= usable, f"n_activated_experts={active} must lie in 1..{usable}, the experts of {limited} groups"
         )
-        require(groups == 1 or experts // groups > 1, "a group is judged by its two best experts: use at least 2 each")
+        require(groups == 1 or experts // groups > 1, "a group is scored by its two best experts: use at least 2 each")
         require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even, rotary positions turn pairs: change it")
         self.check_rope()
 
 
 class TokenInfo(NamedTuple):
-    """What all blocks need to know of the tokens: cos and sin, visible keys, which are no padding (B, T), state."""
+    """Inputs of every block: cos and sin, visible keys, token mask (B, T; False = padding), state."""
 
     rope: tuple
     mask: torch.Tensor | None = None
@@ -290,10 +290,10 @@ class DeepSeekV3Model(BaseModel):
                 target = target.masked_fill(docs != doc_ids[:, k:], -100)
             x, of_module = module(x[:, :-1], embedded[:, k:], self.token_info(target, doc_ids=docs))
             stats += of_module
-            # Both equations divide by the T of the whole sequence, so a depth weighs by the targets that it has left.
+            # Both equations divide by the T of the full sequence, so a depth is weighted by its remaining targets.
             share = (target != -100).sum() / n_targets
             losses.append(lm_loss(x, self.lm_head.weight, target, squares=squares) * share)
-            with torch.no_grad():  # how often it is right, at every 16th position: no second pass of the output head
+            with torch.no_grad():  # accuracy at every 16th position, which avoids a second full pass of the output head
                 sample = target[:, ::16]
                 hits += (F.linear(x[:, ::16], self.lm_head.weight).argmax(dim=-1) == sample).sum()
                 seen += (sample != -100).sum()
@@ -317,7 +317,7 @@ class DeepSeekV3Model(BaseModel):
             moe.routing_bias += self.args.bias_update_speed * (load.mean() - load).sign()
 
     def num_params(self):
-        """As every model; active: without the unchosen experts and the MTP modules, which only training uses."""
+        """As for every model; active: without the unchosen experts and the MTP modules, which only training uses."""
         return super().num_params() | {"active": self._active(self) - self._active(self.mtp)}
 
     def _active(self, module):
@@ -334,6 +334,6 @@ class DeepSeekV3Model(BaseModel):
         return 2 * seq_len * (a.n_layers + a.n_mtp_layers) * width
 
     def flops_per_token(self, seq_len):
-        """As every model, plus in each MTP module its active weights and another use of the output head."""
+        """As for every model, plus in each MTP module its active weights and another use of the output head."""
         heads = self.args.n_mtp_layers * self.args.vocab_size * self.args.dim
         return super().flops_per_token(seq_len) + 6 * (self._active(self.mtp) + heads)

@@ -10,7 +10,7 @@ from pathlib import Path
 from model import ModelError, list_models
 
 FOLDER = Path(__file__).parent
-DOC = '''"""{title}: say in one sentence what is new about it.
+DOC = '''"""{title}: describe in one sentence what is new about it.
 
     python check_model.py --model_name={model_name}
     python pretrain.py --model_name={model_name}

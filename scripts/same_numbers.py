@@ -46,9 +46,9 @@ class Tree:
         self.corpora = corpora
         self.found: dict[str, object] = {}
 
-    def run(self, *words: object) -> str:
+    def run(self, *arguments: object) -> str:
         """Run a script of this tree and return its standard output; stop with its messages when it fails."""
-        command = [sys.executable, *map(str, words)]
+        command = [sys.executable, *map(str, arguments)]
         compiled = str(self.out / "compiled")  # a cache of its own: neither tree runs what another program compiled
         environment = os.environ | {"PYTHONUTF8": "1", "TORCHINDUCTOR_CACHE_DIR": compiled}
         done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
@@ -82,13 +82,13 @@ class Tree:
         preset = f"--config=configs/{model}_cpu.yaml"
         self.run("pretrain.py", preset, f"--model_name={model}", tokens, f"--max_steps={steps}", *common)
         run = self.out / mode / f"pretrain_{model}"
-        self.found |= numbers_of(f"{model} {mode} pretraining", run)
+        self.found |= training_results(f"{model} {mode} pretraining", run)
         if mode == "fp32":
             tokens = f"--sft_data_path={self.out / 'data/sft_train.bin'}"
             few = f"--max_steps={max(2, steps // 5)}"
             self.run("sft.py", "--config=configs/sft_cpu.yaml", f"--init_from={run}", tokens, few, *common)
             run = self.out / mode / f"sft_{model}"
-            self.found |= numbers_of(f"{model} {mode} fine-tuning", run)
+            self.found |= training_results(f"{model} {mode} fine-tuning", run)
         return run
 
     def talk_and_export(self, model: str, run: Path) -> None:
@@ -108,7 +108,7 @@ def hashes(paths: list[Path]) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def numbers_of(what: str, run: Path) -> dict[str, object]:
+def training_results(what: str, run: Path) -> dict[str, object]:
     """Return the metrics of every step and the hash of the final weights of a run."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for record in records:
@@ -144,7 +144,7 @@ def compare(trees: list[Tree]) -> int:
 
 
 def first_difference(ours: Tree, theirs: Tree, name: str) -> str:
-    """Say in one line where two findings part."""
+    """Describe in one line the first difference of two findings."""
     a = ours.found[name]
     b = theirs.found.get(name)
     if isinstance(a, list) and isinstance(b, list):

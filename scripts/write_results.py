@@ -101,7 +101,7 @@ def demo(lang: str) -> str:
         "zh": {"real": "验证集里的真诗", "shuffled": "打乱诗句"},
     }[lang]
     head = {
-        "en": ["", "parameters", "held-out bits per character", "form", "rhyme", "copied", "whole run on 2 cores"],
+        "en": ["", "parameters", "held-out bits per character", "form", "rhyme", "copied", "full run on 2 cores"],
         "zh": ["", "参数量", "验证集比特/字", "合体", "押韵", "抄录", "两核全程用时"],
     }[lang]
     body = []

@@ -17,18 +17,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 
 @pytest.fixture
-def world(tmp_path):
+def training(tmp_path):
     """A folder with a tokenizer and data, and run(**settings): one training of the tiny model in it."""
 
-    class World:
+    class TinyTraining:
         path, tokenizer = tmp_path, make_tokenizer(tmp_path / "tokenizer")
 
         def __init__(self):
             train, val = pretrain_files(tmp_path / "data", self.tokenizer)
-            self.rows = WindowSequences(TokenFile(train, self.tokenizer, "make"), 32)
+            self.sequences = WindowSequences(TokenFile(train, self.tokenizer, "make"), 32)
             self.val = DocumentSequences(TokenFile(val, self.tokenizer, "make"), 32, pack=True)
 
-        def run(self, model_fields=(), rows=None, model_class=TinyModel, **settings):
+        def run(self, model_fields=(), sequences=None, model_class=TinyModel, **settings):
             defaults = dict(
                 model_name="tiny",
                 max_batch_size=4,
@@ -46,10 +46,16 @@ def world(tmp_path):
             args = TinyModelArgs(vocab_size=self.tokenizer.vocab_size, max_seq_len=32, **dict(model_fields))
             self.model = model_class(args)
             return loop.train(
-                config, "pretrain", self.model, self.tokenizer, rows or self.rows, self.val, "python next.py {run}"
+                config,
+                "pretrain",
+                self.model,
+                self.tokenizer,
+                sequences or self.sequences,
+                self.val,
+                "python next.py {run}",
             )
 
         def weights(self):
             return {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    return World()
+    return TinyTraining()

@@ -1,4 +1,4 @@
-"""A file that somebody drops into model/ leaves the tests green: none depends on which models are registered."""
+"""The tests pass with another file in model/: none depends on which models are registered."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What is computed in its own way on a CPU: attention in blocks and of one query, norms in bf16."""
+"""The CPU forms: attention in blocks and of one query, norms in bf16."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from model.kernels import attention as kernels
 from model.kernels.matmul import FEW_ROWS
 
 
-def inputs(heads, groups, v_dim, dtype, rows=2, tokens=7, dim=6):
+def inputs(heads, groups, v_dim, dtype, batch_size=2, tokens=7, dim=6):
     torch.manual_seed(0)
     shapes = ((heads, dim), (groups, dim), (groups, v_dim))
-    return [torch.randn(rows, tokens, *shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    return [torch.randn(batch_size, tokens, *shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
 def outcome(function, tensors):
@@ -23,13 +23,13 @@ def outcome(function, tensors):
 
 
 def document_mask(tokens=7):
-    """Two rows of two documents each, causal within."""
+    """Two sequences of two documents each, causal within."""
     docs = torch.tensor([[0] * 3 + [1] * 4, [0] * 6 + [1]])[:, :tokens]
     return (docs[:, None, :, None] == docs[:, None, None, :]) & torch.ones(tokens, tokens).tril().bool()
 
 
 def both_ways_mask(tokens=7):
-    """What a model of its own might use: no query is kept from later keys, one row for the whole batch."""
+    """A mask that a model may use: not causal, one for the full batch."""
     return (torch.arange(tokens)[:, None] - torch.arange(tokens)).abs()[None, None] < 3
 
 
@@ -50,7 +50,7 @@ def test_blocked_attention_is_attention(heads, groups, v_dim, mask, block, monke
     torch.testing.assert_close(got, want)
 
 
-def test_a_block_reads_no_key_behind_what_it_sees(monkeypatch):
+def test_a_block_reads_no_key_after_its_last_visible_one(monkeypatch):
     monkeypatch.setattr(cpu_attention, "BLOCK", 3)
     assert cpu_attention.keys_per_block(None, 7, 7) == [3, 6, 7]
     assert cpu_attention.keys_per_block(document_mask(), 7, 7) == [3, 6, 7]
@@ -59,7 +59,7 @@ def test_a_block_reads_no_key_behind_what_it_sees(monkeypatch):
 
 
 def test_fewer_queries_than_keys(monkeypatch):
-    """As where a gradient is taken through a state: the last queries of a row, each up to itself."""
+    """As where a gradient is taken through a state: the last queries of a sequence, each up to itself."""
     monkeypatch.setattr(cpu_attention, "BLOCK", 2)
     tensors = inputs(6, 2, 6, torch.float64)
     tensors[0] = tensors[0].detach()[:, 4:].requires_grad_()
@@ -72,7 +72,7 @@ def test_fewer_queries_than_keys(monkeypatch):
 @pytest.mark.skipif(not ENABLED, reason="MINI_LLM_KERNELS=0: blocked attention is off")
 @pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.01), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("mask", [None, document_mask()])
-def test_training_on_a_cpu_takes_it_and_keeps_the_digits(mask, dtype, error, monkeypatch):
+def test_training_on_a_cpu_uses_it_without_loss_of_precision(mask, dtype, error, monkeypatch):
     monkeypatch.setattr(cpu_attention, "BLOCK", 3)
     tensors = inputs(6, 2, 6, dtype)
     doubled = [t.detach().double().requires_grad_() for t in tensors]
@@ -112,8 +112,8 @@ def test_blocks_compiled(mask, monkeypatch):
 
 @pytest.mark.parametrize("heads, groups, v_dim", [(4, 4, 6), (6, 2, 6), (3, 1, 4)])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_one_query_a_row(heads, groups, v_dim, compiled):
-    """Each row at its own position, beside the formula a head at a time; compiled it is a sum, in fp32 inside."""
+def test_one_query_per_sequence(heads, groups, v_dim, compiled):
+    """Each sequence at its own position, against the formula per head; compiled it is a sum, in fp32 inside."""
     torch.manual_seed(0)
     q, k = torch.randn(3, 1, heads, 6), torch.randn(3, 9, groups, 6)
     v = torch.randn(3, 9, groups, v_dim)
@@ -131,7 +131,7 @@ def test_one_query_a_row(heads, groups, v_dim, compiled):
 
 @pytest.mark.parametrize("shape", [(2, 7, 24), (5, 24), (2, 3, 4, 24), (24,), (0, 24)])
 def test_a_norm_in_bf16_on_a_cpu(shape):
-    """Its output and gradients, beside the formula in float64 (Zhang & Sennrich 2019, equation 4)."""
+    """Its output and gradients, against the formula in float64 (Zhang & Sennrich 2019, equation 4)."""
     torch.manual_seed(0)
     norm, x = layers.RMSNorm(24, eps=1e-3), torch.randn(shape).mul(0.1).bfloat16().requires_grad_()
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -147,8 +147,8 @@ def test_a_norm_in_bf16_on_a_cpu(shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
-def test_a_small_product_compiled(rows):
-    """In bf16: the sum keeps more digits than a product of that type promises."""
+def test_a_small_matmul_compiled(rows):
+    """In bf16: the sum keeps more digits than a matmul of that type guarantees."""
     torch.manual_seed(0)
     a, b = torch.randn(2, 3, rows, 24).bfloat16(), torch.randn(2, 3, 24, 5).bfloat16()
     exact = a.double() @ b.double()

@@ -55,7 +55,7 @@ def test_64_requests_have_the_tokens_they_have_alone(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_next_turn_prefills_only_the_new_tokens(name):
-    """And gets the tokens of a full prefill, also beside other conversations."""
+    """And gets the tokens of a full prefill, also with other conversations running."""
     model, rng, scheduler = build(name), random.Random(1), Scheduler(build(name), n_slots=3)
     chats = [[rng.randrange(V) for _ in range(4)] for _ in range(3)]
     for turn in range(3):

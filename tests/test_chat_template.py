@@ -70,7 +70,7 @@ def test_ids_equal_those_of_transformers(tokenizer, theirs, messages, prompt):
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(messages=CHATS, prompt=st.booleans())
 def test_ids_of_hostile_texts_equal_those_of_the_template_part_by_part(tokenizer, theirs, messages, prompt):
-    """The template rendered around stand-ins; its own parts encoded with special tokens on, the contents with them off.
+    """The template rendered around placeholders; its markers encoded with special tokens on, contents with them off.
 
     That is what apply_chat_template means; given the contents themselves it would turn a marker in them into a turn.
     """

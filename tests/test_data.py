@@ -77,11 +77,11 @@ def test_three_epochs_with_kills_on_any_number_of_ranks(tmp_path, tokenizer):
     data, random = WindowSequences(file, 16), np.random.default_rng(0)
     steps = -(-3 * len(data) // 8)
 
-    def run(world):
-        plan, done, work = BatchPlan(8, 2, 4 // world), 0, []
+    def run(n_ranks):
+        plan, done, work = BatchPlan(8, 2, 4 // n_ranks), 0, []
         while done < steps:
             stop = min(steps, done + int(random.integers(1, 20)))
-            loaders = [StepLoader(data, plan, 7, done, steps, rank, world) for rank in range(world)]
+            loaders = [StepLoader(data, plan, 7, done, steps, rank, n_ranks) for rank in range(n_ranks)]
             for _, parts in zip(range(done, stop), zip(*loaders)):
                 work.append(parts)
             for loader in loaders:  # with steps made ahead of time, which are lost
@@ -89,15 +89,15 @@ def test_three_epochs_with_kills_on_any_number_of_ranks(tmp_path, tokenizer):
             done = stop
         return work
 
-    runs = {world: run(world) for world in (1, 2, 4)}
+    runs = {n_ranks: run(n_ranks) for n_ranks in (1, 2, 4)}
     order = [index for (part,) in runs[1] for index in part.sequences]
     epochs = [order[i * len(data) : (i + 1) * len(data)] for i in range(3)]
     assert all(sorted(epoch) == list(range(len(data))) for epoch in epochs) and epochs[0] != epochs[1]
     expected = np.stack([data.sequence(i)["input_ids"] for i in order]).reshape(steps, 8, 16)
-    for world, work in runs.items():
+    for n_ranks, work in runs.items():
         for step, parts in enumerate(work):
             assert all(part.sequences == order[8 * step : 8 * step + 8] for part in parts)
-            dealt = [parts[i % world].batches[i // world]["input_ids"] for i in range(4)]  # micro-batches in turn
+            dealt = [parts[i % n_ranks].batches[i // n_ranks]["input_ids"] for i in range(4)]  # micro-batches in turn
             assert (np.concatenate(dealt) == expected[step]).all()
 
 
@@ -105,8 +105,8 @@ def test_held_out_batches_cover_all_data_once(tmp_path, tokenizer):
     file = TokenFile(pretrain_files(tmp_path, tokenizer)[1], tokenizer, "make")
     data = DocumentSequences(file, 32, pack=True)
     expected = sum(int((data.sequence(i)["targets"] != IGNORE).sum()) for i in range(len(data)))
-    for world in (1, 2):
-        batches = [b for rank in range(world) for b in held_out_batches(data, 4, 0, rank, world)]
+    for n_ranks in (1, 2):
+        batches = [b for rank in range(n_ranks) for b in held_out_batches(data, 4, 0, rank, n_ranks)]
         assert {tuple(batch["targets"].shape) for batch in batches} == {(4, 32)}
         assert sum(int((batch["targets"] != IGNORE).sum()) for batch in batches) == expected
 
@@ -122,16 +122,16 @@ def test_file_errors_are_one_line(tmp_path, tokenizer, capsys):
     path = write_tokens(tmp_path / "d", documents(tokenizer, [6, 8]), tokenizer)
     meta = json.loads((tmp_path / "d.meta.json").read_text())
 
-    def fails(says, at=path, **changes):
+    def fails(message, at=path, **changes):
         (tmp_path / "d.meta.json").write_text(json.dumps({**meta, **changes}))
-        with pytest.raises(UserError, match=says) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             TokenFile(at, tokenizer, "python make.py")
         assert "\n" not in str(caught.value)
 
     fails("no data file .*python make.py", at=tmp_path / "none.bin")
     fails("another tokenizer", tokenizer_fingerprint="other")
     fails("token id 272, beyond the vocabulary of 272", max_id=272)
-    fails("meta file says 99", tokens=99)
+    fails("meta file lists 99", tokens=99)
     (tmp_path / "d.docs.npy").unlink()
     (tmp_path / "d.meta.json").unlink()  # without meta: read as uint16 with a warning, ids checked on reading
     np.array([1, 20, 2, 1, 60_000, 2], "<u2").tofile(path)

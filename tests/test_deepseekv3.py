@@ -18,10 +18,10 @@ def small_args(**changes):
     return DeepSeekV3ModelArgs(**{**vars(args), **changes})
 
 
-def sharp_model(args, seed=0):
-    subject = ModelUnderTest(NAME)
-    subject.args = args
-    return subject.build(seed)
+def unit_gain_model(args, seed=0):
+    tested = ModelUnderTest(NAME)
+    tested.args = args
+    return tested.build(seed)
 
 
 def random_moe(args, seed=0):
@@ -59,7 +59,7 @@ def choose_by_loop(affinity, bias, args):
         {"n_shared_experts": 2, "n_activated_experts": 1},
     ],
 )
-def test_mixture_equals_a_loop_over_tokens(changes):
+def test_moe_equals_a_loop_over_tokens(changes):
     args = small_args(**changes)
     moe = random_moe(args)
     x = torch.randn(2, 7, args.dim, dtype=torch.double)
@@ -94,9 +94,9 @@ def test_mixture_equals_a_loop_over_tokens(changes):
 
 
 def test_padding_counts_in_no_load_and_no_balance_loss():
-    """Rows of 7, 4 and 0 real tokens in one batch, against the rows without their padding, one after another."""
+    """Sequences of 7, 4 and 0 tokens in one padded batch, against each without padding."""
     args, lengths = small_args(seq_aux_alpha=1.0), (7, 4, 0)
-    model = sharp_model(args)
+    model = unit_gain_model(args)
     ids = torch.randint(args.vocab_size, (3, 7), generator=torch.Generator().manual_seed(5))
     docs = torch.tensor([[0] * n + [-1] * (7 - n) for n in lengths])
     targets = ids.roll(-1, 1).masked_fill(docs < 0, -100)
@@ -108,7 +108,9 @@ def test_padding_counts_in_no_load_and_no_balance_loss():
     model.mtp = torch.nn.ModuleList()
     alone = [model(row[None, :n], target[None, :n])[2] for row, target, n in zip(ids, targets, lengths) if n]
     assert torch.equal(got["moe/load"], sum(terms["moe/load"] for terms in alone))
-    assert got["moe/load_mtp"].sum().item() == args.n_activated_experts * (6 + 4)  # no position for a row's last token
+    assert got["moe/load_mtp"].sum().item() == args.n_activated_experts * (
+        6 + 4
+    )  # no position for the last token of a sequence
     got, plain, no_padding = (model(ids, targets, doc_ids=d)[2] for d in (docs, None, docs * 0))
     want = sum(terms["loss/balance"] for terms in alone) / 3
     torch.testing.assert_close(got["loss/balance"], want)
@@ -117,7 +119,7 @@ def test_padding_counts_in_no_load_and_no_balance_loss():
     torch.testing.assert_close(plain["loss/balance"], no_padding["loss/balance"])
 
 
-def test_bias_steers_the_choice_and_never_the_weight():
+def test_the_routing_bias_changes_the_choice_and_no_weight():
     args = small_args(n_expert_groups=1, n_limited_groups=1, n_activated_experts=6, n_routed_experts=6)
     moe = random_moe(args)
     x = torch.randn(1, 5, args.dim, dtype=torch.double)
@@ -141,7 +143,7 @@ def test_bias_moves_by_gamma_against_the_load():
 def test_mtp_loss_equals_the_equations(depths):
     """Equations 21-25 position by position, with ignored targets and document borders."""
     args = small_args(n_mtp_layers=depths, n_dense_layers=3, max_seq_len=12)
-    model = sharp_model(args)
+    model = unit_gain_model(args)
     ids = torch.randint(args.vocab_size, (1, 12))
     doc_ids = torch.tensor([[0] * 5 + [1] * 7])
     targets = ids.roll(-1, 1)
@@ -182,7 +184,7 @@ def test_mtp_loss_equals_the_equations(depths):
 @pytest.mark.parametrize("depths", [1, 2])
 def test_mtp_accuracy_equals_a_count(depths):
     """Every sixteenth position of each depth, one by one; taught for a while, so that some of it is right."""
-    model = sharp_model(small_args(n_mtp_layers=depths, max_seq_len=40)).train()
+    model = unit_gain_model(small_args(n_mtp_layers=depths, max_seq_len=40)).train()
     ids = torch.arange(40).repeat(2, 1) % 5 + 3
     targets = ids.roll(-1, 1)
     targets[0, 20:] = targets[:, -1] = -100
@@ -208,7 +210,7 @@ def test_mtp_accuracy_equals_a_count(depths):
 @pytest.mark.parametrize("q_lora_rank", [0, 20])
 def test_absorbed_attention_equals_expanded(q_lora_rank):
     args = small_args(q_lora_rank=q_lora_rank)
-    model = sharp_model(args)
+    model = unit_gain_model(args)
     attn = model.layers[0].attn
     x = torch.randn(2, 9, args.dim)
     rope = model.rotary(torch.arange(9)[None])
@@ -227,7 +229,7 @@ def test_absorbed_attention_equals_expanded(q_lora_rank):
 
 def test_mtp_loss_of_packed_documents_is_that_of_each_alone():
     """Equations 24-25 divide by the targets of the sequence: packed, each document weighs by its own."""
-    model = sharp_model(small_args(n_mtp_layers=2, seq_aux_alpha=0.0))
+    model = unit_gain_model(small_args(n_mtp_layers=2, seq_aux_alpha=0.0))
     ids = torch.randint(model.args.vocab_size, (1, 16))
     bounds = [0, 5, 6, 8, 16]  # a document of one token and one of two among them
     doc_ids, targets = torch.zeros_like(ids), ids.roll(-1, 1)
@@ -246,11 +248,11 @@ def test_mtp_loss_of_packed_documents_is_that_of_each_alone():
 
 def test_cache_holds_the_latent_and_the_rotary_key_only():
     args = small_args()
-    model = sharp_model(args)
+    model = unit_gain_model(args)
     state = model.init_state(2, 10)
     model(torch.randint(args.vocab_size, (2, 4)), state=state)
     for layer in state.layers:
-        size = sum(tensor.nbytes for tensor in layer.values())  # 2 rows of 10 tokens in fp32
+        size = sum(tensor.nbytes for tensor in layer.values())  # 2 sequences of 10 tokens in fp32
         assert size == 2 * 10 * (args.kv_lora_rank + args.qk_rope_head_dim) * 4
 
 

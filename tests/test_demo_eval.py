@@ -56,7 +56,7 @@ def test_known_poems(text, form, rhyming):
         "床前明月光，疑是地上霜。\n举头望明月，低头思故\ufffd。",
     ],
 )
-def test_what_has_no_form(text):
+def test_texts_without_a_form(text):
     assert form_of(split_verses(text)) is None
 
 
@@ -103,9 +103,9 @@ def corpus(tmp_path, count=4000):
     with open(path, "w", encoding="utf-8") as file:
         for i in range(count):
             form = forms[i % 4]
-            row = {"title": f"题{i}", "author": "佚名", "form": form, "text": texts[form]}
-            row["lines"] = split_verses(row["text"])
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            record = {"title": f"题{i}", "author": "佚名", "form": form, "text": texts[form]}
+            record["lines"] = split_verses(record["text"])
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return path
 
 

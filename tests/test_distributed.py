@@ -105,8 +105,8 @@ def test_a_killed_rank_is_restarted_and_the_curve_is_the_same(folder, two_ranks)
     assert all(torch.equal(value, theirs[name]) for name, value in weights.items())
 
 
-def test_processes_agree_on_a_name_whatever_earlier_attempts_left():
-    """Attempts over one store: after one that ended well, and after one whose offer still stands; one rank is late."""
+def test_processes_agree_on_a_prefix_whatever_earlier_attempts_left():
+    """Attempts over one store: after one that ended well, and one whose offer is still there; one rank is late."""
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
     def meet(rank, delay):

@@ -348,7 +348,7 @@ def test_what_cannot_be_imported_is_one_line(run, tmp_path):
     assert "no tokenizer.json" in error_of("--from", "hf", tmp_path / "no_tokenizer", "--out", tmp_path / "out")
 
 
-def test_commands_that_cannot_be(run, tmp_path):
+def test_invalid_commands_are_one_line(run, tmp_path):
     summary, folder = run
     assert "exists" in error_of("--run", summary["run"], "--to", "hf", folder)
     assert "which run" in error_of("--to", "hf", tmp_path / "x")
@@ -361,7 +361,7 @@ def test_commands_that_cannot_be(run, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_model_without_a_layout_says_so():
+def test_a_model_without_a_layout_is_one_line():
     class Unpublished(BaseModel):
         model_name = "unpublished"
 

@@ -16,7 +16,7 @@ from preprocess_data.corpora import fetching
 from utils.errors import UserError
 
 NAME = "mobvoi_seq_monkey_general_open_corpus.jsonl"
-# Writes the file of the pattern as the client does, beside the target, then renamed. FAKE selects the outcome.
+# Writes the file of the pattern as the client does, next to the target, then renamed. FAKE selects the outcome.
 CLIENT = """#!/usr/bin/env bash
 set -eu
 [ "$1 $3 $4 $5 $7" = "download --repo-type dataset --include --local-dir" ] || exit 64
@@ -170,7 +170,9 @@ def test_a_registry_out_of_reach_is_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "poems.jsonl").exists()
 
 
-@pytest.mark.parametrize("said,change", [("npm error code ENOSPC", "make room for"), ("ERROR: x", "check the network")])
-def test_a_full_disk_while_fetching_is_not_the_network(tmp_path, said, change):
+@pytest.mark.parametrize(
+    "message,change", [("npm error code ENOSPC", "make room for"), ("ERROR: x", "check the network")]
+)
+def test_a_full_disk_while_fetching_is_not_the_network(tmp_path, message, change):
     with pytest.raises(UserError, match=change):
-        fetching._run([sys.executable, "-c", f"raise SystemExit({said!r})"], tmp_path, "a package")
+        fetching._run([sys.executable, "-c", f"raise SystemExit({message!r})"], tmp_path, "a package")

@@ -62,8 +62,13 @@ def test_a_file_that_cannot_be_written_keeps_what_it_held_and_is_named(name, tmp
     write = WRITERS[name](path, tokenizer)
     with files_end_at(100), pytest.raises(SystemExit) as ended:
         run_script(write)
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.count("\n") == 1 and "File too large" in said and str(path.parent) in said
+    message = capsys.readouterr().err
+    assert (
+        ended.value.code == 2
+        and message.count("\n") == 1
+        and "File too large" in message
+        and str(path.parent) in message
+    )
     assert path.read_text() == "before"
     assert sum(file.stat().st_size for file in path.parent.iterdir() if file.name.startswith(".")) <= 100
     write()
@@ -85,13 +90,13 @@ def raising(number, *path):
     return fails
 
 
-@pytest.mark.parametrize("path,said", [((), "a file could not be written"), (("/data/a",), "/data/a")])
-def test_a_full_disk_anywhere_is_one_line(path, said, capsys):
+@pytest.mark.parametrize("path,message", [((), "a file could not be written"), (("/data/a",), "/data/a")])
+def test_a_full_disk_anywhere_is_one_line(path, message, capsys):
     for number in (errno.ENOSPC, errno.EDQUOT):
         with pytest.raises(SystemExit):
             run_script(raising(number, *path))
         change = "make room, and run the same command again"
-        assert capsys.readouterr().err == f"error: {said}: {os.strerror(number)}: {change}\n"
+        assert capsys.readouterr().err == f"error: {message}: {os.strerror(number)}: {change}\n"
     with pytest.raises(ConnectionResetError):  # what is not about a file keeps its traceback
         run_script(raising(errno.ECONNRESET))
 
@@ -104,8 +109,8 @@ def test_a_full_disk_under_the_data_report_leaves_the_tokens(tmp_path, tokenizer
         full.setattr(report, "draw", raising(errno.ENOSPC))
         with pytest.raises(SystemExit):
             run_script(lambda: preprocess_data.main([*flags]))
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"error: {tmp_path / 'out' / 'pretrain_report.png'}: No space left on device: make room")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: {tmp_path / 'out' / 'pretrain_report.png'}: No space left on device: make room")
     kept = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"pretrain_train.bin", "pretrain_train.meta.json"} <= kept and not any("report" in name for name in kept)
     preprocess_data.main([*flags])
@@ -123,8 +128,8 @@ def test_a_full_disk_while_meta_files_are_written_publishes_nothing(tmp_path, to
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, data)
 
-    with monkeypatch.context() as planted:
-        planted.setattr(GrowingFile, "write", full)
+    with monkeypatch.context() as patch:
+        patch.setattr(GrowingFile, "write", full)
         with pytest.raises(UserError, match="the disk of .* is full: make room and run the same command again"):
             preprocess_data.main([*flags])
     assert not [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]

@@ -71,7 +71,7 @@ def test_exact_finds_only_the_same_text():
     assert len(signature(ZH, "exact")) == 8
 
 
-def test_near_finds_as_many_as_it_says():
+def test_near_duplicates_are_found_at_the_documented_rates():
     """The share of found pairs against 1 - (1 - s**8)**14, over pairs of known similarity."""
     random_ = random.Random(5)
     found, expected = {}, {}

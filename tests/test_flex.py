@@ -46,7 +46,7 @@ def test_blocks_are_those_of_the_dense_mask():
 def test_eager_and_cpu_keep_the_dense_mask(monkeypatch):
     monkeypatch.setattr(kernels, "document_blocks", None)
     assert layers.packed_mask(positions, doc_ids=packed_batch(0)["doc_ids"]).dtype == torch.bool
-    monkeypatch.setattr(kernels, "widest_flex_head", lambda x: 128)  # and so does a row of a single block
+    monkeypatch.setattr(kernels, "widest_flex_head", lambda x: 128)  # and so does a sequence of a single block
     assert layers.packed_mask(positions[:, :128], doc_ids=packed_batch(0)["doc_ids"][:, :128]).dtype == torch.bool
 
 
@@ -84,8 +84,8 @@ def test_heads_that_flex_does_not_take_use_the_dense_mask(size, monkeypatch):
     assert torch.equal(attend(q, k, v, doc_ids), want)
 
 
-def test_who_builds_on_the_mask_gets_a_tensor(monkeypatch):
-    """Under the same conditions: a window of the model's own, say."""
+def test_attention_mask_stays_a_tensor(monkeypatch):
+    """Under the same conditions: for example a window of the model's own."""
     monkeypatch.setattr(kernels, "widest_flex_head", lambda x: 128)
     doc_ids = packed_batch(0)["doc_ids"]
     dense = layers.attention_mask(positions, doc_ids=doc_ids)

@@ -65,7 +65,7 @@ def sharded(folder):
     return *train(folder, 2, "shared", save_interval=4, ema=0.9, sample_interval=4, **FSDP), folder / "shared/sft_tiny"
 
 
-def test_it_is_the_run_of_one_process(folder, sharded):
+def test_a_sharded_run_equals_that_of_one_process(folder, sharded):
     """The curve, the average of the weights, and the samples; one parameter is touched by one of the processes only."""
     records, weights, output, run = sharded
     one, theirs, _ = train(folder, 1, "alone", save_interval=4, ema=0.9, sample_interval=4)
@@ -77,7 +77,7 @@ def test_it_is_the_run_of_one_process(folder, sharded):
     assert (run / "samples.md").read_text() == (folder / "alone/sft_tiny/samples.md").read_text()
 
 
-def test_one_process_reads_its_parts(sharded):
+def test_one_process_loads_the_shards(sharded):
     """Weights and optimizer state of step 8 are those that, averaged, became final/."""
     _, final, _, run = sharded
     newest, before = find_checkpoints(run)
@@ -91,7 +91,7 @@ def test_one_process_reads_its_parts(sharded):
         "optimizer-00002-of-00002.safetensors",
     }
     sizes = [(newest / f"optimizer-0000{n}-of-00002.safetensors").stat().st_size for n in (1, 2)]
-    assert max(sizes) < 1.1 * min(sizes)  # each its part
+    assert max(sizes) < 1.1 * min(sizes)  # each its shards
     model = tiny(272, 32)
     optimizer = build_optimizer(model, TrainConfig(ema=0.9))
     state = load_training_state(newest, model, optimizer)
@@ -161,13 +161,13 @@ def test_every_model_however_a_step_is_divided(folder, name):
     small, losses and gradient norms are compared sharply, weights a tensor at a time and less so.
     """
 
-    def run(processes, rows, **more):
+    def run(processes, sequences, **more):
         return train(
             folder,
             processes,
-            f"{name}_{processes}_{rows}_{more}",
+            f"{name}_{processes}_{sequences}_{more}",
             model_name=name,
-            max_batch_size=rows,
+            max_batch_size=sequences,
             max_steps=4,
             max_lr=0.0003,
             **more,
@@ -221,7 +221,7 @@ def example(group, tmp_path_factory):
     return two_checkpoints(tmp_path_factory.mktemp("sharded") / "run", *trained())
 
 
-def test_what_is_saved_comes_back(example):
+def test_a_sharded_checkpoint_round_trip(example):
     run, model, optimizer = example
     for other, theirs in (trained(1), (fresh := tiny(), build_optimizer(fresh, CONFIG))):
         assert load_training_state(find_checkpoints(run)[0], other, theirs)["step"] == 2
@@ -383,7 +383,7 @@ def test_layers_are_compiled_once_however_many_there_are(group, monkeypatch, nam
     torch._dynamo.reset()
 
 
-def test_what_cannot_work_is_refused(group, tmp_path):
+def test_unsupported_settings_are_refused(group, tmp_path):
     with pytest.raises(UserError, match="does not go with --precision=fp16"):
         fsdp.shard(tiny(), torch.device("cpu"), "fp16", compiled=False)
     model = tiny()

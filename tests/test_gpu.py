@@ -24,8 +24,8 @@ from tests.support.small_runs import SIZES
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 
 
-def batch_of(subject, seed=0):
-    ids = subject.tokens(batch_size=4, seed=seed)
+def batch_of(tested, seed=0):
+    ids = tested.tokens(batch_size=4, seed=seed)
     return {"input_ids": ids, "targets": ids.roll(-1, 1)}
 
 
@@ -40,11 +40,11 @@ def make_step(model, precision, device, compile="false"):
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("precision, least", [("fp32", 0.9999), ("bf16", 0.98)])
 def test_gradients_are_those_of_the_cpu(name, precision, least):
-    subject = ModelUnderTest(name)
+    tested = ModelUnderTest(name)
     flat = []
     for device, kind in (("cpu", "fp32"), ("cuda", precision)):
-        model = subject.build()
-        make_step(model, kind, device).gradients([batch_of(subject)], [1.0], [0], 1.0)
+        model = tested.build()
+        make_step(model, kind, device).gradients([batch_of(tested)], [1.0], [0], 1.0)
         flat.append(torch.cat([p.grad.cpu().flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.cosine_similarity(*flat, dim=0) > least
 
@@ -72,10 +72,10 @@ def test_grouped_experts_equal_the_loop():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_compiled_steps_learn_and_never_wait_for_the_device(name):
     """Thirty steps on one batch, as the trainer takes them; from the third on a wait inside a step is an error."""
-    subject = ModelUnderTest(name)
-    wide = {f.name: 48 for f in fields(subject.args) if f.name.endswith("inter_dim")}  # a width for the grouped experts
-    subject.args = replace(subject.args, **wide)
-    thirty_steps(subject.build(), batch_of(subject))
+    tested = ModelUnderTest(name)
+    wide = {f.name: 48 for f in fields(tested.args) if f.name.endswith("inter_dim")}  # a width for the grouped experts
+    tested.args = replace(tested.args, **wide)
+    thirty_steps(tested.build(), batch_of(tested))
 
 
 @pytest.mark.gpu
@@ -107,11 +107,11 @@ def thirty_steps(model, batch):
 @needs_gpu
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon", "ema": 0.9}])
-def test_the_loop_learns_and_never_waits_for_the_device_between_log_lines(world, name, recipe):
+def test_the_loop_learns_and_never_waits_for_the_device_between_log_lines(training, name, recipe):
     """Compiled, in bf16; from the third step on a wait in a step without a log line is an error."""
     Model, ModelArgs = get_model_and_args(name)
     wide = {f.name: 48 for f in fields(ModelArgs) if f.name.endswith("inter_dim")}  # a width for the grouped experts
-    args = replace(tiny_args(Model, ModelArgs)[0], vocab_size=world.tokenizer.vocab_size, max_seq_len=32, **wide)
+    args = replace(tiny_args(Model, ModelArgs)[0], vocab_size=training.tokenizer.vocab_size, max_seq_len=32, **wide)
 
     class Watched(Model):
         def before_step(self, step, total_steps):
@@ -131,11 +131,11 @@ def test_the_loop_learns_and_never_waits_for_the_device_between_log_lines(world,
         save_interval=0,
         eval_interval=0,
         sample_interval=0,
-        output_path=str(world.path / "output"),
+        output_path=str(training.path / "output"),
         **recipe,
     )
     try:
-        run = train(config, "pretrain", Watched(args), world.tokenizer, world.rows, world.val, "")["run"]
+        run = train(config, "pretrain", Watched(args), training.tokenizer, training.sequences, training.val, "")["run"]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     losses = [record["loss"] for record in read_metrics(Path(run) / "metrics.jsonl") if "loss" in record]

@@ -212,7 +212,7 @@ def test_hostile_data_executes_nothing_and_is_refused(folder, tmp_path, monkeypa
 
 
 def test_the_payload_works(tmp_path, monkeypatch):
-    """Where pickles are executed, it does create the folder: the tests above could fail."""
+    """A loader that executes pickles creates the folder, so the tests above can fail."""
     monkeypatch.chdir(tmp_path)
     raw_pickle(tmp_path / "file")
     pickle.loads((tmp_path / "file").read_bytes())

@@ -77,12 +77,12 @@ def prepare(kind, folder, tokenizer, lines, end=b"\n"):
           "--max_bad_ratio=1", "--encoder=tokenizers"])  # fmt: skip
     metas = [json.loads((folder / f"{kind}_{split}.meta.json").read_text()) for split in ("train", "val")]
     rejects = folder / f"{kind}_rejects.jsonl"
-    rows = [json.loads(line) for line in rejects.open("rb")] if rejects.exists() else []
-    assert sum(metas[0]["bad"].values()) == len(rows) and metas[0]["dropped"] == {}
-    assert all(row["reason"] in metas[0]["bad"] and row["file"] == str(source) for row in rows)
+    rejected = [json.loads(line) for line in rejects.open("rb")] if rejects.exists() else []
+    assert sum(metas[0]["bad"].values()) == len(rejected) and metas[0]["dropped"] == {}
+    assert all(reject["reason"] in metas[0]["bad"] and reject["file"] == str(source) for reject in rejected)
     filled = [number for number, line in enumerate(lines, 2) if line.strip()]
-    assert 1 + len(filled) == sum(meta["documents"] for meta in metas) + len(rows)
-    bad = [row["line"] for row in rows]
+    assert 1 + len(filled) == sum(meta["documents"] for meta in metas) + len(rejected)
+    bad = [reject["line"] for reject in rejected]
     assert len(set(bad)) == len(bad) and set(bad) <= set(filled)
     return set(filled) - set(bad)
 

@@ -103,7 +103,7 @@ def test_export():
     assert all(line.startswith(("    ", "#")) or not line for line in text.splitlines())
 
 
-def test_answers_are_as_likely_as_they_were_learned():
+def test_learned_answers_are_likely():
     chat_model = open_chat_model(next(small_runs().glob("sft_*")), "cpu")
     generation = chat_model.generate([{"role": "user", "content": "谁写的"}], 50, temperature=0)
     generation.request_logprobs(2)

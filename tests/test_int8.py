@@ -1,4 +1,4 @@
-"""int8 weights: near the weights they stand for, whatever module holds them."""
+"""int8 weights: near the original weights, in every kind of module."""
 
 import copy
 from pathlib import Path
@@ -14,8 +14,8 @@ from engine.runs import registry
 from model import BaseModelArgs
 from model.kernels.int8 import FEW_TOKENS, Int8Linear, Int8Weight, to_int8
 from model.kernels.moe import chosen_matmul, expert_matmul
-from tests.planted.right import RightModelArgs
-from tests.planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
+from tests.mutants.right import RightModelArgs
+from tests.mutants.wrong_learning import Fp32GateDoesNotCastItsMatrix
 from tests.support.decoding_models import PROMPTS, TOKENIZER, NoState, V, bf16, build
 from tests.support.models import SHIPPED
 from utils.errors import UserError
@@ -99,7 +99,7 @@ def test_a_linear_whose_weight_the_model_reads_stays_as_it_is():
 
 @pytest.mark.parametrize("precision", ("bf16", "int8"))
 def test_a_model_that_mixes_dtypes_is_one_line(precision, monkeypatch):
-    model = bf16(ModelUnderTest.of(Fp32GateTakesItsMatrixAsItIs, RightModelArgs).build().eval())
+    model = bf16(ModelUnderTest.of(Fp32GateDoesNotCastItsMatrix, RightModelArgs).build().eval())
     run = registry.LoadedRun(model, TOKENIZER, {"stage": "sft"}, Path("run"), Path("run/final"), "")
     monkeypatch.setattr(registry, "load_run", lambda *_, **__: run)
     with pytest.raises(UserError, match="--precision=fp32"):

@@ -137,7 +137,7 @@ def test_attention_of_one_query(dtype, heads, groups, k_dim, v_dim, n_keys):
 def test_attention_skips_keys_masked_in_the_middle():
     q, k, v = torch.randn(2, 1, 4, 16), torch.randn(2, 300, 2, 16), torch.randn(2, 300, 2, 16)
     mask = torch.rand(2, 1, 1, 300) < 0.3
-    mask[..., :130] = False  # whole tiles, the first among them
+    mask[..., :130] = False  # full tiles, the first among them
     torch.testing.assert_close(
         one_query_attention(q, k, v, mask, 1.0).double(), exact_attention(q, k, v, mask, 1.0), rtol=1e-5, atol=1e-6
     )
@@ -221,7 +221,7 @@ class Twice(torch.nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_what_is_not_plain_stays_as_it_is():
+def test_subclasses_and_hooked_modules_are_not_replaced():
     """A subclass, within a SwiGLU too, and a module with a hook."""
     model = torch.nn.Sequential(SwiGLU(8, 16), SwiGLU(8, 16), SwiGLU(8, 16), torch.nn.Linear(8, 8), Twice(8, 8))
     model[0].down_proj = Twice(16, 8, bias=False)
@@ -256,7 +256,7 @@ def test_dtypes_without_a_kernel_stay_as_they_are():
     assert type(copied[0].down_proj) is torch.nn.Linear
 
 
-def test_packing_loses_nothing():
+def test_packing_is_lossless():
     for dtype, per_step in PER_STEP.items():
         weight = torch.randint(-100, 100, (3, 37, 51)).to(dtype)
         packed = pack(weight)
@@ -278,7 +278,7 @@ def last_line_of_load(**environment):
     return done.stderr.splitlines()[-1]
 
 
-def test_what_is_missing_for_a_build_is_one_line(tmp_path):
+def test_a_missing_build_tool_is_one_line(tmp_path):
     """And a failed build leaves nothing in the cache."""
     cache = str(tmp_path / "cache")
     programs = tmp_path / "programs"
@@ -325,7 +325,7 @@ def fails(call, *args):
         call(*args)
 
 
-def test_linear_takes_nothing_that_does_not_fit():
+def test_linear_refuses_arguments_that_do_not_fit():
     ops = torch.ops.mini_llm
     x, weight, scale = torch.ones(2, 40), pack(torch.ones(70, 40)), torch.ones(96)
     assert ops.linear(x, weight, scale, 70).shape == (2, 70)
@@ -343,7 +343,7 @@ def test_linear_takes_nothing_that_does_not_fit():
     fails(ops.linear, torch.ones(2, 36).bfloat16(), int8, scale, 70)
 
 
-def test_experts_take_nothing_that_does_not_fit():
+def test_experts_refuse_arguments_that_do_not_fit():
     x, chosen = torch.ones(2, 40), torch.zeros(2, 1, dtype=torch.long)
     stack, scale = pack(torch.ones(2, 40, 40)), torch.ones(2, 64)
 
@@ -371,7 +371,7 @@ def test_experts_take_nothing_that_does_not_fit():
             experts(chosen=torch.tensor([[0], [wrong]]))
 
 
-def test_attention_takes_nothing_that_does_not_fit():
+def test_attention_refuses_arguments_that_do_not_fit():
     q, k, seen = torch.ones(2, 1, 4, 8), torch.ones(2, 3, 2, 8), torch.ones(1, 1, 1, 3).bool()
     for call in (
         lambda: one_query_attention(q, k[:, :, :0], k[:, :, :0], seen, 1.0),

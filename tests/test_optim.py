@@ -119,7 +119,7 @@ def test_adamw_equals_the_formula(name):
         torch.testing.assert_close(p.detach().double(), want[id(p)], atol=1e-5, rtol=1e-4)
 
 
-def test_average_equals_the_sum_and_comes_back():
+def test_ema_equals_the_weighted_sum_and_a_second_swap_restores():
     """After 40 updates: the weighted sum over all past values, by hand; swapped in and out without a trace."""
     torch.manual_seed(0)
     param = nn.Parameter(torch.randn(5, 3))

@@ -71,7 +71,7 @@ conversations = st.lists(st.lists(st.booleans(), min_size=2, max_size=40), min_s
 
 @settings(max_examples=200, deadline=None)
 @given(conversations, st.integers(2, 40), st.sampled_from(["drop", "cut", "split"]), st.booleans())
-def test_every_target_that_fits_stands_once_and_no_other(tmp_path_factory, masks, seq_len, long, pack):
+def test_every_target_that_fits_occurs_exactly_once(tmp_path_factory, masks, seq_len, long, pack):
     folder = tmp_path_factory.mktemp("chat")
     lengths = [len(mask) for mask in masks]
     file = token_file(folder, lengths, np.concatenate(masks))
@@ -97,7 +97,7 @@ def test_every_target_that_fits_stands_once_and_no_other(tmp_path_factory, masks
             token, same = sequence["input_ids"][at], at and sequence["doc_ids"][at] == sequence["doc_ids"][at - 1]
             if token == TOKENIZER.pad_id:
                 assert sequence["targets"][at] == IGNORE and (sequence["input_ids"][at - 1] == token) == bool(same)
-            elif same:  # what an input sees before it is what stands before it in its own document
+            elif same:  # what an input sees before it is what precedes it in its own document
                 assert token == sequence["input_ids"][at - 1] + 1 and token not in starts
             else:
                 assert token in starts or long == "split"

@@ -58,7 +58,7 @@ def test_the_page_reports_what_cannot_be_done(monkeypatch, tmp_path):
     page = open_page(monkeypatch, f"--output_path={small_runs()}", "--temperature=0")
     page.chat_input[0].set_value("长" * 600).run()
     assert page.error[0].value == EN["cannot_answer"] and "shorten" in page.text[-1].value and not page.exception
-    page.chat_input[0].set_value("谁写的").run()  # and the conversation goes on
+    page.chat_input[0].set_value("谁写的").run()  # and the conversation continues
     assert page.text[-1].value == CHAT["谁写的"]
 
 

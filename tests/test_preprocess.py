@@ -39,7 +39,7 @@ def run(kind: str, tokenizer, source, out: Path, *flags: str) -> tuple[dict, dic
 
 
 def documents_of(folder: Path, name: str, tokenizer) -> list[str]:
-    """The texts in a token file, each checked to stand between <s> and </s>."""
+    """The texts in a token file, each checked to be between <s> and </s>."""
     meta = json.loads((folder / f"{name}.meta.json").read_text())
     tokens = np.fromfile(folder / f"{name}.bin", dtype=np.dtype(meta["dtype"]).newbyteorder("<"))
     starts = np.load(folder / f"{name}.docs.npy")
@@ -87,7 +87,7 @@ def test_any_number_of_workers_and_either_encoder_write_the_same_bytes(tokenizer
 
 
 def test_invalid_and_filtered_records_are_counted_by_reason(tokenizer, tmp_path):
-    rows = [
+    records = [
         {"text": "好文章"},
         "{broken",
         b'"\xff\xfe"',
@@ -102,7 +102,7 @@ def test_invalid_and_filtered_records_are_counted_by_reason(tokenizer, tmp_path)
     train, val = run(
         "pretrain",
         tokenizer,
-        write_lines(tmp_path / "my.jsonl", rows),
+        write_lines(tmp_path / "my.jsonl", records),
         tmp_path / "out",
         "--min_characters=2",
         "--max_characters=40",
@@ -110,8 +110,8 @@ def test_invalid_and_filtered_records_are_counted_by_reason(tokenizer, tmp_path)
     assert train["dropped"] == {"too long": 1}
     assert train["bad"] == {"broken JSON": 1, "empty": 1, "no text in the field 'text'": 3, "not UTF-8": 1}
     rejects = [json.loads(line) for line in (tmp_path / "out/pretrain_rejects.jsonl").open()]
-    assert {row["file"] for row in rejects} == {str(tmp_path / "my.jsonl")}
-    assert [(row["line"], row["reason"]) for row in rejects] == [
+    assert {record["file"] for record in rejects} == {str(tmp_path / "my.jsonl")}
+    assert [(record["line"], record["reason"]) for record in rejects] == [
         (2, "broken JSON"),
         (3, "not UTF-8"),
         (4, "no text in the field 'text'"),
@@ -151,8 +151,8 @@ def test_truncated_gzip_keeps_what_was_read(tokenizer, tmp_path):
 
 def test_folder_glob_where_and_limit(tokenizer, tmp_path, capsys):
     for name in ("a", "b"):
-        rows = [{"text": f"{name}{i}", "kind": ("x", "y")[i % 2]} for i in range(10)]
-        write_lines(tmp_path / "in" / f"{name}.jsonl", rows)
+        records = [{"text": f"{name}{i}", "kind": ("x", "y")[i % 2]} for i in range(10)]
+        write_lines(tmp_path / "in" / f"{name}.jsonl", records)
     (tmp_path / "in" / ".unfinished.jsonl").write_text("{")
     for name in ("notes.pdf", "README.md", "pretrain_report.md", "pretrain_rejects.jsonl"):
         (tmp_path / "in" / name).write_text("not read")
@@ -248,14 +248,14 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("row", LAYOUTS)
-def test_every_layout_gives_the_same_conversation(row):
-    assert to_messages(row) == (CHAT, None)
+@pytest.mark.parametrize("record", LAYOUTS)
+def test_every_layout_gives_the_same_conversation(record):
+    assert to_messages(record) == (CHAT, None)
 
 
 def test_a_deeply_nested_history_is_one_invalid_record():
-    row = {"q": "一", "a": "二", "history": "[" * 200_000}
-    assert to_messages(row).reason == "missing or mistyped fields"
+    record = {"q": "一", "a": "二", "history": "[" * 200_000}
+    assert to_messages(record).reason == "missing or mistyped fields"
 
 
 def test_history_system_and_input_are_kept():
@@ -263,8 +263,8 @@ def test_history_system_and_input_are_kept():
     assert [m["content"] for m in messages] == ["诗人", "一", "二", "三", "四"]
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
     for history in ([["一", "二"]], ["一", "二"], '[["一", "二"]]'):
-        row = {"input": "三", "output": "四", "history": history, "system_prompt": "诗人"}
-        assert to_messages(row)[0] == messages
+        record = {"input": "三", "output": "四", "history": history, "system_prompt": "诗人"}
+        assert to_messages(record)[0] == messages
     turns = [{"from": "human", "value": "三"}, {"from": "gpt", "value": "四"}]
     messages, _ = to_messages({"system": "诗人", "conversations": turns})
     assert [m["content"] for m in messages] == ["诗人", "三", "四"]
@@ -279,7 +279,7 @@ def test_chat_tokens_and_mask_are_those_of_encode_chat(tokenizer, tmp_path):
         [{"role": "user", "content": f"问{i}<|im_end|>"}, {"role": "assistant", "content": f"答{i}"}]
         for i in range(100)
     ]
-    rows = [{"messages": chat, "held_out": i % 10 == 0} for i, chat in enumerate(chats)]
+    records = [{"messages": chat, "held_out": i % 10 == 0} for i, chat in enumerate(chats)]
     bad = [
         "{",
         {"messages": CHAT[:1]},
@@ -290,7 +290,7 @@ def test_chat_tokens_and_mask_are_those_of_encode_chat(tokenizer, tmp_path):
         {"q": "一", "a": "二", "history": "not json"},
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, CHAT[1]]},
     ]
-    train, val = run("sft", tokenizer, write_lines(tmp_path / "chat.jsonl", rows + bad), tmp_path / "out")
+    train, val = run("sft", tokenizer, write_lines(tmp_path / "chat.jsonl", records + bad), tmp_path / "out")
     assert (train["documents"], val["documents"], train["kind"]) == (90, 10, "sft")
     assert train["bad"] == {
         "broken JSON": 1,
@@ -345,7 +345,7 @@ def test_the_command_works_inside_its_folder_and_from_the_root(tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "argv,words",
+    "argv,message",
     [
         (["pretrain", "--sources=nothing.jsonl"], "no data file nothing.jsonl"),
         (["pretrain", "--sources=seq-monkey"], "download_pretrain_data.sh"),
@@ -363,13 +363,13 @@ def test_the_command_works_inside_its_folder_and_from_the_root(tokenizer, tmp_pa
         (["pretrain", f"--sources={__file__}"], "no reader for"),
     ],
 )
-def test_user_errors_in_one_line(tmp_path, tokenizer, argv, words):
+def test_user_errors_in_one_line(tmp_path, tokenizer, argv, message):
     folder = [] if "novels" in argv else [f"--corpora_path={tmp_path}"]
     if "fetch" not in argv:
         folder.append(f"--tokenizer_path={tokenizer.path}")
     with pytest.raises(UserError) as error:
         main([*argv, *folder])
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_encoder_is_chosen_without_searching_all_of_a_corpus_that_has_no_text(tokenizer, tmp_path, monkeypatch):
@@ -409,8 +409,8 @@ def test_a_deep_line_is_one_reject(tokenizer, tmp_path):
 def test_a_reject_without_a_record_quotes_nothing(tokenizer, tmp_path):
     (tmp_path / "a.csv").write_text('id,text\n1,一\n2,二\n3,"三\n4,四\n')
     train, val = run("pretrain", tokenizer, tmp_path / "a.csv", tmp_path / "out")
-    (row,) = map(json.loads, (tmp_path / "out/pretrain_rejects.jsonl").read_text().splitlines())
-    assert row["line"] == 4 and "the rest of the file is unread" in row["reason"] and row["record"] == ""
+    (record,) = map(json.loads, (tmp_path / "out/pretrain_rejects.jsonl").read_text().splitlines())
+    assert record["line"] == 4 and "the rest of the file is unread" in record["reason"] and record["record"] == ""
 
 
 def test_missing_tokenizer_is_reported_before_any_work(tmp_path):

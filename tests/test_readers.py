@@ -84,13 +84,13 @@ def test_records_know_their_lines(tmp_path, monkeypatch, kind):
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt"])
 def test_the_readable_part_of_a_truncated_file_is_kept_and_the_rest_is_one_reject(tmp_path, kind, compression):
     many = [f"第{i}篇 {i * 2654435761 % 2**32:x}" for i in range(20_000)]
-    whole = {
+    content = {
         ".jsonl": "".join(json.dumps({"text": text}) + "\n" for text in many),
         ".json": json.dumps([{"text": text} for text in many]),
         ".csv": "text\n" + "".join(f'"{text}"\n' for text in many),
         ".txt": "\n\n".join(many),
     }[kind]
-    compressed = COMPRESS[compression](whole.encode())
+    compressed = COMPRESS[compression](content.encode())
     path = tmp_path / f"a{kind}{compression}"
     cut = compressed[: len(compressed) * 2 // 3]
     path.write_bytes(cut)

@@ -1,4 +1,4 @@
-"""The READMEs and how-tos tell the truth: their files exist, their flags are known, both languages say the same."""
+"""The READMEs and how-tos are correct: files and flags exist, both languages have the same commands."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
-# Files that a command of the same page makes, or stand-ins for the reader's own.
+# Files that a command of the same page makes, or placeholders for the reader's own.
 MADE_BY_THE_READER = {"model/my_net.py", ".venv/bin/activate", "configs/x.yaml"}
 
 
@@ -63,7 +63,7 @@ def test_commands_name_files_and_flags_that_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_exist(page):
     for target in re.findall(r"\]\(([^)#\s]+)\)", read(page)):
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"

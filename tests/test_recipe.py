@@ -30,11 +30,11 @@ def test_the_share_is_bracketed_and_interpolated(enough, shares):
     assert recipe.needed(ours, 5 - math.log(enough), "seconds") == pytest.approx(2000 * enough)
 
 
-def test_what_never_reaches_the_loss_needs_for_ever():
+def test_a_loss_that_is_never_reached_needs_infinitely_many_tokens():
     assert recipe.needed(recipe.bracket(lambda share: run(share, 6.0), 5.0), 5.0, "tokens") == math.inf
 
 
-def test_finished_runs_are_kept_and_go_on(tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_reused(tmp_path, monkeypatch, capsys):
     trained = []
 
     def train(self, model, seed, tokens, flags):
@@ -53,7 +53,7 @@ def test_finished_runs_are_kept_and_go_on(tmp_path, monkeypatch, capsys):
     assert len(json.loads((tmp_path / "r.json").read_text())["runs"]) == 5
     stop_at = None
     recipe.main()
-    assert len(trained) == len(set(trained)) + 1  # the best rate of the sweep once more, beside ours
+    assert len(trained) == len(set(trained)) + 1  # the best rate of the sweep once more, next to ours
     kept = json.loads((tmp_path / "r.json").read_text())
     assert kept["results"]["a"]["mean"]["tokens"] == pytest.approx(1 / 2.2, rel=1e-3)
     assert "yes (the largest mean is 45%)" in capsys.readouterr().out and (tmp_path / "r.png").stat().st_size

@@ -17,8 +17,8 @@ def tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), 420)
 
 
-def prepare(kind, folder, tokenizer, rows):
-    source = write_lines(folder / "my.jsonl", rows)
+def prepare(kind, folder, tokenizer, records):
+    source = write_lines(folder / "my.jsonl", records)
     main([kind, f"--sources={source}", f"--tokenizer_path={tokenizer.path}", f"--data_path={folder}", "--workers=1"])
     return (folder / f"{kind}_report.md").read_text(encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Preprocessing killed, on a full disk, or beside another run: the files equal those of an uninterrupted run."""
+"""Preprocessing killed, on a full disk, or next to another run: the files equal those of an uninterrupted run."""
 
 import errno
 import json
@@ -63,8 +63,8 @@ def test_killed_at_any_moment_a_plain_rerun_gives_the_same_files(tokenizer, tmp_
         return subprocess.Popen(argv, start_new_session=True, stdout=subprocess.PIPE, text=True)
 
     began = time.time()
-    assert start(tmp_path / "whole", 2).wait() == 0
-    seconds, expected, resumed = time.time() - began, contents(tmp_path / "whole"), 0
+    assert start(tmp_path / "uninterrupted", 2).wait() == 0
+    seconds, expected, resumed = time.time() - began, contents(tmp_path / "uninterrupted"), 0
     assert len(expected) == 7 and not any(name.startswith(".") for name in expected)
     while True:
         process = start(tmp_path / "out", random_.choice([1, 2]))
@@ -125,8 +125,8 @@ def test_a_crash_at_every_step_of_writing(tokenizer, tmp_path, monkeypatch):
         left = steps
         main(command(kind, source, tokenizer, out, "--workers=1"))
 
-    attempt(tmp_path / "whole", "pretrain")
-    expected, steps = contents(tmp_path / "whole"), 0
+    attempt(tmp_path / "uninterrupted", "pretrain")
+    expected, steps = contents(tmp_path / "uninterrupted"), 0
     step = 1 if KILLS > 3 else 7
     while True:
         out = tmp_path / f"out{steps}"
@@ -155,7 +155,7 @@ def test_full_disk_is_one_line_and_a_rerun_resumes(tokenizer, tmp_path, monkeypa
         if not room:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    main(command("pretrain", source, tokenizer, tmp_path / "whole", "--workers=1"))
+    main(command("pretrain", source, tokenizer, tmp_path / "uninterrupted", "--workers=1"))
     monkeypatch.setattr(GrowingFile, "write", write)
     with pytest.raises(UserError, match="disk of .* is full: make room and run the same command again") as error:
         main(command("pretrain", source, tokenizer, tmp_path / "out", "--workers=1"))
@@ -163,7 +163,7 @@ def test_full_disk_is_one_line_and_a_rerun_resumes(tokenizer, tmp_path, monkeypa
     monkeypatch.setattr(GrowingFile, "write", real)
     main(command("pretrain", source, tokenizer, tmp_path / "out", "--workers=1"))
     assert "resuming after" in capsys.readouterr().out
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "uninterrupted")
 
 
 def test_other_settings_or_input_start_again(tokenizer, tmp_path, monkeypatch, capsys):

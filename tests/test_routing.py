@@ -1,4 +1,4 @@
-"""The routing bias under real training: however a step's rows are dealt out, it moves the same."""
+"""The routing bias under real training: it does not depend on how a step's sequences are divided."""
 
 import os
 import subprocess
@@ -15,13 +15,13 @@ from tests.support.tokenizers import make_tokenizer
 STEPS, GAMMA = 4, 0.01
 
 
-def train(folder, processes: int, rows_a_pass: int):
-    """Four steps of eight rows by pretrain.py; {name: routing bias} at the end."""
+def train(folder, processes: int, sequences_per_pass: int):
+    """Four steps of eight sequences by pretrain.py; {name: routing bias} at the end."""
     settings = {
         "model_name": DeepSeekV3Model.model_name,
         "device": "cpu",
         "global_batch_size": 8,
-        "max_batch_size": rows_a_pass,
+        "max_batch_size": sequences_per_pass,
         "max_steps": STEPS,
         "max_seq_len": 32,
         "max_lr": 0.01,

@@ -103,12 +103,12 @@ def test_pruning_counts_valid_checkpoints_only_and_keeps_the_one_just_written(ex
     model, optimizer = example[1:]
     shutil.copytree(example[0] / "checkpoints/step-00000002", run / "checkpoints/step-00000009")
     flip = run / "checkpoints/step-00000009/model.safetensors"
-    flip.write_bytes(flip.read_bytes()[:-1] + b"x")  # the run went on from 1: what is beyond was damaged
+    flip.write_bytes(flip.read_bytes()[:-1] + b"x")  # the run resumed from 1: later ones were damaged
     save(run, model, optimizer, 2)
     assert [step_of(f) for f in find_checkpoints(run)] == [2]
 
 
-def test_the_last_ones_every_nth_and_the_best_are_kept(tmp_path):
+def test_retention_of_the_newest_every_nth_and_the_best(tmp_path):
     model, optimizer = trained()
     config = SimpleNamespace(**{**vars(CONFIG), "keep_last": 2, "keep_every": 4, "keep_best": True})
     saver = CheckpointManager(tmp_path, config, model, optimizer, {})

@@ -31,7 +31,7 @@ def test_constant_and_no_warmup():
     assert rates(lr_schedule="cosine", warmup_ratio=0.0)[0] == 1.0
 
 
-def test_iters_go_before_ratios():
+def test_iters_override_ratios():
     assert rates(lr_schedule="cosine", warmup_iters=4, warmup_ratio=0.5)[4] == pytest.approx(1.0)
     assert rates(lr_schedule="cosine", lr_decay_iters=50)[50] == pytest.approx(0.1)
 

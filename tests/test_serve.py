@@ -80,7 +80,7 @@ def test_models_and_health(server, client):
         {"seed": 4, "extra_body": {"top_k": 5, "min_p": 0.02, "repetition_penalty": 1.3}},
     ),
 )
-def test_a_chat_says_what_the_model_says_alone(server, client, sampling):
+def test_a_chat_has_the_tokens_of_the_model_alone(server, client, sampling):
     answer = chat(client, max_completion_tokens=30, logprobs=True, **sampling)
     ids, _ = encode_chat(server.tokenizer, HELLO, add_generation_prompt=True)
     more = sampling.pop("extra_body", {})
@@ -98,10 +98,10 @@ def test_a_chat_says_what_the_model_says_alone(server, client, sampling):
 @pytest.mark.parametrize("stop", (None, "e"))
 def test_a_stream_is_the_same_answer_in_pieces(client, stop):
     ask = dict(n=3, seed=11, max_tokens=40, stop=stop, logprobs=True, top_logprobs=2)
-    whole, chunks = chat(client, **ask), list(chat(client, stream=True, stream_options={"include_usage": True}, **ask))
-    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens and chunks[-1].choices == []
+    full, chunks = chat(client, **ask), list(chat(client, stream=True, stream_options={"include_usage": True}, **ask))
+    assert chunks[-1].usage.completion_tokens == full.usage.completion_tokens and chunks[-1].choices == []
     assert all(chunk.usage is None and chunk.id == chunks[0].id for chunk in chunks[:-1]) and len(chunks) > 20
-    for index, choice in enumerate(whole.choices):
+    for index, choice in enumerate(full.choices):
         mine = [chunk.choices[0] for chunk in chunks[:-1] if chunk.choices[0].index == index]
         assert mine[0].delta.role == "assistant" and [c.finish_reason for c in mine[:-1]] == [None] * (len(mine) - 1)
         assert "".join(c.delta.content or "" for c in mine) == choice.message.content
@@ -148,7 +148,7 @@ def test_log_probabilities_are_the_models_own(server, client):
 
 
 def test_the_next_turn_prefills_only_what_is_new(server, client):
-    """Its tokens are those of a prompt that is prefilled as a whole."""
+    """Its tokens are those of a prompt that is prefilled completely."""
     tokenizer, ids, known = server.tokenizer, [1, 40, 51], 0
     id_of = {token_text(tokenizer.token_bytes(i)): i for i in range(tokenizer.vocab_size)}
     for turn in range(3):
@@ -485,7 +485,7 @@ def test_the_command_serves_the_newest_chat_and_ends_cleanly(stop):
         pytest.param(["--temperature=-1", "--port=0"], "temperature", marks=pytest.mark.slow),
     ),
 )
-def test_a_wrong_start_is_one_line(arguments, message):
+def test_invalid_settings_are_one_line(arguments, message):
     process = command(*arguments)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and out == "" and err.count("\n") == 1, err

@@ -53,7 +53,7 @@ def failures(server):
 
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_responses_match_the_schema(server, mode):
-    """Requests made from the schema, inside and outside of it: refused or answered as the schema says, never a 5xx.
+    """Requests made from the schema, inside and outside of it: refused or answered as in the schema, never a 5xx.
 
     Inside of it a request may be refused all the same: it names another model, or is too long for this one.
     """

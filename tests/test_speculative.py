@@ -152,7 +152,7 @@ def test_the_stats_of_a_generation_count_forward_passes_and_drafted_tokens():
 
 @pytest.mark.parametrize("name, kind", pairs())
 def test_the_next_turn_prefills_only_the_new_tokens(name, kind):
-    """Whatever was drafted and rejected before; a module that drafts goes on from the cached prefix as well."""
+    """Whatever was drafted and rejected before; a draft module continues from the cached prefix as well."""
     model = build(name)
     scheduler = SpeculativeScheduler(model, kind)
     ids, new = [1, 7, 8, 9], 0

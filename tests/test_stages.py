@@ -131,7 +131,7 @@ def test_a_run_that_was_tampered_with_is_refused(stages, tmp_path):
     with pytest.raises(UserError, match="is not the tokenizer that"):
         load_run(run)
     (run / "config.yaml").write_text("stage: pretrain\n")
-    with pytest.raises(UserError, match="does not say stage, model_name and model"):
+    with pytest.raises(UserError, match="lacks stage, model_name or model"):
         load_run(run)
 
 
@@ -161,22 +161,22 @@ def test_few_documents_leave_none_to_hold_out(stages, tmp_path, capsys):
             f"--pretrain_data_path={tmp_path}/pretrain_train.bin",
         ]
     )
-    assert summary["val_loss"] is None and "no held-out data beside" in capsys.readouterr().err
+    assert summary["val_loss"] is None and "no held-out data next to" in capsys.readouterr().err
 
 
-def test_fine_tuning_says_when_the_pretraining_is_not_finished(stages, tmp_path, capsys):
+def test_fine_tuning_warns_when_the_pretraining_is_not_finished(stages, tmp_path, capsys):
     shutil.copytree(stages / f"output/pretrain_{NAME}", tmp_path / "unfinished")
     shutil.rmtree(tmp_path / "unfinished/final")
     sft.main([f"--init_from={tmp_path / 'unfinished'}", *SMALL[:5], f"--output_path={tmp_path}"])
     assert "has not finished its training" in capsys.readouterr().err
 
 
-def case(script, says, *flags):
-    return pytest.param(script, flags, says, id=says[:40])
+def case(script, message, *flags):
+    return pytest.param(script, flags, message, id=message[:40])
 
 
 @pytest.mark.parametrize(
-    "script, flags, says",
+    "script, flags, message",
     [
         case(pretrain, "which model? add --model_name="),
         case(pretrain, "unknown model", f"--model_name={NAME[:-1]}x"),
@@ -216,7 +216,7 @@ def case(script, says, *flags):
         case(sft, "holds", "--model_name=mini_other", f"--init_from=output/pretrain_{NAME}"),
     ],
 )
-def test_user_errors_are_one_line(stages, script, flags, says, monkeypatch):
+def test_user_errors_are_one_line(stages, script, flags, message, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     if not (stages / "empty_run").exists():
         (stages / "empty_run").mkdir()
@@ -229,13 +229,13 @@ def test_user_errors_are_one_line(stages, script, flags, says, monkeypatch):
         script.main([*(SMALL if script is pretrain else SMALL[:5]), *flags])
     assert (
         isinstance(caught.value, (UserError, ModelError))
-        and says in str(caught.value)
+        and message in str(caught.value)
         and "\n" not in str(caught.value)
     )
 
 
 def test_a_published_bin_file_without_a_meta_file_trains_as_if_it_had_one(stages, capsys):
-    """The same tokens, the same losses: bounds of documents are found by <s>, and a warning says how it is read."""
+    """The same tokens, the same losses: bounds of documents are found by <s>, and a warning reports how it is read."""
     (stages / "published").mkdir()
     shutil.copy(stages / "output/data/pretrain_train.bin", stages / "published/mobvoi.bin")
     losses = []

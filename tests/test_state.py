@@ -1,4 +1,4 @@
-"""The generic operations of State on tensors of the layers and of the whole model."""
+"""The generic operations of State on tensors of the layers and of the full model."""
 
 import torch
 
@@ -6,7 +6,7 @@ from model import State
 
 
 def state_of(*rows, max_pos):
-    """Two layers and the model hold one tensor each; row i is filled with rows[i]."""
+    """Two layers and the model hold one tensor each; sequence i is filled with rows[i]."""
     tensor = torch.tensor(rows, dtype=torch.float32)[:, None].repeat(1, 3)
     layers = [{"k": tensor.clone()}, {"best": tensor.clone()}]
     state = State(torch.full((len(rows),), max_pos), 9, layers, max_pos, model={"ids": tensor.clone()})

@@ -12,8 +12,8 @@ from engine.data.sequences import PADDING
 from engine.training.config import TrainConfig
 from engine.training.precision import LowPrecisionCopies
 from engine.training.step import TrainStep
-from tests.planted.right import RightModelArgs
-from tests.planted.wrong_learning import Fp32GateTakesItsMatrixAsItIs
+from tests.mutants.right import RightModelArgs
+from tests.mutants.wrong_learning import Fp32GateDoesNotCastItsMatrix
 from tests.support.models import SHIPPED
 from tests.support.paths import ROOT
 from utils.errors import UserError
@@ -27,10 +27,10 @@ def train_step(model, precision):
 
 def gradients(name, precision, parts=1):
     """{parameter: gradient} of a step of four sequences in `parts` micro-batches, and its values."""
-    subject = ModelUnderTest(name)
-    model = subject.build().train()
+    tested = ModelUnderTest(name)
+    model = tested.build().train()
     step = train_step(model, precision)
-    ids = subject.tokens(batch_size=4)
+    ids = tested.tokens(batch_size=4)
     batches = [{"input_ids": part, "targets": part.roll(-1, 1)} for part in ids.chunk(parts)]
     values = step.gradients(batches, [1 / parts] * parts, [0] * parts, 1 / parts)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, values
@@ -68,8 +68,8 @@ def test_weights_and_gradients_come_back(name):
 
 def test_a_matrix_of_bf16_that_meets_fp32_is_one_line():
     """Where autocast is off a weight is what it is, and autocast alone would leave it fp32."""
-    subject = ModelUnderTest.of(Fp32GateTakesItsMatrixAsItIs, RightModelArgs)
-    model, ids = subject.build().train(), subject.tokens(batch_size=2)
+    tested = ModelUnderTest.of(Fp32GateDoesNotCastItsMatrix, RightModelArgs)
+    model, ids = tested.build().train(), tested.tokens(batch_size=2)
     with pytest.raises(UserError, match=r"weight\.float"):
         train_step(model, "bf16").gradients([{"input_ids": ids, "targets": ids}], [1.0], [0], 1.0)
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -95,12 +95,12 @@ def test_twenty_steps_compile_nothing_after_the_first(name, precision, monkeypat
     monkeypatch.setattr(torch, "compile", lambda model, **how: compile(model, backend="aot_eager", **how))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    subject = ModelUnderTest(name)
-    model = subject.build().train()
+    tested = ModelUnderTest(name)
+    model = tested.build().train()
     step = TrainStep(model, TrainConfig(precision=precision, compile="true"), CPU)
     graphs = []
     for step in range(20):
-        ids = subject.tokens(batch_size=4, seed=step)
+        ids = tested.tokens(batch_size=4, seed=step)
         starts = torch.rand(ids.shape, generator=torch.Generator().manual_seed(step)) < 0.2
         padding = torch.arange(ids.shape[1]) >= ids.shape[1] - step % 4
         documents = starts.cumsum(dim=1).masked_fill(padding, PADDING)
@@ -117,14 +117,14 @@ def test_twenty_steps_compile_nothing_after_the_first(name, precision, monkeypat
 @pytest.mark.slow
 def test_the_speed_benchmark_runs(tmp_path):
     """benchmarks/train.py at tiny sizes: both models, both sides, equal losses, memory. Compiling takes minutes."""
-    words = [
+    arguments = [
         sys.executable,
         str(ROOT / "benchmarks/train.py"),
         "--quick",
         "--compiled=false",
         f"--results={tmp_path}/train.json",
     ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "train.json").read_text())
     assert len(results["speed"]) == 4 and all(row["ratio_eager"] > 0 for row in results["speed"].values())

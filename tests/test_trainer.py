@@ -31,11 +31,11 @@ from utils.errors import UserError
 TIMES = ("tokens_per_s", "seconds", "mfu")
 
 
-def test_it_learns_and_leaves_a_complete_folder(world):
-    summary = world.run(
+def test_it_learns_and_leaves_a_complete_folder(training):
+    summary = training.run(
         max_steps=60, eval_interval=20, save_interval=20, sample_interval=30, log_interval=10, keep_last=2
     )
-    folder = world.path / "output" / "pretrain_tiny"
+    folder = training.path / "output" / "pretrain_tiny"
     assert summary["status"] == "finished" and summary["run"] == str(folder)
     assert summary["next_command"] == f"python next.py {folder}"
     names = {path.name for path in folder.iterdir()}
@@ -58,18 +58,18 @@ def test_it_learns_and_leaves_a_complete_folder(world):
     curve = losses(summary)
     assert curve[-1] < 0.7 * curve[0] and len(losses(summary, "val_loss")) == 3
     # each of the 12 documents has one token that is no target, and two that are no character
-    tokens = len(world.val.file.tokens)
+    tokens = len(training.val.file.tokens)
     assert summary["val_bpc"] == pytest.approx(summary["val_loss"] * (tokens - 12) / (tokens - 24) / np.log(2))
     assert (folder / "samples.md").read_text().count("## Step") == 2
-    (run,) = find_runs(world.path / "output")
+    (run,) = find_runs(training.path / "output")
     assert (run.path, run.stage, run.model_name, run.step) == (folder, "pretrain", "tiny", 60)
     assert run.val_loss == summary["val_loss"]
 
 
-def test_tensorboard_holds_everything_in_other_vars(world):
+def test_tensorboard_holds_everything_in_other_vars(training):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(world.path / os.path.join(world.run(max_steps=2)["run"], "logs")))
+    board = EventAccumulator(str(training.path / os.path.join(training.run(max_steps=2)["run"], "logs")))
     board.Reload()
     assert {
         "train/loss",
@@ -108,44 +108,44 @@ def test_a_histogram_that_cannot_be_drawn_ends_no_run(tmp_path):
     assert board.Tags()["histograms"] == ["fine"]
 
 
-def test_two_runs_are_equal(world):
-    first = world.run(model_fields={"dropout": 0.1})
-    weights = world.weights()
-    second = world.run(model_fields={"dropout": 0.1}, resume="never")
+def test_two_runs_are_equal(training):
+    first = training.run(model_fields={"dropout": 0.1})
+    weights = training.weights()
+    second = training.run(model_fields={"dropout": 0.1}, resume="never")
     records = [
         [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(s["run"] + "/metrics.jsonl")]
         for s in (first, second)
     ]
     assert records[0] == records[1]
-    assert second["run"].endswith("_2") and losses(first) == losses(second) and same(weights, world.weights())
+    assert second["run"].endswith("_2") and losses(first) == losses(second) and same(weights, training.weights())
 
 
 @pytest.mark.parametrize(
     "recipe", [{"optimizer": "muon"}, {"optimizer": "adamw"}, {"ema": 0.9, "batch_ramp_ratio": 0.7}]
 )
-def test_resuming_is_exact(world, monkeypatch, recipe):
+def test_resuming_is_exact(training, monkeypatch, recipe):
     settings = dict(**recipe, model_fields={"dropout": 0.1}, lr_schedule="cosine")
-    whole = world.run(**settings, output_path=str(world.path / "whole"))
-    weights = world.weights()
-    half = stop_after(world, monkeypatch, 3, **settings)
+    uninterrupted = training.run(**settings, output_path=str(training.path / "uninterrupted"))
+    weights = training.weights()
+    half = stop_after(training, monkeypatch, 3, **settings)
     assert half["status"].startswith("stopped by SIGTERM") and half["steps"] == 3
-    assert not (world.path / "output/pretrain_tiny/final").exists()
-    rest = world.run(**settings)
-    assert rest["run"] == half["run"] and losses(rest) == losses(whole) and same(weights, world.weights())
+    assert not (training.path / "output/pretrain_tiny/final").exists()
+    rest = training.run(**settings)
+    assert rest["run"] == half["run"] and losses(rest) == losses(uninterrupted) and same(weights, training.weights())
     assert weights["bias"].abs().sum() > 0
-    ours, theirs = read_metrics(rest["run"] + "/metrics.jsonl"), read_metrics(whole["run"] + "/metrics.jsonl")
+    ours, theirs = read_metrics(rest["run"] + "/metrics.jsonl"), read_metrics(uninterrupted["run"] + "/metrics.jsonl")
     assert [{k: v for k, v in r.items() if k not in TIMES} for r in ours] == [
         {k: v for k, v in r.items() if k not in TIMES} for r in theirs
     ]
     assert {k: v for k, v in rest.items() if k not in (*TIMES, "run", "next_command")} == {
-        k: v for k, v in whole.items() if k not in (*TIMES, "run", "next_command")
+        k: v for k, v in uninterrupted.items() if k not in (*TIMES, "run", "next_command")
     }
 
 
-def test_a_signal_in_the_last_evaluation_ends_the_run_which_then_goes_on_with_it(world, monkeypatch):
+def test_a_signal_in_the_last_evaluation_stops_the_run_and_a_resume_repeats_it(training, monkeypatch):
     settings = dict(max_batch_size=1, global_batch_size=4)
-    whole = world.run(**settings, output_path=str(world.path / "whole"))
-    weights, forward, seen = world.weights(), TinyModel.forward, []
+    uninterrupted = training.run(**settings, output_path=str(training.path / "uninterrupted"))
+    weights, forward, seen = training.weights(), TinyModel.forward, []
 
     def signalled(self, input_ids, targets=None, doc_ids=None):
         if not self.training and targets is not None:
@@ -156,15 +156,19 @@ def test_a_signal_in_the_last_evaluation_ends_the_run_which_then_goes_on_with_it
 
     with monkeypatch.context() as patch:
         patch.setattr(TinyModel, "forward", signalled)
-        half = world.run(**settings)
+        half = training.run(**settings)
     assert half["status"].startswith("stopped by SIGTERM") and half["steps"] == 6 and half["val_loss"] is None
-    assert len(seen) == 3 and len(world.val) > 3 and not (world.path / "output/pretrain_tiny/final").exists()
-    rest = world.run(**settings)
-    assert rest["status"] == "finished" and rest["val_loss"] == whole["val_loss"] and losses(rest) == losses(whole)
-    assert rest["run"] == half["run"] and same(weights, world.weights())
+    assert len(seen) == 3 and len(training.val) > 3 and not (training.path / "output/pretrain_tiny/final").exists()
+    rest = training.run(**settings)
+    assert (
+        rest["status"] == "finished"
+        and rest["val_loss"] == uninterrupted["val_loss"]
+        and losses(rest) == losses(uninterrupted)
+    )
+    assert rest["run"] == half["run"] and same(weights, training.weights())
 
 
-def test_after_step_sees_the_mean_over_micro_batches(world):
+def test_after_step_sees_the_mean_over_micro_batches(training):
     class Watching(TinyModel):
         seen = []
 
@@ -176,26 +180,28 @@ def test_after_step_sees_the_mean_over_micro_batches(world):
             self.seen.append(other_vars["mean_id"].item())
 
     steps, size = 3, 8
-    world.run(model_class=Watching, max_batch_size=2, global_batch_size=size, max_steps=steps)
-    loader = StepLoader(world.rows, BatchPlan(size, size, 1), seed=1337, start=0, total_steps=steps)
-    whole = [loader.make(step).batches[0]["input_ids"].float().mean().item() for step in range(steps)]
-    assert Watching.seen == pytest.approx(whole)
+    training.run(model_class=Watching, max_batch_size=2, global_batch_size=size, max_steps=steps)
+    loader = StepLoader(training.sequences, BatchPlan(size, size, 1), seed=1337, start=0, total_steps=steps)
+    uninterrupted = [loader.make(step).batches[0]["input_ids"].float().mean().item() for step in range(steps)]
+    assert Watching.seen == pytest.approx(uninterrupted)
 
 
-def test_held_out_loss_counts_the_cross_entropy_alone(world):
-    summary = world.run(max_steps=2)
-    row_loss = targets = 0
-    for i in range(len(world.val)):
-        row = {key: torch.from_numpy(value)[None] for key, value in world.val.sequence(i).items()}
-        logits, _, _ = world.model.eval()(row["input_ids"], doc_ids=row["doc_ids"])
-        row_loss += torch.nn.functional.cross_entropy(logits[0].double(), row["targets"][0], reduction="sum").item()
-        targets += (row["targets"] != -100).sum().item()
-    assert summary["val_loss"] == pytest.approx(row_loss / targets, rel=1e-5)
+def test_held_out_loss_counts_the_cross_entropy_alone(training):
+    summary = training.run(max_steps=2)
+    loss_sum = targets = 0
+    for i in range(len(training.val)):
+        sequence = {key: torch.from_numpy(value)[None] for key, value in training.val.sequence(i).items()}
+        logits, _, _ = training.model.eval()(sequence["input_ids"], doc_ids=sequence["doc_ids"])
+        loss_sum += torch.nn.functional.cross_entropy(
+            logits[0].double(), sequence["targets"][0], reduction="sum"
+        ).item()
+        targets += (sequence["targets"] != -100).sum().item()
+    assert summary["val_loss"] == pytest.approx(loss_sum / targets, rel=1e-5)
 
 
-def test_a_crash_costs_only_the_steps_since_the_save(world, monkeypatch):
-    whole = world.run(output_path=str(world.path / "whole"), save_interval=2)
-    weights = world.weights()
+def test_a_crash_costs_only_the_steps_since_the_save(training, monkeypatch):
+    uninterrupted = training.run(output_path=str(training.path / "uninterrupted"), save_interval=2)
+    weights = training.weights()
 
     def before_step(self, step, total_steps):
         if step == 5:
@@ -204,20 +210,27 @@ def test_a_crash_costs_only_the_steps_since_the_save(world, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(TinyModel, "before_step", before_step)
         with pytest.raises(KeyError):
-            world.run(save_interval=2)
-    newest = newest_checkpoint(world.path / "output/pretrain_tiny")
+            training.run(save_interval=2)
+    newest = newest_checkpoint(training.path / "output/pretrain_tiny")
     assert newest.name == "step-00000004"
     (newest / "model.safetensors").write_bytes(b"broken")  # and the newest checkpoint is damaged, too
-    rest = world.run(save_interval=2)
-    assert losses(rest) == losses(whole) and same(weights, world.weights())
+    rest = training.run(save_interval=2)
+    assert losses(rest) == losses(uninterrupted) and same(weights, training.weights())
 
 
-def test_accumulation_does_not_change_the_curve(world):
-    path, _ = sft_files(world.path / "data", world.tokenizer)
-    masked = DocumentSequences(TokenFile(path, world.tokenizer, "make"), 32, pack=True, long="drop")  # uneven targets
+def test_accumulation_does_not_change_the_curve(training):
+    path, _ = sft_files(training.path / "data", training.tokenizer)
+    masked = DocumentSequences(
+        TokenFile(path, training.tokenizer, "make"), 32, pack=True, long="drop"
+    )  # uneven targets
     runs = [
-        world.run(
-            rows=masked, max_batch_size=size, global_batch_size=8, resume="never", optimizer="adamw", embed_lr_scale=1.0
+        training.run(
+            sequences=masked,
+            max_batch_size=size,
+            global_batch_size=8,
+            resume="never",
+            optimizer="adamw",
+            embed_lr_scale=1.0,
         )
         for size in (8, 4, 1)
     ]
@@ -229,17 +242,17 @@ def test_accumulation_does_not_change_the_curve(world):
         assert losses(run, "val_loss") == pytest.approx(losses(runs[0], "val_loss"), rel=1e-4)
 
 
-def test_the_average_is_evaluated_and_exported(world):
-    raw = world.run(optimizer="adamw")
+def test_the_average_is_evaluated_and_exported(training):
+    raw = training.run(optimizer="adamw")
     seen = []
 
     class Watched(TinyModel):
         def before_step(self, step, total_steps):
             seen.append({name: value.detach().clone() for name, value in self.named_parameters()})
 
-    summary = world.run(optimizer="adamw", ema=0.5, model_class=Watched)
+    summary = training.run(optimizer="adamw", ema=0.5, model_class=Watched)
     assert losses(summary) == losses(raw)  # the average is only looked at
-    values = seen[1:] + [dict(world.model.named_parameters())]
+    values = seen[1:] + [dict(training.model.named_parameters())]
     average = values[0]
     for n, now in enumerate(values[1:], start=2):
         decay = min(0.5, n / (n + 9))
@@ -249,13 +262,13 @@ def test_the_average_is_evaluated_and_exported(world):
         torch.testing.assert_close(final[name], value.detach(), atol=1e-6, rtol=1e-5)
     assert not torch.equal(final["lm_head.weight"], values[-1]["lm_head.weight"])
     with torch.no_grad():
-        for name, parameter in world.model.named_parameters():
+        for name, parameter in training.model.named_parameters():
             parameter.copy_(average[name])
     batch = {
-        name: torch.stack([torch.from_numpy(world.val.sequence(i)[name]) for i in range(len(world.val))])
+        name: torch.stack([torch.from_numpy(training.val.sequence(i)[name]) for i in range(len(training.val))])
         for name in ("input_ids", "targets", "doc_ids")
     }
-    assert summary["val_loss"] == pytest.approx(world.model.eval()(**batch)[2]["loss/ce"].item(), rel=1e-5)
+    assert summary["val_loss"] == pytest.approx(training.model.eval()(**batch)[2]["loss/ce"].item(), rel=1e-5)
 
 
 class Reads(TorchDispatchMode):
@@ -286,14 +299,14 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw"}, {"optimizer": "muon", "ema": 0.9}])
-def test_loss_and_norm_of_a_step_are_read_while_the_next_one_runs(world, monkeypatch, recipe):
+def test_loss_and_norm_of_a_step_are_read_while_the_next_one_runs(training, monkeypatch, recipe):
     """Between log lines, and nothing else is: a GPU would still be at work on the step."""
     settings = dict(**recipe, max_steps=24, model_fields={"dropout": 0.1})
-    logged = [r for r in read_metrics(world.run(**settings)["run"] + "/metrics.jsonl") if "loss" in r]
+    logged = [r for r in read_metrics(training.run(**settings)["run"] + "/metrics.jsonl") if "loss" in r]
     with monkeypatch.context() as patch:
         reads = Reads(patch)
         with reads:
-            quiet = world.run(**settings, log_interval=8, resume="never")
+            quiet = training.run(**settings, log_interval=8, resume="never")
     assert losses(quiet) == [logged[at]["loss"] for at in (0, 7, 15, 23)]
     starts = [at for at, event in enumerate(reads.events) if isinstance(event, str)]
     assert len(starts) == 24
@@ -307,27 +320,29 @@ def test_loss_and_norm_of_a_step_are_read_while_the_next_one_runs(world, monkeyp
             assert read == ([] if step % 8 == 1 else [[before["loss"], before["grad_norm"], 1.0]]), step
 
 
-def test_resume_modes(world, capsys):
+def test_resume_modes(training, capsys):
     with pytest.raises(UserError, match="no run to resume: .* does not exist"):
-        world.run(resume="must")
-    first = world.run()
+        training.run(resume="must")
+    first = training.run()
     capsys.readouterr()
-    assert world.run() == first and "is finished" in capsys.readouterr().out
-    assert world.run(log_interval=2, max_batch_size=2, global_batch_size=4) == first  # neutral settings make no new run
-    assert world.run(max_lr=0.02)["run"].endswith("_2")
+    assert training.run() == first and "is finished" in capsys.readouterr().out
+    assert (
+        training.run(log_interval=2, max_batch_size=2, global_batch_size=4) == first
+    )  # neutral settings make no new run
+    assert training.run(max_lr=0.02)["run"].endswith("_2")
     assert "differs in max_lr: this run goes to" in capsys.readouterr().out
-    assert world.run(max_lr=0.02)["run"].endswith("_2") and "is finished" in capsys.readouterr().out
+    assert training.run(max_lr=0.02)["run"].endswith("_2") and "is finished" in capsys.readouterr().out
     with pytest.raises(UserError, match="--resume=must.*differs in max_lr"):
-        world.run(max_lr=0.03, resume="must")
-    longer = world.run(max_steps=8, resume=first["run"])
+        training.run(max_lr=0.03, resume="must")
+    longer = training.run(max_steps=8, resume=first["run"])
     assert longer["run"] == first["run"] and longer["steps"] == 8
     with pytest.raises(UserError, match="no run folder"):
-        world.run(resume=str(world.path))
+        training.run(resume=str(training.path))
     with pytest.raises(UserError, match="another architecture"):
-        world.run(resume=first["run"], model_fields={"dim": 8})
+        training.run(resume=first["run"], model_fields={"dim": 8})
 
 
-def test_a_bad_step_is_skipped_and_counted(world, monkeypatch, capsys):
+def test_a_bad_step_is_skipped_and_counted(training, monkeypatch, capsys):
     forward = TinyModel.forward
 
     def poisoned(at):
@@ -344,20 +359,20 @@ def test_a_bad_step_is_skipped_and_counted(world, monkeypatch, capsys):
 
     monkeypatch.setattr(TinyModel, "forward", poisoned({3}))
     monkeypatch.setattr(TinyModel, "accepts", classmethod(lambda cls, name: name == "doc_ids"))
-    summary = world.run()
+    summary = training.run()
     assert summary["skipped_steps"] == 1 and "step 3 skipped: loss nan" in capsys.readouterr().err
-    assert all(torch.isfinite(value).all() for value in world.weights().values())
+    assert all(torch.isfinite(value).all() for value in training.weights().values())
     monkeypatch.setattr(TinyModel, "forward", poisoned(set(range(1, 99))))
     with pytest.raises(UserError, match="10 steps in a row"):
-        world.run(max_steps=30)
+        training.run(max_steps=30)
 
 
-def test_one_writer_a_folder(world, monkeypatch):
-    stop_after(world, monkeypatch, 3)
-    taken = lock_folder(world.path / "output/pretrain_tiny")
+def test_one_process_per_run_folder(training, monkeypatch):
+    stop_after(training, monkeypatch, 3)
+    taken = lock_folder(training.path / "output/pretrain_tiny")
     with taken, pytest.raises(UserError, match="another process is training in"):
-        world.run()
-    assert world.run()["status"] == "finished"
+        training.run()
+    assert training.run()["status"] == "finished"
 
 
 def test_a_second_signal_ends_at_once():
@@ -370,7 +385,7 @@ def test_a_second_signal_ends_at_once():
         assert (done.returncode, done.stdout) == (code_wanted, output) and "saving at the next step" in done.stderr
 
 
-def test_a_failed_save_does_not_end_the_run(world, monkeypatch, capsys):
+def test_a_failed_save_does_not_end_the_run(training, monkeypatch, capsys):
     save = checkpoint_manager.save_checkpoint
 
     def full_disk(folder, *rest):
@@ -380,44 +395,44 @@ def test_a_failed_save_does_not_end_the_run(world, monkeypatch, capsys):
 
     monkeypatch.setattr(checkpoint_manager, "save_checkpoint", full_disk)
     monkeypatch.setattr(checkpoint_manager, "PAUSE_SECONDS", 0)
-    assert world.run(save_interval=2)["status"] == "finished"
+    assert training.run(save_interval=2)["status"] == "finished"
     assert "could not be saved (No space left" in capsys.readouterr().err
 
 
-def test_bf16_trains_fp32_weights(world):
-    summary = world.run(precision="bf16", max_steps=30)
+def test_bf16_trains_fp32_weights(training):
+    summary = training.run(precision="bf16", max_steps=30)
     assert losses(summary)[-1] < losses(summary)[0]
-    assert {value.dtype for value in world.weights().values()} == {torch.float32}
+    assert {value.dtype for value in training.weights().values()} == {torch.float32}
     with pytest.raises(UserError, match="fp16 needs CUDA"):
-        world.run(precision="fp16")
+        training.run(precision="fp16")
 
 
-def test_tied_weights_train_and_resume(world, monkeypatch):
+def test_tied_weights_train_and_resume(training, monkeypatch):
     tied = {"tied": True}
-    uninterrupted = world.run(model_fields=tied, output_path=str(world.path / "uninterrupted"))
-    expected = world.weights()
-    stop_after(world, monkeypatch, 3, model_fields=tied)
-    resumed = world.run(model_fields=tied)
-    assert losses(resumed) == losses(uninterrupted) and same(world.weights(), expected)
-    assert world.model.lm_head.weight is world.model.tok_embed.weight
+    uninterrupted = training.run(model_fields=tied, output_path=str(training.path / "uninterrupted"))
+    expected = training.weights()
+    stop_after(training, monkeypatch, 3, model_fields=tied)
+    resumed = training.run(model_fields=tied)
+    assert losses(resumed) == losses(uninterrupted) and same(training.weights(), expected)
+    assert training.model.lm_head.weight is training.model.tok_embed.weight
     saved = load_file(os.path.join(resumed["run"], "final", "model.safetensors"))
     assert torch.equal(saved["tok_embed.weight"], expected["lm_head.weight"])
     torch.manual_seed(1337)
-    assert not torch.equal(type(world.model)(world.model.args).lm_head.weight, expected["lm_head.weight"])
+    assert not torch.equal(type(training.model)(training.model.args).lm_head.weight, expected["lm_head.weight"])
 
 
-def test_a_model_without_doc_ids(world):
+def test_a_model_without_doc_ids(training):
     class Plain(TinyModel):
         def forward(self, input_ids, targets=None):
             return super().forward(input_ids, targets)
 
-    rows = DocumentSequences(world.rows.file, 32, pack=False)
-    world.val = DocumentSequences(world.val.file, 32, pack=False)
-    assert world.run(rows=rows, model_class=Plain, max_steps=3)["status"] == "finished"
+    sequences = DocumentSequences(training.sequences.file, 32, pack=False)
+    training.val = DocumentSequences(training.val.file, 32, pack=False)
+    assert training.run(sequences=sequences, model_class=Plain, max_steps=3)["status"] == "finished"
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager(world):
-    eager = world.run(output_path=str(world.path / "eager"))
-    compiled = world.run(compile="true")
+def test_compiled_equals_eager(training):
+    eager = training.run(output_path=str(training.path / "eager"))
+    compiled = training.run(compile="true")
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)

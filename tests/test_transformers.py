@@ -198,10 +198,10 @@ def test_rope_scaling_reaches_beyond_the_training():
 
 
 @pytest.mark.parametrize(
-    "fields,said",
+    "fields,message",
     [
         ({"rope_type": "linear"}, "choose default, llama3 or yarn"),
-        ({"rope_factor": 2.0}, "needs a way to stretch"),
+        ({"rope_factor": 2.0}, "needs a scaling method"),
         ({"rope_type": "yarn", "rope_factor": 4.0}, "needs rope_original_max_seq_len"),
         ({"rope_type": "yarn", "rope_factor": 0.5, "rope_original_max_seq_len": 9}, "at least 1"),
         (
@@ -211,8 +211,8 @@ def test_rope_scaling_reaches_beyond_the_training():
     ],
 )
 @pytest.mark.parametrize("name", [LLAMA, DEEPSEEK])
-def test_rope_settings_that_cannot_be(name, fields, said):
+def test_invalid_rope_settings_are_one_line(name, fields, message):
     args = random_args(name, 0)
-    with pytest.raises(ModelError, match=said) as error:
+    with pytest.raises(ModelError, match=message) as error:
         dataclasses.replace(args, **fields)
     assert "\n" not in str(error.value)

@@ -13,7 +13,7 @@ from model import model_file
 from tests.support.models import SHIPPED
 from tests.support.paths import ROOT, folder_of, name_of, source_files
 
-# What the files of a folder may import of ours; "" stands for the scripts of the root. Of two entries that fit, the
+# What the files of a folder may import of ours; "" is the scripts of the root. Of two entries that fit, the
 # longer one counts.
 MAY_IMPORT = {
     "utils": {"utils"},
@@ -202,7 +202,7 @@ def test_no_error_prone_call(what):
 def test_files_are_small_and_open_with_a_sentence(path):
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= 500, "a file holds one idea: split it"
-    assert not text.strip() or ast.get_docstring(ast.parse(text)), "say in one sentence what the file is for"
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), "describe in one sentence what the file is for"
 
 
 def test_functions_are_short():

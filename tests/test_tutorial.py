@@ -1,4 +1,4 @@
-"""docs/add_an_architecture.md, typed through: its code, put where it says, does what it says at each step."""
+"""docs/add_an_architecture.md, step by step: its code, inserted as described, has the described result."""
 
 import importlib.util
 import re
@@ -58,9 +58,9 @@ def test_the_mistake_is_found_as_the_page_shows(steps):
 
 @pytest.mark.parametrize("step", ["template", "right", "state"])
 def test_each_step_passes(steps, step):
-    subject, _ = open_classes(*steps[step])
+    tested, _ = open_classes(*steps[step])
     names = [name for name in CHECKS if not name.startswith("precision.compiled")]
-    results = {r.check: r for r in run_checks(subject, names)}
+    results = {r.check: r for r in run_checks(tested, names)}
     assert not [r for r in results.values() if r.status == "fail"]
     assert results["counts.flops_are_estimated"].status == "pass"
     applies = results["state.chunks_equal_full_forward"].status, results["packing.packed_equals_separate"].status

@@ -1,4 +1,4 @@
-"""Words that this project used for itself and no longer uses: a reader of the field would have to translate them."""
+"""Words of this project's own that have a standard term must not come back."""
 
 import re
 
@@ -19,7 +19,14 @@ OLD_WORDS = {
     "recently": r"\bof late\b",
     "non-finite": r"\bno numbers?\b(?! of\b)",
     "chat runs, ChatModel": r"talkers|speaker",
-    "logged, reported, given": r"\b(?:is|are|was|were) told\b",
+    "logged, reported, described": r"\btold\b|(?<!\.)\btells?\b",
+    "next to, against, with": r"\bbeside\b",
+    "mutant": r"\bplanted\b",
+    "is, occurs": r"\bstood\b|\bstands\b",
+    "output, message": r"\bsaid\b",
+    "name it": r"\bno such thing\b|\bthings\b",
+    "full, complete": r"\bwhole (?:batch|step|model|run|prompt|file|text|sequence|graph|process|corpus)\b",
+    "sequences": r"\b(?:training|packed|packing) rows\b|\brows (?:a|per|of a) (?:step|batch|sequence)\b",
     "middleware": r"\bdoors?\b",
     "segments": r"\bstretches\b|\b(?:a|one) stretch\b",
     "MoE": r"\bmixtures?\b(?! of)|\bMixtureModel",
@@ -36,7 +43,10 @@ OLD_WORDS = {
     "atomic_directory, atomic_write, attach_path": r"\bwhole_folder\b",
     "compiled graph": r"\bone program after another\b|\bmakes? a program\b",
 }
-OLD_FILE_NAMES = r"door|listening|following|keeping|talk|look|guard|shards|sharding|stepper|damage|heard|shrink|subject"
+OLD_FILE_NAMES = (
+    r"planted|test_planted|test_peak|test_health|test_fit|door|listening|following|keeping|talk|look|guard|shards|"
+    r"sharding|stepper|damage|heard|shrink|subject"
+)
 
 # CHANGELOG.md says how things were called.
 FILES = [

@@ -83,10 +83,10 @@ class GrowingFile:
 
     def __init__(self, path: Path, size: int = 0):
         self.path = path
-        beside = partial(path)
-        if size and not (beside.is_file() and beside.stat().st_size >= size):
-            raise UserError(f"{beside} does not hold the {size} bytes that a stopped run wrote")
-        self._file = open(beside, "r+b" if size else "wb", buffering=0)
+        growing = partial(path)
+        if size and not (growing.is_file() and growing.stat().st_size >= size):
+            raise UserError(f"{growing} does not hold the {size} bytes that a stopped run wrote")
+        self._file = open(growing, "r+b" if size else "wb", buffering=0)
         self._file.truncate(size)
         self._file.seek(size)
 
@@ -134,7 +134,7 @@ def write_file(path: Path, fill: Callable[[NewFile], object]) -> dict[str, Any]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Create or replace a file atomically; readers never see a part of it."""
+    """Create or replace a file atomically; readers never see an incomplete file."""
     temporary = hidden(path, "tmp")
     write_file(temporary, lambda file: file.write(data))
     os.replace(temporary, path)

@@ -194,7 +194,7 @@ def typed_model_values(values: dict[str, typing.Any], args_class: type | None) -
 def unknown_key(key: str, known: list[str]) -> str:
     """The one-line message for an unknown key, with the nearest known one."""
     near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
-    return f"unknown setting --{key}: " + (f"did you mean --{near[0]}?" if near else "--help lists what there is")
+    return f"unknown setting --{key}: " + (f"did you mean --{near[0]}?" if near else "--help lists the settings")
 
 
 def convert(value: typing.Any, hint: typing.Any, flag: str, choices: tuple = ()) -> typing.Any:

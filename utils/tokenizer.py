@@ -89,7 +89,7 @@ class Tokenizer:
 
 
 def side_files() -> dict[str, str]:
-    """{name: text} of the files that transformers reads beside tokenizer.json."""
+    """{name: text} of the files that transformers reads next to tokenizer.json."""
     unk, bos, eos, pad, *_ = SPECIAL_TOKENS
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,4 +1,4 @@
-"""The parts of a conversation on the page."""
+"""The messages and answers of a conversation on the page."""
 
 from typing import TYPE_CHECKING, Any, TypedDict
 

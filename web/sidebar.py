@@ -36,7 +36,7 @@ def choose_language() -> Texts:
 
 
 def choose_runs(t: Texts, output_path: str) -> "list[RunInfo]":
-    """One or two runs of the output folder; without any, the page says how to make one and ends."""
+    """One or two runs of the output folder; without any, the page shows how to make one and ends."""
     with st.spinner(t["loading"]):
         from engine.inference.chat import chat_runs  # imports torch: seconds, the first time
 

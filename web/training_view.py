@@ -20,7 +20,7 @@ def show_training(t: Texts, run: "RunInfo") -> None:
 
     st.text(run_label(run))  # st.text and st.code: the contents of a run folder are untrusted
     records = pandas.DataFrame(read_metrics(run.path / "metrics.jsonl"))
-    # a single point is no curve; it stands below the choice of the run
+    # a single point is no curve; it is shown in the caption of the run
     curves = [[name for name in names if name in records] for names in CURVES]
     curves = [names for names in curves if names and records[names].notna().sum().max() > 1]
     if not curves:

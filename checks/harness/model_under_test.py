@@ -19,7 +19,7 @@ LONG = 300  # tokens of a sequence that reaches beyond the usual chunks, and bey
 
 
 class CheckFailed(AssertionError):
-    """The architecture is wrong: the message says what was seen, with values. `causes`: the likely ones, if known."""
+    """The architecture is wrong: the message has what was seen, with values. `causes`: the likely ones, if known."""
 
     def __init__(self, message: str, causes: Iterable[str] = ()) -> None:
         super().__init__(message)

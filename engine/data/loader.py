@@ -18,7 +18,7 @@ class StepBatches:
     """One process's share of an optimizer step."""
 
     batches: list[dict[str, torch.Tensor]]  # micro-batches, each tensor (B, T) int64
-    sequences: list[int]  # indices of the sequences of the whole step, over all processes
+    sequences: list[int]  # indices of the sequences of the full step, over all processes
     epoch: int
     targets: list[int]  # valid targets of each micro-batch
     tokens: int  # tokens of this process's share, padding excluded
@@ -89,7 +89,7 @@ class StepLoader:
         self.thread = threading.Thread(target=self._fill, daemon=True)
 
     def step_sequences(self, step: int) -> tuple[np.ndarray, int]:
-        """Indices (G,) of the sequences of a step, and the epoch it begins in; a step may reach into the next epoch."""
+        """Indices (G,) of the sequences of a step, and the epoch it begins in; a step may span two epochs."""
         positions = np.arange(self.plan.sequences_before(step), self.plan.sequences_before(step + 1), dtype=np.int64)
         n = len(self.data)
         epochs = positions // n

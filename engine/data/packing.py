@@ -27,7 +27,7 @@ def one_per_sequence(count: int) -> Packing:
 def best_fit(widths: np.ndarray, capacity: int) -> Packing:
     """Pack pieces (N,), each 1..capacity wide: the widest first, each into the fullest sequence that it fits.
 
-    Pieces of one width are alike, and so are sequences with the same free space, so whole groups are handled at once:
+    Pieces of one width are alike, and so are sequences with the same free space, so full groups are handled at once:
     after a piece its sequence is again the fullest until it is too full, so every sequence of a group takes as many
     pieces as fit. Sequences are grouped by their free space; a bit set holds which groups are not empty.
     Source: "Fewer truncations improve language modeling" (2024), best-fit decreasing.

@@ -1,4 +1,4 @@
-"""Training sequences cut from a token file: fixed windows, or whole documents packed together.
+"""Training sequences cut from a token file: fixed windows, or complete documents packed together.
 
 A sequence is `input_ids`, `targets` and `doc_ids`, each (T,) int64. Targets are already shifted by one, and -100 where
 there is no loss. Sequence `i` is a function of the file and `i` alone, and the order of the sequences a function of
@@ -58,7 +58,7 @@ class WindowSequences:
 
 
 class DocumentSequences:
-    """Sequences of whole documents, packed best-fit; one document each for a model that does not take doc_ids.
+    """Sequences of complete documents, packed best-fit; one document each for a model that does not take doc_ids.
 
     file.mask, where there is one, marks the tokens that carry loss. `long` is the policy for a document that does not
     fit a sequence: "split" into pieces that overlap by one token, so that no target is lost; "drop" it; "cut" keeps its
@@ -116,7 +116,7 @@ class DocumentSequences:
         return sequence
 
     def summary(self) -> str:
-        """One line: the number of sequences, how full they are, and what happened to the long documents."""
+        """One line: the number of sequences, how full they are, and what was done with the long documents."""
         fill = self.widths.sum(dtype=np.int64) / (len(self) * self.seq_len)
         what = "documents" if self.file.mask is None else "conversations"
         text = (

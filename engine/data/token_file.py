@@ -1,4 +1,4 @@
-"""Token files on disk: a memory-mapped `name.bin` and the files beside it."""
+"""Token files on disk: a memory-mapped `name.bin` and its side files."""
 
 import mmap
 from pathlib import Path
@@ -40,7 +40,7 @@ class TokenFile:
         self.tokens = self._map(self.path, np.dtype(self.meta.get("dtype", "uint16")).newbyteorder("<"))
         if self.meta.get("tokens", len(self.tokens)) != len(self.tokens):
             raise UserError(
-                f"{self.path} holds {len(self.tokens)} tokens and its meta file says "
+                f"{self.path} holds {len(self.tokens)} tokens and its meta file lists "
                 f"{self.meta['tokens']}: make it again with `{make_with}`"
             )
         if len(self.tokens) < 2:
@@ -58,7 +58,7 @@ class TokenFile:
         meta = load_json(path, "make the data again")
         if meta.get("dtype", "uint16") not in ("uint16", "uint32"):
             raise UserError(
-                f"{path} says that tokens are {meta['dtype']}, and they are uint16 or uint32: make the data again"
+                f"{path} has the dtype {meta['dtype']}, and only uint16 and uint32 are supported: make the data again"
             )
         if meta.get("tokenizer_fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
             raise UserError(

@@ -40,7 +40,7 @@ def shard(model: torch.nn.Module, device: torch.device, precision: str, compiled
         if compiled and module is not model:
             module.compile(dynamic=False)
         fully_shard(module, mesh=mesh)
-        # a sum, not a mean: each loss is already weighted by its share of the valid targets of the whole step
+        # a sum, not a mean: each loss is already weighted by its share of the valid targets of the full step
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     modules[-1].set_reduce_scatter_unused_params(True)  # a model may use a parameter on some processes only

@@ -3,7 +3,7 @@
 Gradients are summed by an explicit all-reduce after the last micro-batch, not by DistributedDataParallel. DDP
 overlaps communication with the backward pass, but it must know which parameters a step uses (a model may leave some
 unused), breaks the graph of torch.compile, and averages over ranks where a sum weighted by valid targets is needed.
-With gradient accumulation the all-reduce is a small part of the step, and this needs twenty lines.
+With gradient accumulation the all-reduce is a small share of the step, and this needs twenty lines.
 """
 
 import atexit
@@ -87,7 +87,7 @@ def agree_on_prefix(store: dist.Store, rank: int, world_size: int) -> str:
     """A key prefix for this attempt, equal on all its processes, whatever earlier attempts have left in the store.
 
     Rank 0 offers a new prefix and the others accept it; then rank 0 withdraws the offer, and confirms it only after
-    that. So a standing offer is never confirmed, and a process that accepted the offer of a dead rank 0 keeps polling.
+    that. So an old offer is never confirmed, and a process that accepted the offer of a dead rank 0 keeps polling.
     """
     if rank == 0:
         name = uuid.uuid4().hex
@@ -125,7 +125,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_numbers(numbers: Sequence[float]) -> list[float]:
-    """Sum Python numbers over ranks through gloo, without waiting for the device."""
+    """Sum Python scalars over ranks through gloo, without waiting for the device."""
     if not dist.is_initialized():
         return list(numbers)
     return all_reduce_sum(torch.tensor(numbers, dtype=torch.float64)).tolist()

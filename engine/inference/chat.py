@@ -85,7 +85,7 @@ def check_dtypes(model: BaseModel, precision: str) -> None:
             raise
         raise UserError(
             f"this model does not run with --precision={precision} ({error}): where its forward computes "
-            "in fp32 it must say weight.float(); or use --precision=fp32"
+            "in fp32 it must use weight.float(); or use --precision=fp32"
         ) from error
 
 
@@ -217,7 +217,7 @@ class Generation:
         self._request.cancelled = True
 
     def request_logprobs(self, n_top: int) -> None:
-        """Before the iteration: record the n_top likeliest tokens beside each token, for `token_details`."""
+        """Before the iteration: record the n_top likeliest alternatives of each token, for `token_details`."""
         self._request.top_logprobs = n_top
 
     @property

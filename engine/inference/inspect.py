@@ -1,4 +1,4 @@
-"""An answer from inside: token probabilities, reasoning apart from the reply, and the load of the experts."""
+"""Token-level inspection of an answer: probabilities with alternatives, the reasoning, and the expert load."""
 
 import math
 from typing import Any
@@ -15,8 +15,8 @@ def token_details(
 ) -> list[dict[str, Any]]:
     """Return what can be shown of each token of an answer from index `first` on, as a list of dicts.
 
-    starts: characters of `text` before each token. In the dicts, text: what the token adds to the text, "·" for a part
-    of a character that a later token completes; p: its probability before all filters; top: the likeliest tokens as
+    starts: characters of `text` before each token. In the dicts, text: its text, "·" for an incomplete character
+    that a later token completes; p: its probability before all filters; top: the likeliest tokens as
     [text, p], likeliest first.
     """
 

@@ -16,7 +16,7 @@ Logprobs = tuple[float, dict[int, float]]  # of the token, and {id: log-probabil
 class Request:
     """The prompt `ids` and the settings; then `tokens`, the answer so far without the stop token.
 
-    `text` needs a tokenizer, `logprobs` need `top_logprobs`. `finish` says how the answer ended, and is None before.
+    `text` needs a tokenizer, `logprobs` need `top_logprobs`. `finish` is how the answer ended, and is None before.
     Another thread may read the fields at any time: each is consistent in itself, and `finish` is set last.
     """
 
@@ -35,7 +35,7 @@ class Request:
         self.ids = ids
         self.max_new_tokens = max_new_tokens
         self.stop_ids = stop_ids
-        self.top_logprobs = top_logprobs  # None: no log-probabilities; else the number of likeliest tokens besides
+        self.top_logprobs = top_logprobs  # None: no log-probabilities; else the number of alternatives per token
         self.deadline = deadline  # in time.monotonic(); the answer ends there
         self.notify = notify  # called in the scheduler's thread after every step that extended or ended the answer
         self.tokens: list[int] = []
@@ -82,7 +82,7 @@ class Request:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def accept(self, token: int, logprob: Logprobs | None = None) -> None:
-        """Append a sampled token, or end the answer; -1 stands for non-finite logits."""
+        """Append a sampled token, or end the answer; -1 means non-finite logits."""
         if token < 0:
             self.end(
                 "error",

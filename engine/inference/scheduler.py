@@ -32,7 +32,7 @@ def max_completion_tokens(model: BaseModel, ids: list[int], max_new_tokens: int)
     vocab_size = model.args.vocab_size
     max_seq_len = model.args.max_seq_len
     if not ids:
-        raise UserError("the prompt is empty: a model needs at least one token, such as <s>, to go on from")
+        raise UserError("the prompt is empty: a model needs at least one token, such as <s>")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         raise UserError(
             f"the prompt has a token id outside the model's vocabulary of {vocab_size}: "
@@ -44,7 +44,7 @@ def max_completion_tokens(model: BaseModel, ids: list[int], max_new_tokens: int)
             "shorten the prompt, or train with a larger --max_seq_len"
         )
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} asks for nothing: give 1 or more")
+        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1: change it")
     return min(max_new_tokens, max_seq_len - len(ids))
 
 

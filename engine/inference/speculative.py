@@ -1,4 +1,4 @@
-"""Speculative decoding: drafted tokens are verified together with the last one, and kept where they are right.
+"""Speculative decoding: drafted tokens are verified together with the last one, and accepted where they are right.
 
 A drafted token is right if it is the token that the model samples there anyway, with the request's own settings and
 random numbers. So the answer is token for token the one without speculation, greedy or sampled, and only the number of

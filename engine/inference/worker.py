@@ -9,7 +9,7 @@ from engine.inference.scheduler import QueueFull, Scheduler
 
 
 class BatchWorker:
-    """Runs the scheduler while there are requests; a request's `notify` says that it got a token or ended.
+    """Runs the scheduler while there are requests; a request's `notify` is called when it got a token or ended.
 
     The thread starts with the first request. Use it in a `with`, or `close` it: requests that are left are cancelled.
     """
@@ -64,6 +64,6 @@ class BatchWorker:
             try:
                 self.scheduler.step()
             except Exception as error:  # e.g. out of memory: the running requests fail, the next one may fit
-                failed = self.scheduler.abort("the model failed on a request: the server's log says how", error)
+                failed = self.scheduler.abort("the model failed on a request: see the server's log", error)
                 if not all(request.reraise for request in failed):
                     traceback.print_exc(file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Reading a published checkpoint: its config, and its safetensors, in one file or several, one tensor at a time."""
+"""Reading a published checkpoint: its config, and its safetensors, in one or several files, one tensor at a time."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

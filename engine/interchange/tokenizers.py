@@ -43,7 +43,7 @@ def adopt_tokenizer(source: Path, target: Path, config: dict[str, Any]) -> int:
 
 
 def add_side_files(folder: Path) -> None:
-    """Write the files that transformers reads beside tokenizer.json, those that are missing."""
+    """Write the files that transformers reads next to tokenizer.json, those that are missing."""
     for name, text in side_files().items():
         if not (folder / name).is_file():
             write_text(folder / name, text)

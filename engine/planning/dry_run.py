@@ -1,4 +1,4 @@
-"""--dry_run: what a whole run will need, estimated from one measured step of it; nothing is written."""
+"""--dry_run: what a full run will need, estimated from one measured step of it; nothing is written."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -142,7 +142,7 @@ def evaluated_sequences(config: Any, plan: Plan, total_steps: int, val_data: Seq
 
 
 def table(title: str, estimate: dict[str, Any], peak: HardwarePeak, device: torch.device) -> str:
-    """The estimates as text, one line per subject."""
+    """The estimates as text, one line per quantity."""
     e = estimate
     share = peak.share(e["flops_per_token"], e["tokens_per_s"], e["processes"])
     total = e["training_seconds"] + e["evaluation_seconds"]
@@ -176,11 +176,11 @@ def table(title: str, estimate: dict[str, Any], peak: HardwarePeak, device: torc
 
 
 def memory_lines(memory: dict[str, Any], device: torch.device) -> dict[str, str]:
-    """The two lines on memory: predicted by part, and measured."""
+    """The two lines on memory: predicted by component, and measured."""
     parts = " + ".join(
         f"{name} {format_bytes(memory[name])}" for name in ("weights", "gradients", "optimizer", "activations")
     )
-    scope = "allocated on the GPU" if device.type == "cuda" else "of the whole process, Python and libraries included"
+    scope = "allocated on the GPU" if device.type == "cuda" else "of the process, Python and libraries included"
     measured = "not measured: the system does not report it"
     if memory["measured"]:
         measured = f"{format_bytes(memory['measured'])} at the peak of the measured step ({scope})"

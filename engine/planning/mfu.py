@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-# Published dense rates of bf16 and fp16 in TFLOPS, by a part of the device's name; the first match counts.
+# Published dense rates of bf16 and fp16 in TFLOPS, by a substring of the device's name; the first match counts.
 PUBLISHED = (
     ("GB200", 2500.0), ("B200", 2250.0), ("GH200", 989.4), ("H200", 989.4), ("H100 NVL", 835.5), ("H100 PCIe", 756.0),
     ("H100", 989.4), ("H800 PCIe", 756.0), ("H800", 989.4), ("H20", 148.0), ("A100", 312.0), ("A800", 312.0),

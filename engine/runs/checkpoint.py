@@ -180,7 +180,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def verify_checkpoint(folder: Path, sizes_only: bool = False) -> str | None:
-    """Return what is wrong with a checkpoint directory, or None when every byte is as it was written.
+    """Return the damage of a checkpoint directory as a text, or None when every byte is as it was written.
 
     sizes_only: compare the sizes of the files and do not hash them.
     """

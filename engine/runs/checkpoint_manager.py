@@ -25,7 +25,7 @@ from utils.atomic import folder_bytes, remove, remove_folder
 from utils.errors import UserError
 from utils.log import format_bytes, warn
 
-MEASURED: tuple[str, ...] = ("val_loss", "val_targets")  # what the manifest says of an evaluation
+MEASURED: tuple[str, ...] = ("val_loss", "val_targets")  # the evaluation's entries in the manifest
 PAUSE_SECONDS = 2.0  # before a failed save is tried again: the cause may pass
 
 

@@ -180,8 +180,8 @@ def draw_curve(metrics: Path, picture: Path) -> None:
         axes.legend()
     axes.grid(alpha=0.3)
     axes.set_title(metrics.parent.name)
-    with atomic_write(picture) as beside:
-        figure.savefig(beside, format="png")
+    with atomic_write(picture) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def log_text(record: dict, smooth_loss: float, val_loss: float | None, skipped: int, memory: int) -> str:

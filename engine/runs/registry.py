@@ -64,7 +64,7 @@ def load_run(
     run, checkpoint = resolve_checkpoint(Path(path))
     config = load_yaml(run / "config.yaml")
     if not {"stage", "model_name", "model"} <= set(config):
-        raise UserError(f"{run}/config.yaml does not say stage, model_name and model: put it back as it was written")
+        raise UserError(f"{run}/config.yaml lacks stage, model_name or model: put it back as it was written")
     Model, ModelArgs = get_model_and_args(config["model_name"])
     fields = config["model"] | typed_model_values(overrides or {}, ModelArgs)
     try:

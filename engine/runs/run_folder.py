@@ -278,7 +278,7 @@ def write_run_files(
 
 
 def micro_batch_of(folder: Path) -> int:
-    """The sequences per micro-batch that the run in `folder` used; 0 when its config.yaml does not say."""
+    """The sequences per micro-batch that the run in `folder` used; 0 when it is not in its config.yaml."""
     size = load_yaml(folder / "config.yaml").get("max_batch_size")
     return size if isinstance(size, int) else 0
 
@@ -291,8 +291,10 @@ def source_fingerprint(path: Path) -> str:
 def git_revision() -> str | None:
     """The commit of the code, with a + when tracked files have changed since; None outside a git checkout."""
 
-    def git(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
 
     try:
         head = git("rev-parse", "HEAD")

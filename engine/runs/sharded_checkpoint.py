@@ -1,8 +1,8 @@
 """Sharded checkpoints, written and read by all processes: torch.distributed.checkpoint with safetensors files.
 
-Process n of N writes <kind>-0000n-of-0000N.safetensors for each kind of tensor. The kind is the first word of a
-tensor's name: `model.norm.weight` is of the kind model. The header of a file says as JSON which slice of each tensor it
-holds, so nothing that is read can execute code.
+Process n of N writes <kind>-0000n-of-0000N.safetensors for each kind of tensor. The kind is the first component of a
+tensor's name: `model.norm.weight` is of the kind model. The header of a file lists as JSON the slices of tensors that
+it holds, so nothing that is read can execute code.
 """
 
 import json

@@ -72,7 +72,7 @@ class Endpoints:
         if name not in (None, self.name):
             raise ApiError(
                 404,
-                f"there is no such model here: /v1/models lists what there is ({self.name})",
+                f"no such model: /v1/models lists what is served ({self.name})",
                 "model_not_found",
                 "model",
             )
@@ -131,7 +131,7 @@ def make_app(name: str, chat_model: ChatModel, options: ServingOptions) -> ASGIA
 
 def add_routes(app: FastAPI, endpoints: Endpoints, needs_key: bool) -> None:
     key = [Depends(bearer)] if needs_key else []  # for the schema only: AccessMiddleware checks it
-    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # beside JSON
+    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # besides JSON
 
     @app.get("/health")
     async def health() -> HealthResponse:

@@ -60,7 +60,7 @@ def install_error_handlers(app: FastAPI) -> None:
         RequestValidationError: _from_validation_error,
         HTTPException: _from_http_exception,
         # Starlette raises it again after the response, so the log has the traceback and the client does not.
-        Exception: lambda _: ApiError(500, "the server failed on this request: its log says how"),
+        Exception: lambda _: ApiError(500, "the server failed on this request: see its log"),
     }
     for kind, to_api_error in handlers.items():
         app.add_exception_handler(kind, _make_handler(to_api_error))

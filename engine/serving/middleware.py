@@ -54,7 +54,7 @@ class AccessMiddleware:
 
 
 class BodyMiddleware:
-    """Reads the whole body before the app runs, within bounds of content type, size and time.
+    """Reads the full body before the app runs, within bounds of content type, size and time.
 
     Requiring application/json also keeps foreign pages out: a browser sends a CORS preflight for it, which is always
     refused.
@@ -77,7 +77,7 @@ class BodyMiddleware:
         await self.app(scope, receive, send)
 
     async def _read(self, receive: Receive) -> bytes:
-        """The whole body; ApiError 413 or 408 beyond the bounds, ConnectionError after a disconnect."""
+        """The full body; ApiError 413 or 408 beyond the bounds, ConnectionError after a disconnect."""
         body = bytearray()
         more_body = True
         try:

@@ -21,7 +21,7 @@ MAX_BAD_STEPS = 10  # in a row: then the run stops
 WINDOW = 128  # recent steps that a new one is compared with
 MIN_RECENT = 32  # with fewer recent steps nothing is called a spike
 MIN_SPREAD = 0.05  # of logarithms: even a loss that hardly moves may move by some percent
-MAX_LOG = 88.0  # of an fp32 number
+MAX_LOG = 88.0  # of fp32
 
 
 class Unread(NamedTuple):

@@ -86,12 +86,12 @@ def model_facts(model: BaseModel) -> dict[str, Any]:
 
 
 def val_path(given: str, train_path: str) -> str | None:
-    """The held-out file: the one given, else the one beside the training file; None, with a warning, without one."""
+    """The held-out file: the one given, else the one next to the training file; None, with a warning, without one."""
     if given:
         return given
     path = Path(train_path)
     neighbour = path.with_name(path.name.replace("_train", "_val"))
     if neighbour == path or not neighbour.is_file() or not neighbour.stat().st_size:
-        warn(f"no held-out data beside {train_path}: the held-out loss is not measured")
+        warn(f"no held-out data next to {train_path}: the held-out loss is not measured")
         return None
     return str(neighbour)

@@ -1,4 +1,4 @@
-"""Updates that happen only where a 0-d bool on the device is true, bit for bit: the host does not wait to know it."""
+"""Updates that happen only where a 0-d bool on the device is true, bit for bit: the host does not wait for it."""
 
 import torch
 

@@ -1,6 +1,6 @@
 """Diagnostics of a network during training, by the contract alone: norms per layer, update sizes, expert load.
 
-All figures are 0-d tensors for TensorBoard. A line is logged when something is wrong, once until it is over.
+All figures are 0-d tensors for TensorBoard. Each problem is logged once, until it is over.
 """
 
 import math

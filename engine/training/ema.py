@@ -19,7 +19,7 @@ class EMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, good: torch.Tensor) -> None:  # type: ignore[override]
-        """Move the average of every parameter towards its present value where `good`, 0-d bool, is true."""
+        """Move the average of every parameter towards its current value where `good`, 0-d bool, is true."""
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state[param]

@@ -43,12 +43,12 @@ def train(
 ) -> dict[str, Any]:
     """Train `model` on `train_data` and return the run's summary (also written to summary.json).
 
-    train_data, val_data: see engine/data/sequences.py. next_command: what to type after this stage, with {run} for the
-    run folder. facts: what else decides the result (e.g. the weights it starts from), as JSON values. With
+    train_data, val_data: see engine/data/sequences.py. next_command: the command of the next stage, with {run} for the
+    run folder. facts: further inputs of the run (e.g. the initial weights), as JSON values. With
     config.dry_run nothing is trained, and the estimates of the dry run are returned.
     UserError: settings that cannot work, or a run whose loss has become non-finite.
     """
-    # ---------------------------------------------------------------- 1. which run this is, and where it goes
+    # ---------------------------------------------------------------- 1. the run's fingerprint and directory
     device = process_group.init(config.device)
     plan, total_steps = plan_run(config, len(train_data), train_data.seq_len)
     inputs = {
@@ -72,7 +72,7 @@ def train(
     step = TrainStep(model, config, device)
     state = restore_state(directory.checkpoint, model, step)
 
-    # ---------------------------------------------------------------- 3. what is asked before the run
+    # ---------------------------------------------------------------- 3. the micro-batch search and the dry run
     if not config.max_batch_size or config.dry_run:
         model.before_step(0, total_steps)  # both run forward passes before the first step
     if not config.max_batch_size:  # the result goes to config.yaml, from which a resumed run takes it

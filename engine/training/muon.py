@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
 
     A stack of experts (E, F, D) counts as E matrices. The update has the root mean square of a typical AdamW update,
     0.2 (Liu et al. 2025, "Muon is Scalable for LLM Training", equation 4), so both share one learning rate and one
-    decoupled weight decay. In a sharded model a stack is sharded by whole matrices, and each process updates its own;
+    decoupled weight decay. In a sharded model a stack is sharded by full matrices, and each process updates its own;
     any other matrix is gathered, one at a time, and orthogonalized by every process.
     """
 

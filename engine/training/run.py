@@ -1,4 +1,4 @@
-"""A training run: everything that the loop needs, set up in one place, and what it does beside taking steps."""
+"""A training run: everything that the loop needs, set up in one place, and what it does besides optimizer steps."""
 
 import math
 from collections.abc import Iterator

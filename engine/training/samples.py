@@ -49,5 +49,5 @@ def write_samples(
         # a process that died after this step may have written it already
         write_text(path, before.partition(heading)[0] + text)
     except OSError as error:
-        warn(f"{path} could not be written ({error}); the run goes on")
+        warn(f"{path} could not be written ({error}); the run continues")
     return text

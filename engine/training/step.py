@@ -46,7 +46,7 @@ class TrainStep:
         # fsdp.shard has compiled a sharded model layer by layer
         self.forward = torch.compile(model, dynamic=False) if self.compiled and not self.sharded else model
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        # a sharded model gathers each matrix for a moment only: copies for the whole step would defeat that
+        # a sharded model gathers each matrix only while it is used: copies for the full step would defeat that
         casts = self.precision == "bf16" and not self.sharded
         self.low_precision = LowPrecisionCopies(model.param_groups()["matrix"] if casts else [], self.dtype)
         model.z_loss = config.z_loss
@@ -70,7 +70,7 @@ class TrainStep:
         loss. seeds: of each micro-batch's random numbers. share: the weight of each micro-batch in all other values.
 
         A model's loss is the mean over the valid targets of its micro-batch (`lm_loss`). The loader counts those
-        targets, the loop divides by the count of the whole step over all processes, and the quotient is the weight
+        targets, the loop divides by the count of the full step over all processes, and the quotient is the weight
         here. So the gradient is that of the mean over all targets of the step, however it is divided.
         """
         values: dict[str, torch.Tensor] = {}
@@ -87,7 +87,7 @@ class TrainStep:
         return values
 
     def accumulate(self, work: StepBatches, targets: float, seed: int, step: int) -> dict[str, torch.Tensor]:
-        """Forward and backward of a whole step: gradients and values summed over micro-batches and processes.
+        """Forward and backward of a full step: gradients and values summed over micro-batches and processes.
 
         targets: valid targets of the step over all processes. seed, step: for the random numbers.
         """

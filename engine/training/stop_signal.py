@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C stop a run after the present step, once it is saved; a second signal ends it at once."""
+"""SIGTERM and Ctrl-C stop a run after the current step, once it is saved; a second signal ends it at once."""
 
 import os
 import signal

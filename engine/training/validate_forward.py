@@ -32,7 +32,7 @@ def checked(forward: Callable[..., Any], Model: type, z_loss: float = 0.0) -> Ca
 
 
 def mistake(outputs: object) -> str | None:
-    """What is wrong with the outputs of a forward pass with targets, or None."""
+    """The error in the outputs of a forward pass with targets, or None."""
     if not isinstance(outputs, tuple) or len(outputs) != 3:
         what = f"{len(outputs)} values" if isinstance(outputs, (tuple, list)) else f"a {type(outputs).__name__}"
         return f"forward returns {what}, and must return three as a tuple: {FORM}"

@@ -35,11 +35,11 @@ SCALING = {  # our argument: the key of config.json's rope_scaling, for each kin
 class Layout:
     """One architecture as transformers publishes it.
 
-    names(args): {pattern: text}, applied to each of our names in order, where a dot is a dot; `*` in the result stands
-    for the index of dim 0, and the slices are written one by one. rows(args): {end of our name: the order of the
+    names(args): {pattern: text}, applied to each of our names in order, where a dot is literal; `*` in the result is
+    the index of dim 0, and the slices are written one by one. rows(args): {end of our name: the order of the
     rows in their tensor}. copies(args): {a further name of theirs: the one it repeats}. more(args): {further key of
     config.json: value}, and ModelError for sizes that transformers refuses. present(config, names of tensors): the
-    config of what the checkpoint really holds.
+    config that describes what the checkpoint holds.
     """
 
     args: type  # our dataclass
@@ -49,7 +49,9 @@ class Layout:
     names: Callable
     only_ours: tuple = ()  # arguments of the training, written under our own name
     fixed: dict = field(default_factory=dict)  # key: the one value that this architecture has
-    absent: dict = field(default_factory=dict)  # key: what its absence means, a value or a function of the config
+    absent: dict = field(
+        default_factory=dict
+    )  # key: its default where config.json lacks it, a value or a function of the config
     rows: Callable = lambda args: {}
     copies: Callable = lambda args: {}
     more: Callable = lambda args: {}
@@ -74,7 +76,7 @@ class Layout:
         return config | {name: getattr(args, name) for name in self.only_ours} | self.more(args)
 
     def model_args(self, config):
-        """Return our arguments for a config.json; `ModelError` names what this architecture cannot do."""
+        """Return our arguments for a config.json; `ModelError` names what this architecture does not support."""
         if config.get("quantization_config"):
             raise ModelError("the checkpoint's weights are quantised: convert them to bf16 or fp32 first")
         for key, value in self.fixed.items():
@@ -150,7 +152,7 @@ class Layout:
         return first | {theirs for theirs, repeated in self.copies(args).items() if repeated in first}
 
     def _place(self, ours, args):
-        """Where a tensor of ours goes: its published name and the order of its rows (None: as they are)."""
+        """The published name of a tensor of ours and the order of its rows (None: unchanged)."""
         theirs = ours
         for pattern, text in self.names(args).items():
             theirs = re.sub(pattern.replace(".", r"\."), text, theirs)
@@ -158,7 +160,7 @@ class Layout:
 
 
 def to_hf(model):
-    """Return `(config, tensors)`: what config.json says and {published name: tensor}, fp32 copies on the CPU.
+    """Return `(config, tensors)`: the content of config.json and {published name: tensor}, fp32 copies on the CPU.
 
     Raises `ModelError` for an architecture without an `hf_layout`, or one that transformers cannot hold.
     """
@@ -169,7 +171,7 @@ def to_hf(model):
 def from_hf(Model, config, tensors):
     """Return a `Model` built from a published config and {name: tensor}, a mapping that may read lazily.
 
-    Raises `ModelError` that names what the architecture cannot do, or the tensor that is missing or left over.
+    Raises `ModelError` that names what the architecture does not support, or the tensor that is missing or left over.
     """
     layout = layout_of(Model)
     model = Model(layout.model_args(layout.present(config, tensors)))
@@ -188,13 +190,12 @@ def layout_of(Model):
 
 
 def interleaved_rows(n_heads, n_plain, n_rotary):
-    """Return the order in which a projection's rows stand where rotary pairs are neighbours: theirs = ours[order].
+    """Return the row order of a projection whose rotary pairs are neighbours: theirs = ours[order].
 
-    Each head has `n_plain` rows without positions, then `n_rotary` with. Which two of the K rotary numbers form a pair
-    is only a naming of rows: a score is a sum over pairs, and one order of the rows of q and k leaves it as it is. We
-    and transformers' Llama turn (x[j], x[j + K/2]): halves, whose slices are contiguous. DeepSeek, and Meta's own files
-    of Llama, turn neighbours (x[2j], x[2j + 1]). So the rows are put in order once, on the way in and on the way out,
-    and no forward ever looks at the layout.
+    Each head has `n_plain` rows without positions, then `n_rotary` rows with. A score is a sum over pairs, so the same
+    reordering of the rows of q and k does not change it. We and transformers' Llama rotate halves, (x[j], x[j + K/2]),
+    whose slices are contiguous. DeepSeek, and Meta's own files of Llama, rotate neighbours, (x[2j], x[2j + 1]). Import
+    and export reorder the rows once; no forward depends on the layout.
     """
     plain = torch.arange(n_plain)
     rotary = n_plain + torch.arange(n_rotary).view(2, -1).T.flatten()  # 0, K/2, 1, K/2 + 1, ...

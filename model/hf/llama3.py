@@ -47,5 +47,5 @@ def layout(args_class):
 def no_more(args):
     """Nothing more for config.json; ModelError for sizes that transformers refuses."""
     if args.dim % args.n_heads:
-        raise ModelError(f"transformers wants dim={args.dim} to be a multiple of n_heads={args.n_heads}: change one")
+        raise ModelError(f"transformers requires dim={args.dim} to be a multiple of n_heads={args.n_heads}: change one")
     return {}

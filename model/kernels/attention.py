@@ -107,7 +107,7 @@ def heads_fit_flex(q, v):
 
 
 def _flex_attention(q, k, v, blocks, scale):
-    dtype = compute_dtype(q)  # it wants one dtype, and may read other columns of a view into a wider tensor
+    dtype = compute_dtype(q)  # it requires one dtype, and may read other columns of a view into a wider tensor
     q, k, v = (x.to(dtype).contiguous().transpose(1, 2) for x in (q, k, v))
     out = flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)

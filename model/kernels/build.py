@@ -85,7 +85,7 @@ def _build_and_load(name, compiler, flags, folder):
 
 
 def _compiler():
-    """Return the C++ compiler as a list of words: CXX, or the first of the usual ones."""
+    """Return the C++ compiler as a list of arguments: CXX, or the first of the usual ones."""
     compiler = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), ""))
     if not compiler:
         raise ModelError(

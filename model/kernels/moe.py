@@ -44,7 +44,7 @@ def _mix(results, weight):
 
 def _has_grouped_mm(x, weight):
     """Whether the device multiplies many matrices at once, so that the host need not wait for the counts."""
-    fits = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # the kernel wants rows of a multiple of 16 bytes
+    fits = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # the kernel requires rows of a multiple of 16 bytes
     return x.is_cuda and compute_dtype(x) == torch.bfloat16 and fits
 
 

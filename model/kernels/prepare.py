@@ -1,4 +1,4 @@
-"""The faster forms of a whole model for decoding: int8 weights, a compiled decode step, and packed weights on a CPU.
+"""The faster forms of a full model for decoding: int8 weights, a compiled decode step, and packed weights on a CPU.
 
 A decode step is a forward of one token per sequence, after others. It is compiled once for a single sequence and once
 for any larger number (once more beyond 16), at any position.
@@ -23,7 +23,7 @@ def prepare_for_decoding(model, precision="fp32", compile=False, slots=1):
 
     precision: fp32, bf16, fp16 or int8. The weights already have it; for int8 they are in bf16, and the matrices among
     them are quantized here, in place. compile: compile the decode step for up to `slots` sequences; the weights must
-    not change afterwards. A model without a state reads its whole text for every token, so it has no step to compile.
+    not change afterwards. A model without a state prefills the full text for every token, so it has no step to compile.
     Raises `ModelError` without a C++ compiler, and where the C++ kernels pay and cannot be built.
     """
     if precision == "int8":

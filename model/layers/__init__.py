@@ -1,4 +1,4 @@
-"""Settled parts that architectures share, in plain PyTorch. What is new in a paper belongs in that paper's own file.
+"""Settled layers that architectures share, in plain PyTorch. What is new in a paper belongs in that paper's own file.
 
 Shapes: B batch, T tokens, S keys, D dim, H heads, G kv heads, K head dim, F ffn width, E experts, V vocab.
 """

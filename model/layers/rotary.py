@@ -1,4 +1,4 @@
-"""Rotary positions, and how they reach beyond the length of the training."""
+"""Rotary position embeddings, and their scaling to contexts longer than in training."""
 
 import math
 from dataclasses import dataclass
@@ -11,28 +11,28 @@ from utils.errors import require
 
 @dataclass
 class RopeArgs:
-    """How rotary positions reach beyond the length of the training; mix it into a model's arguments.
+    """Rotary scaling to contexts longer than in training; a mixin for a model's arguments.
 
-    Slow pairs are slowed down by `rope_factor`, so that a longer sequence shows them no new angle; fast pairs are not.
+    Low-frequency pairs are slowed down by `rope_factor`, so that a longer sequence has no unseen angle; others are not.
     """
 
     rope_type: str = "default"  # default: as trained; llama3: Llama 3.1's ramp; yarn: YaRN's ramp
     rope_factor: float = 1.0  # s, how many times longer
-    rope_original_max_seq_len: int = 0  # tokens, the length of the training; llama3 and yarn need it
-    rope_low_freq_factor: float = 1.0  # llama3: pairs with fewer turns in the original length are slowed down in full
+    rope_original_max_seq_len: int = 0  # tokens, the context length in training; llama3 and yarn need it
+    rope_low_freq_factor: float = 1.0  # llama3: pairs with fewer turns in the original length are slowed down fully
     rope_high_freq_factor: float = 4.0  # llama3: pairs with more turns stay as they are
     rope_beta_slow: float = 1.0  # yarn: as rope_low_freq_factor
     rope_beta_fast: float = 32.0  # yarn: as rope_high_freq_factor
     rope_mscale: float = 0.0  # yarn: weight of DeepSeek's correction of cos and sin; 0 = YaRN's own
-    rope_mscale_all_dim: float = 0.0  # yarn: its counterpart over the whole head, which moves to the softmax scale
+    rope_mscale_all_dim: float = 0.0  # yarn: its counterpart over the full head, which goes into the softmax scale
 
     def check_rope(self):
         """Raise `ModelError` unless the fields above fit together; call it in `__post_init__`."""
         kind, factor = self.rope_type, self.rope_factor
         require(kind in ("default", "llama3", "yarn"), f"rope_type={kind}: choose default, llama3 or yarn")
         stretched = kind != "default"
-        require(stretched or factor == 1, f"rope_factor={factor} needs a way to stretch: rope_type=llama3 or yarn")
-        require(factor >= 1, f"rope_factor={factor} must be at least 1, positions are stretched")
+        require(stretched or factor == 1, f"rope_factor={factor} needs a scaling method: rope_type=llama3 or yarn")
+        require(factor >= 1, f"rope_factor={factor} must be at least 1: change it")
         known = self.rope_original_max_seq_len > 0
         require(known or not stretched, f"rope_type={kind} needs rope_original_max_seq_len, the tokens trained on")
         low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
@@ -41,7 +41,7 @@ class RopeArgs:
 
 
 class Rotary(nn.Module):
-    """Tables of the rotary position embedding (Su et al. 2021): pair j of a head turns by pos * theta^(-2j/K).
+    """Tables of the rotary position embedding (Su et al. 2021): pair j of a head rotates by pos * theta^(-2j/K).
 
     `scaling` is a RopeArgs. `forward(positions)` (1|B, T) -> cos, sin (1|B, T, 1, K/2), fp32, to broadcast over heads.
     """
@@ -59,7 +59,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x[j], x[j + K/2]) of every head by their angles. x (B, T, H, K) -> same shape and dtype.
+    """Rotate the pairs (x[j], x[j + K/2]) of every head by their angles. x (B, T, H, K) -> same shape and dtype.
 
     Other code pairs neighbours; `interleaved_rows` of model/hf/layout.py explains why that is the same model.
     """
@@ -75,7 +75,7 @@ def token_positions(input_ids, state=None):
 
 
 def rope_frequencies(head_dim, theta, scaling=None):
-    """Return the angle per token of each pair (K/2,), float64: theta^(-2j/K), stretched as `scaling` says."""
+    """Return the angle per token of each pair (K/2,), float64: theta^(-2j/K), scaled by `scaling`."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     if scaling is None or scaling.rope_type == "default":
         return frequencies

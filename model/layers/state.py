@@ -6,12 +6,12 @@ from utils.errors import ModelError
 
 
 class State:
-    """What a model remembers between two calls of `forward` while it generates.
+    """What a model keeps between two calls of `forward` while it generates.
 
-    pos (B,) int64: the tokens already seen by each sequence. max_len: the room in tokens. max_pos: a plain int that no
-    position exceeds, to slice a cache without reading the device. layers: one dict per layer, model: one for the whole
-    model, filled with tensors as it likes. last_only: set by a caller who needs only the logits of the last token.
-    hidden: set by a model that can `draft`, the (B, T, D) its head has read.
+    pos (B,) int64: the tokens already seen by each sequence. max_len: its capacity in tokens. max_pos: a plain int that
+    no position exceeds, to slice a cache without a device sync. layers: one dict of tensors per layer, which the layer
+    fills as it likes; model: one for the model. last_only: set by a caller who needs only the logits of the last token.
+    hidden: set by a model that can `draft`, the input (B, T, D) of its head.
 
     Two rules: dim 0 of every tensor in the dicts is the batch, and sequences are independent. Declared where a tensor
     is made: `token_indexed.add(name)`, dim 1 is the position (see `cache_append`), so it can be rewound;
@@ -44,7 +44,7 @@ class State:
         self.max_pos += n_tokens
 
     def can_rewind(self):
-        """Whether all tensors are token-indexed; a recurrent state, say, only goes forward."""
+        """Whether all tensors are token-indexed; a recurrent state, for example, cannot be rewound."""
         return all(name in self.token_indexed for held in [*self.layers, self.model] for name in held)
 
     def rewind(self, n_tokens):

@@ -36,7 +36,7 @@ class EncodeConfig:
 
 
 class Document(NamedTuple):
-    """A valid record: its text, what is encoded (the text or messages), and whether the record says it is held out."""
+    """A valid record: its text, what is encoded (the text or messages), and whether it is marked as held out."""
 
     text: str
     content: Any
@@ -44,7 +44,7 @@ class Document(NamedTuple):
 
 
 class ChunkEncoder:
-    """Encodes chunks; a subclass says what a document is and how documents are encoded."""
+    """Encodes chunks; a subclass defines what a document is and how documents are encoded."""
 
     def __init__(self, config: EncodeConfig):
         self.config = config

@@ -10,7 +10,7 @@ import numpy as np
 from utils.errors import UserError
 
 LETTERS, HAN, KANA, HANGUL, LATIN, CYRILLIC = range(1, 7)  # 0: not a letter, 1: a letter of any other script
-# Languages by the scripts of a text. Latin and Cyrillic are scripts of many languages, so they stand for none.
+# Languages by the scripts of a text. Latin and Cyrillic are scripts of many languages, so they identify none.
 LANGUAGES: dict[str, Callable[[np.ndarray], bool]] = {
     "zh": lambda share: share[HAN] >= 0.5 and share[KANA] < 0.05,
     "ja": lambda share: share[HAN] + share[KANA] >= 0.5 and share[KANA] >= 0.05,

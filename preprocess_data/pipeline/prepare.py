@@ -75,7 +75,7 @@ def prepare(kind: str, config: PrepareConfig) -> dict[str, dict[str, Any]]:
     tokenizer = load_tokenizer(tokenizer_path)
     log(f"{kind}: {', '.join(source.name for source in sources)} -> {config.data_path}")
     filters = Filters(config.min_characters, config.max_characters, config.language)
-    # Limited: if no record has a text, the whole corpus would be searched for one.
+    # Limited: if no record has a text, the full corpus would be searched for one.
     first_texts = islice((text for source in sources for text in source.texts()), MIN_RECORDS)
     texts = (text for text in first_texts if isinstance(text, str))
     with Workers(config.workers) as workers:  # they start while the encoder is chosen

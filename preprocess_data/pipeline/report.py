@@ -1,4 +1,4 @@
-"""The data report: `<kind>_report.md` and a picture beside the token files.
+"""The data report: `<kind>_report.md` and a picture next to the token files.
 
 Counts and sizes, filtered and invalid records, lengths of documents, token frequencies, ten sampled documents.
 """
@@ -73,8 +73,8 @@ def write_report(folder: Path, kind: str, tokenizer: Tokenizer, seed: int = 1) -
     splits = [TokenFileStats(folder, f"{kind}_{split}") for split in ("train", "val")]
     counts = np.sum([split.token_counts(tokenizer.vocab_size) for split in splits], axis=0)
     picture = f"{kind}_report.png"
-    with atomic_write(folder / picture) as beside:
-        draw(splits, counts, beside)
+    with atomic_write(folder / picture) as temporary:
+        draw(splits, counts, temporary)
     text = "\n\n".join(
         [
             f"# Data report: {kind}",

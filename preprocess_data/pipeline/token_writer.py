@@ -1,7 +1,7 @@
 """Token files: `name.bin` with its `name.meta.json` and `name.docs.npy`, complete under their names or not there.
 
 They grow as hidden siblings, `.name.bin.partial`, of which a kill leaves what was synced last; the same command resumes
-from there. They are renamed at the end, the meta file last, because it vouches for the others.
+from there. They are renamed at the end, the meta file last, because it marks them as complete.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ class TokenWriter:
         return self.state
 
     def finish(self, **meta: Any) -> dict[str, Any]:
-        """Verify the files, write `docs.npy` and `meta.json` beside them, and return the meta; all still hidden."""
+        """Verify the files, write `docs.npy` and `meta.json` next to them, and return the meta; all still hidden."""
         self.sync()
         size = self._bin.sync()
         if size != self.tokens * self.dtype.itemsize or self.state["max_id"] >= self.tokenizer.vocab_size:

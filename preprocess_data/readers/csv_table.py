@@ -60,7 +60,7 @@ def _lines(file: BinaryIO) -> Iterator[str]:
 
 
 def _invalid(error: csv.Error, file: BinaryIO) -> InvalidRecord | None:
-    """What the parser's error says about a row; None where the file itself was truncated, which is reported once."""
+    """The parser's error about a row; None where the file itself was truncated, which is reported once."""
     if "end of data" in str(error):
         return None if read_error(file) else _UNCLOSED
     return TOO_LONG if "limit" in str(error) else _BROKEN

@@ -32,7 +32,7 @@ INPUT_BYTES = 4096  # per call of a decompressor, so that a decompression bomb d
 
 
 class DecompressedFile(io.RawIOBase):
-    """The contents of a compressed file. It ends before the first damage, and `error` then says what is wrong."""
+    """The contents of a compressed file. It ends before the first damage, and `error` then describes it."""
 
     def __init__(self, raw: IO[bytes], name: str, new_decompressor: Callable[[], Any]):
         self.raw = raw

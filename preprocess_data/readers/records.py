@@ -2,7 +2,7 @@
 
 A reader takes an open binary file and yields chunks. Cutting is cheap and happens in one process; the workers parse the
 chunks. A chunk's `records()` yields (line, record): a dict, a str where the format has no fields, or an `InvalidRecord`
-for what cannot be read, so that it is counted and not lost. No file is held in memory as a whole, and no record is
+for what cannot be read, so that it is counted and not lost. No file is held in memory completely, and no record is
 longer than MAX_RECORD_BYTES.
 """
 
@@ -51,7 +51,7 @@ class ParsedRecords:
 def read_lines(file: BinaryIO, ends: tuple[bytes, ...] = (b"\n",)) -> Iterator[tuple[int, bytes | InvalidRecord]]:
     """(number of the first line, bytes) of about CHUNK_BYTES each, cut only after one of `ends`.
 
-    More than MAX_RECORD_BYTES without an end is skipped, not held: `TOO_LONG` stands for it. The last bytes of a
+    More than MAX_RECORD_BYTES without an end is skipped, not held: `TOO_LONG` replaces it. The last bytes of a
     truncated file are left out: they are an incomplete record.
     """
     line = 1  # of the first byte of `rest`

@@ -1,6 +1,6 @@
 """A Streamlit page in a headless Chromium, with the actions of a user and what they see.
 
-Screenshots go to output/screenshots, or where SCREENSHOTS says.
+Screenshots go to output/screenshots, or to the folder SCREENSHOTS.
 """
 
 import contextlib
@@ -139,14 +139,14 @@ class Page:
         return self.driver.find_elements("css selector", css)
 
     def shadow(self, css):
-        """Elements of our own component, which stands in a shadow root."""
+        """Elements of our own component, which is in a shadow root."""
         return self.driver.execute_script(IN_SHADOW, css)
 
     def text(self):
         return self.driver.execute_script("return document.body.innerText")
 
     def texts(self, css):
-        """What stands in each of these elements, as one sees it; in one call, as a page may change between two."""
+        """The visible text of each of these elements; in one call, as a page may change between two."""
         return self.driver.execute_script(
             "return [...document.querySelectorAll(arguments[0])].map(one => one.innerText)", css
         )
@@ -174,12 +174,12 @@ class Page:
         wait(lambda: len(self.messages()) >= before + 2, report=self.text)
 
     def ask(self, text):
-        """Send a message and wait for the whole answer."""
+        """Send a message and wait for the full answer."""
         self.send(text)
         self.idle()
 
     def messages(self):
-        """What stands in each bubble."""
+        """The text of each message."""
         return self.texts('[data-testid="stChatMessage"] [data-testid="stText"]')
 
     def captions(self):
@@ -210,7 +210,7 @@ class Page:
         wait(clicked, report=self.text)
 
     def press(self, name, css="button"):
-        """Click what says `name` and may stand behind the message box."""
+        """Click the element with the text `name`, which the message box may cover."""
         found = wait(lambda: next((one for one in self.all(css) if name in one.text), None), report=self.text)
         self.driver.execute_script("arguments[0].click()", found)
 

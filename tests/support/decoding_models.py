@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import BaseModel, BaseModelArgs, get_model_and_args
-from tests.planted.unusual import Hybrid, LearnedPositions, Recurrent, RunningMean
+from tests.mutants.unusual import Hybrid, LearnedPositions, Recurrent, RunningMean
 from tests.support.models import SHIPPED
 
 V, LONGEST = 61, 48
@@ -29,7 +29,7 @@ TINY = {
     "n_activated_experts": 2,
 }
 PROMPTS = [[1, 7, 8, 9], [1, 20], [1, 33, 34, 35, 36, 37, 38, 39, 40], [1, 50, 51, 52], [4] * 30]
-PLANTED = {Model.__name__: Model for Model in (Recurrent, Hybrid, RunningMean, LearnedPositions)}
+UNUSUAL_MODELS = {Model.__name__: Model for Model in (Recurrent, Hybrid, RunningMean, LearnedPositions)}
 EVERY = [
     *SHIPPED,
     "Recurrent",
@@ -76,8 +76,8 @@ def build(name, longest=LONGEST):
     torch.manual_seed(3)
     if name in ("no state", "recurrent"):
         return {"no state": NoState, "recurrent": Remembers}[name](BaseModelArgs(V, longest)).eval()
-    if name in PLANTED:
-        Model = PLANTED[name]
+    if name in UNUSUAL_MODELS:
+        Model = UNUSUAL_MODELS[name]
         model = Model(Model.Args(vocab_size=V, max_seq_len=longest))
     else:
         Model, ModelArgs = get_model_and_args(name)

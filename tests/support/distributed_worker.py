@@ -1,8 +1,8 @@
 """One process of test_distributed.py: trains the tiny model, or a small registered one, on unevenly masked sequences.
 Started by torchrun or alone.
 
-The environment makes trouble in one step (counted from 1): STOP_AT sends SIGTERM to the first rank, KILL_AT SIGKILL to
-the last one unless it has been restarted, NAN_AT spoils the loss of the last one alone, FAIL_AT fills the
+Environment variables inject faults in a step (from 1): STOP_AT sends SIGTERM to the first rank, KILL_AT SIGKILL
+to the last one unless it has been restarted, NAN_AT spoils the loss of the last one alone, FAIL_AT fills the
 disk under it while it writes its shards of a checkpoint. Beyond ROWS_FIT sequences the last one runs out of memory.
 """
 

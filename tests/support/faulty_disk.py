@@ -10,11 +10,11 @@ CALLS = ("open", "write", "fsync", "close", "rename", "replace", "mkdir", "rmdir
 
 
 class Died(BaseException):
-    """Stands for the end of the process: not an Exception, and nothing touches the disk after it."""
+    """Simulates the end of the process: not an Exception, and nothing touches the disk after it."""
 
 
 class FaultyOS:
-    """Takes the place of the calls in CALLS, and lets number `at` go wrong in a way of its own.
+    """Takes the place of the calls in CALLS, and lets call `at` fail.
 
     fails: with an error, once. full: it and each later one that needs room. short: a write takes a single byte.
     dies: before the call. dies after: it. dies within: a write, half of it done.

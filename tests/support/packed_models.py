@@ -1,4 +1,4 @@
-"""Small models whose packed rows are long enough for flex_attention, and what a compiler got to see of them."""
+"""Small models whose packed sequences are long enough for flex_attention, and a counter of compiled operators."""
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -29,17 +29,17 @@ def small_model(name, **changes):
     return Model(ModelArgs(**sizes))
 
 
-def packed_batch(seed, rows=3, tokens=TOKENS):
-    """Documents of about fifty tokens; the second row ends in padding, a document of its own."""
+def packed_batch(seed, batch_size=3, tokens=TOKENS):
+    """Documents of about fifty tokens; the second sequence ends in padding, a document of its own."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(64, (rows, tokens), generator=generator)
-    doc_ids = (torch.rand(rows, tokens, generator=generator) < 0.02).cumsum(dim=1)
+    ids = torch.randint(64, (batch_size, tokens), generator=generator)
+    doc_ids = (torch.rand(batch_size, tokens, generator=generator) < 0.02).cumsum(dim=1)
     doc_ids[1, -50:] = -1
     return {"input_ids": ids, "targets": ids.roll(-1, 1).masked_fill(doc_ids < 0, -100), "doc_ids": doc_ids}
 
 
 def counter(backend):
-    """A backend for torch.compile; `flex_calls` of it says how many flex_attention it has compiled."""
+    """A backend for torch.compile; `flex_calls` of it is the number of flex_attention calls compiled."""
     return CompileCounterWithBackend(backend)
 
 

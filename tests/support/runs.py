@@ -17,7 +17,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def stop_after(world, monkeypatch, steps, **settings):
+def stop_after(training, monkeypatch, steps, **settings):
     """Train, with a SIGTERM that arrives during step `steps`."""
 
     def before_step(self, step, total_steps):
@@ -26,4 +26,4 @@ def stop_after(world, monkeypatch, steps, **settings):
 
     with monkeypatch.context() as patch:
         patch.setattr(TinyModel, "before_step", before_step)
-        return world.run(**settings)
+        return training.run(**settings)

@@ -9,7 +9,7 @@ from tests.support.tokenizers import make_tokenizer
 
 
 def write_tokens(stem: Path, documents, tokenizer, masks=None, **meta) -> Path:
-    """Write documents (lists of ids, <s> and </s> included) as stem.bin with its neighbours."""
+    """Write documents (lists of ids, <s> and </s> included) as stem.bin with its side files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     tokens = np.concatenate(documents).astype("<u2")
     tokens.tofile(f"{stem}.bin")

@@ -15,7 +15,7 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
 def train(folder: Path, processes: int, output="output", trouble=None, restarts=0, **settings):
-    """Run the worker, its environment with `trouble`; returns (metrics, final weights or None, what it said)."""
+    """Run the worker, its environment with `trouble`; returns (metrics, final weights or None, its output)."""
     settings = {
         "model_name": "tiny",
         "device": "cpu",

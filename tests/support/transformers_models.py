@@ -90,9 +90,9 @@ def random_rope(r, kind: str) -> dict:
 def build(args, seed: int = 0):
     """Our model with weights that make every part matter, the routing bias among them."""
     name = LLAMA if not hasattr(args, "kv_lora_rank") else DEEPSEEK
-    subject = ModelUnderTest(name)
-    subject.args = args
-    model = subject.build(seed)
+    tested = ModelUnderTest(name)
+    tested.args = args
+    model = tested.build(seed)
     for module in model.modules():
         if isinstance(module, MoE):
             torch.nn.init.normal_(module.routing_bias, std=0.1)
@@ -111,7 +111,7 @@ def load(folder):
     """The reference; and, where the checkpoint has MTP modules, transformers' model of them, else None."""
     from transformers import AutoModelForCausalLM
 
-    # eager: the fused experts want sizes in multiples of 16 bytes
+    # eager: the fused experts require sizes in multiples of 16 bytes
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
     n = getattr(reference.config, "num_nextn_predict_layers", 0)
     if not n:
@@ -133,7 +133,7 @@ def find_mtp(reference):
 def reference_loss(reference, mtp, ids, labels, weight):
     """The mean cross-entropy of the next token, plus `weight` times the mean over the MTP modules of theirs.
 
-    As equation 24 has it, every module's sum is divided by the targets of the whole sequence.
+    As equation 24 has it, every module's sum is divided by the targets of the full sequence.
     """
     out = reference(ids, labels=labels, output_hidden_states=True)
     if mtp is None:
@@ -158,7 +158,7 @@ def our_gradients(model):
 
 
 def reference_gradients(reference, mtp):
-    """{published name: gradient} of transformers' models, whose experts stand in one tensor."""
+    """{published name: gradient} of transformers' models, whose experts are stacked in one tensor."""
     first, found = reference.config.num_hidden_layers, dict(reference.named_parameters())
     for name, param in mtp.named_parameters() if mtp is not None else ():
         if name.startswith("layers."):

@@ -1,4 +1,4 @@
-"""A small transformer, right in every way, in pieces that a plant can replace; and the register of plants."""
+"""A small transformer, right in every way, in pieces that a mutant can replace; and the registry of mutants."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class MoEModelArgs(RightModelArgs):
     balance_weight: float = 0.01
 
 
-def plant(caught_by, ModelArgs=None):
+def mutant(caught_by, ModelArgs=None):
     """Register a model with one bug, and the check that must catch it."""
 
     def register(Model):

@@ -32,7 +32,7 @@ from engine.training.batch_plan import BatchPlan
         ("", None),
     ],
 )
-def test_published_peaks_are_found_by_the_whole_name(name, tflops):
+def test_published_peaks_are_found_by_the_full_name(name, tflops):
     assert published(name, "bf16") == (tflops and tflops * 1e12)
     assert published(name, "fp32") == (tflops and tflops * 1e12 / 2)
 
@@ -67,18 +67,18 @@ def test_the_matmul_rate_is_measured_once():
     assert mfu.matmul_rate(torch.device("cpu"), "fp32") == rate
 
 
-def test_mfu_and_bits_a_character_of_a_run(world, capsys):
-    summary = world.run(max_steps=2, peak_tflops=0.001, max_batch_size=4, global_batch_size=8)
+def test_mfu_and_bits_per_character_of_a_run(training, capsys):
+    summary = training.run(max_steps=2, peak_tflops=0.001, max_batch_size=4, global_batch_size=8)
     first, second = [r for r in read_metrics(os.path.join(summary["run"], "metrics.jsonl")) if "mfu" in r]
-    flops = 6 * (sum(p.numel() for p in world.model.parameters()) - world.model.tok_embed.weight.numel())
+    flops = 6 * (sum(p.numel() for p in training.model.parameters()) - training.model.tok_embed.weight.numel())
     assert first["mfu"] == pytest.approx(flops * first["tokens_per_s"] / 1e9, rel=0.01, abs=1e-4)
     assert min(first["mfu"], second["mfu"]) <= summary["mfu"] <= max(first["mfu"], second["mfu"])
     assert summary["peak_flops"] == 1e9 and "100% MFU: 0.001 TFLOPS (--peak_tflops) x 1" in capsys.readouterr().out
 
     torch.manual_seed(1337)
-    model = type(world.model)(world.model.args)  # as it was at the first step
+    model = type(training.model)(training.model.args)  # as it was at the first step
     nats = characters = 0
-    for batch in StepLoader(world.rows, BatchPlan(8, 4, 2), seed=1337, start=0, total_steps=2).make(0).batches:
+    for batch in StepLoader(training.sequences, BatchPlan(8, 4, 2), seed=1337, start=0, total_steps=2).make(0).batches:
         logits, _, _ = model(batch["input_ids"], doc_ids=batch["doc_ids"])
         nats += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum"

@@ -1,4 +1,4 @@
-"""Architectures that are right and unlike a usual transformer: no check may blame them."""
+"""Correct architectures unlike the usual transformer: every check must pass."""
 
 from dataclasses import dataclass
 
@@ -239,7 +239,7 @@ class Convolutions(BaseModel):
 
 
 class GatedRecurrence(nn.Module):
-    """h_t = a_t h_(t-1) + k_t v_t^T with a decay that depends on the data; the state is one matrix a head."""
+    """h_t = a_t h_(t-1) + k_t v_t^T with a decay that depends on the data; the state is one matrix per head."""
 
     def __init__(self, args, layer):
         super().__init__()

@@ -3,19 +3,19 @@
 import torch
 from torch import nn
 
-from .right import Attention, FeedForward, RightModel, plant
+from .right import Attention, FeedForward, RightModel, mutant
 
 CHUNKS, ROWS = "state.chunks_equal_full_forward", "state.sequences_at_their_own_positions"
 
 
-@plant(CHUNKS)
+@mutant(CHUNKS)
 class CountsEachChunkFromZero(RightModel):
     class Attention(Attention):
         def turn(self, x, positions):
             return super().turn(x, positions - positions[:, :1])
 
 
-@plant(CHUNKS)
+@mutant(CHUNKS)
 class TurnsKeysAgainWhenRead(RightModel):
     class Attention(Attention):
         def remember(self, state, k, v, positions):
@@ -23,7 +23,7 @@ class TurnsKeysAgainWhenRead(RightModel):
             return self.turn(k, torch.arange(k.shape[1])[None]), v
 
 
-@plant(CHUNKS)
+@mutant(CHUNKS)
 class ForgetsTheLastTokenOfAChunk(RightModel):
     class Attention(Attention):
         def append(self, state, name, new, positions):
@@ -34,7 +34,7 @@ class ForgetsTheLastTokenOfAChunk(RightModel):
             return seen
 
 
-@plant(CHUNKS)
+@mutant(CHUNKS)
 class MaskForgetsTheOffset(RightModel):
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
@@ -42,9 +42,9 @@ class MaskForgetsTheOffset(RightModel):
             return super().visible(local, n_keys, state, doc_ids)
 
 
-@plant(CHUNKS)
-class ChunkSeesItsWhole(RightModel):
-    """Right token by token; in a chunk each token sees all of it."""
+@mutant(CHUNKS)
+class ChunkIsNotCausal(RightModel):
+    """Right token by token; within a chunk attention is not causal."""
 
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
@@ -53,22 +53,22 @@ class ChunkSeesItsWhole(RightModel):
             return super().visible(positions, n_keys, state, doc_ids)
 
 
-@plant(CHUNKS)
+@mutant(CHUNKS)
 class KeepsItsCacheInBf16(RightModel):
     class Attention(Attention):
         def append(self, state, name, new, positions):
             return super().append(state, name, new.bfloat16().float(), positions)
 
 
-@plant(CHUNKS)
+@mutant(CHUNKS)
 class CacheIsOneTokenShort(RightModel):
     class Attention(Attention):
         def append(self, state, name, new, positions):
             return super().append(state, name, new, positions.clamp(max=state.max_len - 2))
 
 
-@plant(CHUNKS)
-class ConvolutionStartsEachChunkAnew(RightModel):
+@mutant(CHUNKS)
+class ConvolutionRestartsAtEachChunk(RightModel):
     class FFN(FeedForward):
         def __init__(self, args):
             super().__init__(args)
@@ -79,7 +79,7 @@ class ConvolutionStartsEachChunkAnew(RightModel):
             return super().forward(x + past @ self.before.T)
 
 
-@plant("state.long_sequences")
+@mutant("state.long_sequences")
 class WindowSlidesOneTooFar(RightModel):
     """A window of 100 tokens in training, of 99 in decoding."""
 
@@ -90,23 +90,23 @@ class WindowSlidesOneTooFar(RightModel):
             return super().visible(positions, n_keys, state, doc_ids) & recent
 
 
-@plant(ROWS)
-class TakesThePositionOfRowZero(RightModel):
+@mutant(ROWS)
+class TakesThePositionOfSequenceZero(RightModel):
     class Attention(Attention):
         def turn(self, x, positions):
             return super().turn(x, positions[:1].expand_as(positions))
 
 
-@plant(ROWS)
+@mutant(ROWS)
 class TakesTheLargestPosition(RightModel):
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
             return super().visible(positions.amax(dim=0, keepdim=True).expand_as(positions), n_keys, state, doc_ids)
 
 
-@plant(ROWS)
+@mutant(ROWS)
 class ReadsLeftovers(RightModel):
-    """Every slot that is not zero counts as a key: right until a row is used again."""
+    """Every slot that is not zero counts as a key: right until a slot is reused."""
 
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
@@ -118,7 +118,7 @@ class ReadsLeftovers(RightModel):
             return torch.where(torch.arange(n_keys) < n_keys - positions.shape[1], filled[:, None], seen)
 
 
-@plant("state.forward_leaves_pos_alone")
+@mutant("state.forward_leaves_pos_alone")
 class AdvancesItself(RightModel):
     def forward(self, input_ids, targets=None, state=None, doc_ids=None):
         out = super().forward(input_ids, targets, state, doc_ids)
@@ -127,7 +127,7 @@ class AdvancesItself(RightModel):
         return out
 
 
-@plant("state.forward_leaves_pos_alone")
+@mutant("state.forward_leaves_pos_alone")
 class LastOnlyTakesTheFirst(RightModel):
     def head(self, x, state):
         if state is not None and state.last_only:
@@ -135,7 +135,7 @@ class LastOnlyTakesTheFirst(RightModel):
         return super().head(x, state)
 
 
-@plant("state.clone_is_independent")
+@mutant("state.clone_is_independent")
 class AllStatesShareOneCache(RightModel):
     class Attention(Attention):
         def append(self, state, name, new, positions):
@@ -146,9 +146,9 @@ class AllStatesShareOneCache(RightModel):
             return super().append(state, name, new, positions)
 
 
-@plant("state.clone_is_independent")
+@mutant("state.clone_is_independent")
 class HidesItsStateElsewhere(RightModel):
-    """The cache hangs on the state object, where `clone`, `rows` and `put` do not see it."""
+    """The cache is an attribute of the state object, which `clone`, `select` and `overwrite` do not see."""
 
     class Attention(Attention):
         def append(self, state, name, new, positions):
@@ -160,7 +160,7 @@ class HidesItsStateElsewhere(RightModel):
             return out
 
 
-@plant("state.sequences_can_be_reordered")
+@mutant("state.sequences_can_be_reordered")
 class BatchIsTheSecondDimension(RightModel):
     class Attention(Attention):
         def append(self, state, name, new, positions):
@@ -172,7 +172,7 @@ class BatchIsTheSecondDimension(RightModel):
             return out
 
 
-@plant("state.memory_is_bounded")
+@mutant("state.memory_is_bounded")
 class TakesRoomForMaxSeqLenAtEachStep(RightModel):
     class Attention(Attention):
         def append(self, state, name, new, positions):
@@ -205,7 +205,7 @@ class CarriesAMean(nn.Module):
         return total[:, -1:].clone()
 
 
-@plant(CHUNKS)
+@mutant(CHUNKS)
 class CarriesTheSumBeforeTheLastToken(RightModel):
     class Attention(CarriesAMean):
         def keep(self, total):

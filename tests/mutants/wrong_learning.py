@@ -1,41 +1,41 @@
-"""Gradients that are missing or false, weights that start badly, parameters not listed or counted right."""
+"""Missing or wrong gradients, bad initialisation, parameters listed or counted wrongly."""
 
 import torch
 from torch import nn
 
-from .right import Attention, Block, FeedForward, MoE, MoEModel, RightModel, plant
+from .right import Attention, Block, FeedForward, MoE, MoEModel, RightModel, mutant
 
 LEARNS = "gradients.every_parameter_learns"
 
 
-@plant(LEARNS)
+@mutant(LEARNS)
 class HasAParameterTooMany(RightModel):
     def make_more(self):
         self.forgotten = nn.Parameter(torch.ones(3))
 
 
-@plant(LEARNS)
+@mutant(LEARNS)
 class DetachesKeys(RightModel):
     class Attention(Attention):
         def mix(self, q, k, v, visible):
             return super().mix(q, k.detach(), v, visible)
 
 
-@plant(LEARNS)
+@mutant(LEARNS)
 class RoutingBiasIsAParameter(MoEModel):
     class FFN(MoE):
         def make_bias(self):
             self.routing_bias = nn.Parameter(torch.zeros(self.args.n_routed_experts))
 
 
-@plant(LEARNS)
+@mutant(LEARNS)
 class LastExpertIsNeverChosen(MoEModel):
     class FFN(MoE):
         def choose(self, scores):
             return super().choose(scores - torch.tensor([0.0] * 5 + [9.0]))
 
 
-@plant(LEARNS)
+@mutant(LEARNS)
 class TwoFactorsStartAtZero(RightModel):
     def make_more(self):
         self.a, self.b = nn.Parameter(torch.empty(4, self.args.dim)), nn.Parameter(torch.empty(self.args.dim, 4))
@@ -49,7 +49,7 @@ class TwoFactorsStartAtZero(RightModel):
         return super().head(x + x @ self.a.T @ self.b.T, state)
 
 
-@plant(LEARNS)
+@mutant(LEARNS)
 class ReadsHalfOfItsFeedForward(RightModel):
     class FFN(FeedForward):
         def forward(self, x):
@@ -57,8 +57,8 @@ class ReadsHalfOfItsFeedForward(RightModel):
             return self.down_proj(torch.cat((h[..., :24], torch.zeros_like(h[..., 24:])), dim=-1))
 
 
-@plant(LEARNS)
-class GateIsARoundedNumber(RightModel):
+@mutant(LEARNS)
+class GateIsRounded(RightModel):
     class FFN(FeedForward):
         def __init__(self, args):
             super().__init__(args)
@@ -68,7 +68,7 @@ class GateIsARoundedNumber(RightModel):
             return super().forward(x) * (self.gate(x) > 0)
 
 
-@plant("gradients.agree_with_finite_differences")
+@mutant("gradients.agree_with_finite_differences")
 class DetachesTheResidual(RightModel):
     class Block(Block):
         def forward(self, x, positions, state, doc_ids):
@@ -76,7 +76,7 @@ class DetachesTheResidual(RightModel):
             return (x + self.ffn(self.ffn_norm(x)),)
 
 
-@plant("gradients.agree_with_finite_differences")
+@mutant("gradients.agree_with_finite_differences")
 class DetachesTheNormaliser(MoEModel):
     class FFN(MoE):
         def weigh(self, scores, chosen):
@@ -94,14 +94,14 @@ class _Double(torch.autograd.Function):
         return 2 * grad
 
 
-@plant("gradients.agree_with_finite_differences")
+@mutant("gradients.agree_with_finite_differences")
 class BackwardIsTwiceTooLarge(RightModel):
     class FFN(FeedForward):
         def forward(self, x):
             return _Double.apply(super().forward(x))
 
 
-@plant("gradients.norms_per_layer")
+@mutant("gradients.norms_per_layer")
 class AddsTheStreamTwice(RightModel):
     class Block(Block):
         def forward(self, x, positions, state, doc_ids):
@@ -109,7 +109,7 @@ class AddsTheStreamTwice(RightModel):
             return (x + self.ffn(self.ffn_norm(x)),)
 
 
-@plant("gradients.norms_per_layer")
+@mutant("gradients.norms_per_layer")
 class HasNoResidual(RightModel):
     class Block(Block):
         def forward(self, x, positions, state, doc_ids):
@@ -117,7 +117,7 @@ class HasNoResidual(RightModel):
             return (self.ffn(x),)
 
 
-@plant("gradients.norms_per_layer")
+@mutant("gradients.norms_per_layer")
 class WeightsStartTooLarge(RightModel):
     class Block(Block):
         def forward(self, x, positions, state, doc_ids):  # and no norm that would catch it
@@ -130,7 +130,7 @@ class WeightsStartTooLarge(RightModel):
         nn.init.normal_(self.lm_head.weight, std=0.02)
 
 
-@plant("init.loss_is_uniform")
+@mutant("init.loss_is_uniform")
 class TiedTableOfStandardDeviationOne(RightModel):
     def init_weights(self):
         super().init_weights()
@@ -138,7 +138,7 @@ class TiedTableOfStandardDeviationOne(RightModel):
         self.lm_head.weight = self.tok_embed.weight
 
 
-@plant("init.logits_are_centred")
+@mutant("init.logits_are_centred")
 class HeadPrefersSomeTokens(RightModel):
     def make_more(self):
         self.head_bias = nn.Parameter(torch.randn(self.args.vocab_size))
@@ -147,26 +147,26 @@ class HeadPrefersSomeTokens(RightModel):
         return super().head(x, state) + self.head_bias
 
 
-@plant("learning.overfits_one_batch")
+@mutant("learning.overfits_one_batch")
 class CapsItsLogitsTightly(RightModel):
     def head(self, x, state):
         return 0.5 * super().head(x, state).tanh()
 
 
-@plant("learning.overfits_one_batch")
+@mutant("learning.overfits_one_batch")
 class ClimbsInsteadOfDescending(RightModel):
     def cross_entropy(self, logits, targets):
         loss = super().cross_entropy(logits, targets)
         return 2 * loss.detach() - loss
 
 
-@plant("counts.parameter_groups_cover_all")
+@mutant("counts.parameter_groups_cover_all")
 class GroupsMissTheNorms(RightModel):
     def param_groups(self):
         return {**super().param_groups(), "scalar": []}
 
 
-@plant("counts.parameter_groups_cover_all")
+@mutant("counts.parameter_groups_cover_all")
 class GroupsListTheTiedTableTwice(RightModel):
     def make_more(self):
         self.lm_head.weight = self.tok_embed.weight
@@ -176,14 +176,14 @@ class GroupsListTheTiedTableTwice(RightModel):
         return {**groups, "embed": [self.tok_embed.weight, self.lm_head.weight]}
 
 
-@plant("counts.parameter_groups_cover_all")
+@mutant("counts.parameter_groups_cover_all")
 class VectorsAmongTheMatrices(RightModel):
     def param_groups(self):
         groups = super().param_groups()
         return {"embed": groups["embed"], "matrix": groups["matrix"] + groups["scalar"], "scalar": []}
 
 
-@plant("counts.parameters_are_counted")
+@mutant("counts.parameters_are_counted")
 class CountsTheTiedTableTwice(RightModel):
     def make_more(self):
         self.lm_head.weight = self.tok_embed.weight
@@ -193,31 +193,31 @@ class CountsTheTiedTableTwice(RightModel):
         return {**counts, "total": counts["total"] + counts["embedding"]}
 
 
-@plant("counts.parameters_are_counted")
+@mutant("counts.parameters_are_counted")
 class CountsAllExpertsAsActive(MoEModel):
     def num_params(self):
         return RightModel.num_params(self)
 
 
-@plant("counts.flops_are_estimated")
+@mutant("counts.flops_are_estimated")
 class CountsForwardOnly(RightModel):
     def flops_per_token(self, seq_len):
         return super().flops_per_token(seq_len) // 3
 
 
-@plant("counts.flops_are_estimated")
+@mutant("counts.flops_are_estimated")
 class CountsAMultiplyAddAsOne(RightModel):
     def flops_per_token(self, seq_len):
         return super().flops_per_token(seq_len) // 2
 
 
-@plant("counts.flops_are_estimated")
+@mutant("counts.flops_are_estimated")
 class ForgetsAttentionsFlops(RightModel):
     def attention_flops_per_token(self, seq_len):
         return 0
 
 
-@plant("learning.one_step_moves_every_group")
+@mutant("learning.one_step_moves_every_group")
 class ListsCopiesOfItsNorms(RightModel):
     def param_groups(self):
         groups = super().param_groups()
@@ -230,15 +230,15 @@ class _Careless(_Double):
         return grad.abs() if grad.dtype == torch.bfloat16 else grad
 
 
-@plant("precision.bf16_gradients_are_finite")
+@mutant("precision.bf16_gradients_are_finite")
 class LosesTheSignInItsBf16Backward(RightModel):
     class FFN(FeedForward):
         def forward(self, x):
             return _Careless.apply(super().forward(x))
 
 
-@plant("precision.bf16_gradients_are_finite")
-class Fp32GateTakesItsMatrixAsItIs(RightModel):
+@mutant("precision.bf16_gradients_are_finite")
+class Fp32GateDoesNotCastItsMatrix(RightModel):
     def make_more(self):
         self.gate = nn.Parameter(torch.zeros(self.args.dim, 1))
 

@@ -1,11 +1,11 @@
-"""The checks themselves: each planted bug is caught by the check that should catch it, and nothing right is blamed."""
+"""Mutation tests of the checks: each mutant fails its check, and every correct model passes all of them."""
 
 import pytest
 
 from checks import CHECKS, SLOW, ModelUnderTest
 from checks.harness.runner import BUILDS, open_classes, run_check
 from model import BaseModel
-from tests.planted import (
+from tests.mutants import (
     unusual,
     wrong_attention,
     wrong_contract,
@@ -15,7 +15,7 @@ from tests.planted import (
     wrong_state,
     wrong_weights,
 )
-from tests.planted.right import UNUSUAL, WRONG
+from tests.mutants.right import UNUSUAL, WRONG
 
 MODULES = (
     unusual, wrong_attention, wrong_contract, wrong_learning, wrong_loss, wrong_packing, wrong_state, wrong_weights,
@@ -27,7 +27,7 @@ def compiles(name):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if compiles(n) else n for n in WRONG])
-def test_a_planted_bug_is_caught_by_name(name):
+def test_a_mutant_is_caught_by_its_check(name):
     Model, ModelArgs, check = WRONG[name]
     tested, result = open_classes(Model, ModelArgs)
     if tested is not None:
@@ -48,7 +48,7 @@ def slow(check):
 
 @pytest.mark.parametrize("check", [slow(check) for check in CHECKS])
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_what_is_right_is_not_blamed(tested_models, name, check):
+def test_correct_models_pass_every_check(tested_models, name, check):
     result = run_check(tested_models[name], check)
     assert result.status != "fail", result
 
@@ -61,6 +61,6 @@ def test_every_model_of_these_files_is_registered(module):
     assert own and not own - WRONG.keys() - UNUSUAL.keys()
 
 
-def test_every_check_catches_a_planted_bug():
+def test_every_check_catches_a_mutant():
     caught = {check for _, _, check in WRONG.values()}
-    assert not set(CHECKS) - caught, "nothing shows that these checks can fail"
+    assert not set(CHECKS) - caught, "no mutant fails these checks"

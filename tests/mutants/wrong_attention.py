@@ -1,28 +1,28 @@
-"""Who sees whom: masks, norms and convolutions that look ahead, rows that look at each other."""
+"""Masks, norms and convolutions that see later tokens, sequences that see each other."""
 
 import torch
 from torch import nn
 
-from .right import Attention, Block, FeedForward, MoE, MoEModel, RightModel, plant
+from .right import Attention, Block, FeedForward, MoE, MoEModel, RightModel, mutant
 
 LATER = "causality.later_tokens_change_nothing"
 
 
-@plant(LATER)
+@mutant(LATER)
 class MaskLooksOneAhead(RightModel):
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
             return super().visible(positions + 1, n_keys, state, doc_ids)
 
 
-@plant(LATER)
+@mutant(LATER)
 class NoMask(RightModel):
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
             return torch.ones_like(super().visible(positions, n_keys, state, doc_ids))
 
 
-@plant(LATER)
+@mutant(LATER)
 class OneHeadLooksAhead(RightModel):
     class Attention(Attention):
         def mix(self, q, k, v, visible):
@@ -30,21 +30,21 @@ class OneHeadLooksAhead(RightModel):
             return torch.cat((free, super().mix(q, k, v, visible)[:, :, 1:]), dim=2)
 
 
-@plant(LATER)
+@mutant(LATER)
 class SoftmaxOverQueries(RightModel):
     class Attention(Attention):
         def weights(self, scores):
             return scores.softmax(dim=-2)
 
 
-@plant(LATER)
+@mutant(LATER)
 class SoftmaxOverHeads(RightModel):
     class Attention(Attention):
         def weights(self, scores):
             return scores.softmax(dim=1)
 
 
-@plant(LATER)
+@mutant(LATER)
 class MaskAfterSoftmax(RightModel):
     """The weights of later tokens are zeroed, but they have taken part in the normaliser."""
 
@@ -55,15 +55,15 @@ class MaskAfterSoftmax(RightModel):
             return torch.einsum("bhts,bshk->bthk", weights * visible[:, None], v)
 
 
-@plant("causality.long_sequences")
+@mutant("causality.long_sequences")
 class MaskLeaksBeyond128(RightModel):
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
             return super().visible(positions + (positions >= 128), n_keys, state, doc_ids)
 
 
-@plant("causality.long_sequences")
-class ChunksOf64SeeTheirWhole(RightModel):
+@mutant("causality.long_sequences")
+class ChunksOf64AreNotCausal(RightModel):
     """Sequences longer than a chunk are worked on chunk by chunk, and the mask is that of chunks."""
 
     class Attention(Attention):
@@ -75,7 +75,7 @@ class ChunksOf64SeeTheirWhole(RightModel):
             return seen | (chunk == chunk[positions][..., None])
 
 
-@plant(LATER)
+@mutant(LATER)
 class ConvolutionOnBothSides(RightModel):
     class FFN(FeedForward):
         def __init__(self, args):
@@ -86,20 +86,20 @@ class ConvolutionOnBothSides(RightModel):
             return self.down_proj(self.conv(self.up_proj(x).transpose(1, 2)).transpose(1, 2).sigmoid())
 
 
-@plant(LATER)
+@mutant(LATER)
 class NormOverTime(RightModel):
     class Block(Block):
         def forward(self, x, *rest):
             return super().forward(x / (x.square().mean(dim=1, keepdim=True) + 1e-5).sqrt(), *rest)
 
 
-@plant(LATER)
-class SubtractsTheMeanOfTheRow(RightModel):
+@mutant(LATER)
+class SubtractsTheMeanOfTheSequence(RightModel):
     def head(self, x, state):
         return super().head(x - x.mean(dim=1, keepdim=True), state)
 
 
-@plant(LATER)
+@mutant(LATER)
 class ShiftsTheWrongWay(RightModel):
     """Half of the features come from the neighbour: the next one instead of the one before."""
 
@@ -109,9 +109,9 @@ class ShiftsTheWrongWay(RightModel):
             return super().forward(torch.cat((x[..., :half].roll(-1, 1), x[..., half:]), dim=-1))
 
 
-@plant(LATER)
+@mutant(LATER)
 class RollsAround(RightModel):
-    """The first token's neighbour before is the last of the row."""
+    """The neighbour before the first token is the last of the sequence."""
 
     class FFN(FeedForward):
         def forward(self, x):
@@ -119,36 +119,36 @@ class RollsAround(RightModel):
             return super().forward(torch.cat((x[..., :half].roll(1, 1), x[..., half:]), dim=-1))
 
 
-@plant(LATER)
+@mutant(LATER)
 class ExpertsChooseTokens(MoEModel):
     class FFN(MoE):
-        def choose(self, scores):  # each expert takes its best tokens of the row; the rest falls to expert 0
+        def choose(self, scores):  # each expert takes its best tokens of the sequence; the others go to expert 0
             keep = torch.zeros_like(scores).scatter(0, scores.topk(max(1, len(scores) // 4), dim=0).indices, 1.0)
             return (scores + 10 * keep).topk(self.args.n_activated_experts, dim=-1).indices
 
 
-@plant("causality.gradient_reaches_the_past_only")
+@mutant("causality.gradient_reaches_the_past_only")
 class SeesOnlyItself(RightModel):
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
             return torch.arange(n_keys) == positions[..., None]
 
 
-@plant("learning.recalls_the_past")
+@mutant("learning.recalls_the_past")
 class ThrowsItsAttentionAway(RightModel):
     class Attention(Attention):
         def forward(self, *args):
             return 0 * super().forward(*args)
 
 
-@plant("causality.prefixes_agree")
+@mutant("causality.prefixes_agree")
 class ScalesByTheLength(RightModel):
     class Attention(Attention):
         def mix(self, q, k, v, visible):
             return super().mix(q * (1 + 0.1 * q.shape[1]), k, v, visible)
 
 
-@plant("causality.prefixes_agree")
+@mutant("causality.prefixes_agree")
 class PositionsFromTheEnd(RightModel):
     def make_more(self):
         self.pos_embed = nn.Embedding(self.args.max_seq_len, self.args.dim)
@@ -157,14 +157,14 @@ class PositionsFromTheEnd(RightModel):
         return self.tok_embed(input_ids) + self.pos_embed(input_ids.shape[1] - 1 - positions % input_ids.shape[1])
 
 
-@plant("causality.targets_do_not_leak")
+@mutant("causality.targets_do_not_leak")
 class EmbedsTheTargets(RightModel):
     def embed(self, input_ids, positions, targets, doc_ids):
         x = self.tok_embed(input_ids)
         return x if targets is None else x + 0.1 * self.tok_embed(targets.clamp(min=0))
 
 
-@plant("batch.alone_equals_batch")
+@mutant("batch.alone_equals_batch")
 class NormalisesTheBatch(RightModel):
     class FFN(FeedForward):
         def __init__(self, args):
@@ -175,7 +175,7 @@ class NormalisesTheBatch(RightModel):
             return self.down_proj(self.batch_norm(self.up_proj(x).flatten(0, 1)).view(*x.shape[:2], -1).relu())
 
 
-@plant("batch.alone_equals_batch")
+@mutant("batch.alone_equals_batch")
 class ExpertsHaveACapacity(MoEModel):
     """Beyond its capacity, filled in the order of the batch, an expert passes its tokens on to the next."""
 
@@ -187,15 +187,15 @@ class ExpertsHaveACapacity(MoEModel):
             return torch.where(full, (chosen + 1) % self.args.n_routed_experts, chosen)
 
 
-@plant("batch.order_does_not_matter")
-class AddsTheRowNumber(RightModel):
+@mutant("batch.order_does_not_matter")
+class AddsTheBatchIndex(RightModel):
     def head(self, x, state):
         return super().head(x + 0.1 * torch.arange(len(x))[:, None, None], state)
 
 
-@plant("batch.alone_equals_batch")
-class SwapsRowsAndTime(RightModel):
-    """`view` where a transpose was meant: with one row nothing is wrong."""
+@mutant("batch.alone_equals_batch")
+class SwapsBatchAndTime(RightModel):
+    """`view` where a transpose was meant: right for a batch of one."""
 
     class FFN(FeedForward):
         def forward(self, x):

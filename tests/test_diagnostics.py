@@ -116,8 +116,8 @@ def test_a_norm_that_explodes_is_named(capsys):
     with torch.no_grad():
         model.lm_head.weight *= 100
     one_step(model, diagnostics, ids(), lr=0.0, step=8)
-    said = capsys.readouterr().err
-    assert "step 8: the gradient norm of layer 00 is" in said and "layer 01" in said and "activation" not in said
+    output = capsys.readouterr().err
+    assert "step 8: the gradient norm of layer 00 is" in output and "layer 01" in output and "activation" not in output
     with torch.no_grad():
         model.layers[0].weight[0, 0] = float("nan")
     one_step(model, diagnostics, ids(), lr=0.0, step=9)

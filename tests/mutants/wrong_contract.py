@@ -1,4 +1,4 @@
-"""What forward may not do: return the wrong form, remember, write to its inputs, roll dice in eval mode."""
+"""Forward that returns the wrong form, stores something, writes to its inputs, or is random in eval mode."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .right import Attention, FeedForward, MoE, MoEModel, RightModel, RightModelArgs, plant
+from .right import Attention, FeedForward, MoE, MoEModel, RightModel, RightModelArgs, mutant
 
 
 class Overridden(RightModel):
-    """A base for plants that work around the whole forward."""
+    """A base for mutants that wrap forward."""
 
     def forward(self, input_ids, targets=None, state=None, doc_ids=None):
         return self.after(*super().forward(self.before(input_ids, targets), targets, state, doc_ids))
@@ -22,52 +22,52 @@ class Overridden(RightModel):
         return out
 
 
-@plant("contract.shapes")
+@mutant("contract.shapes")
 class ReturnsTwoValues(Overridden):
     def after(self, logits, loss, other_vars):
         return logits, loss
 
 
-@plant("contract.shapes")
-class DropsASingleRow(Overridden):
+@mutant("contract.shapes")
+class SqueezesABatchOfOne(Overridden):
     def after(self, logits, loss, other_vars):
         return logits.squeeze(0), loss, other_vars
 
 
-@plant("contract.shapes")
+@mutant("contract.shapes")
 class CrashesOnOneToken(Overridden):
     def before(self, input_ids, targets):
         return input_ids[:, : input_ids.shape[1] + len(input_ids[0, 1:].max(dim=0, keepdim=True).values) - 1]
 
 
-@plant("contract.shapes")
+@mutant("contract.shapes")
 class HeadIsPadded(RightModel):
     def make_more(self):
         self.lm_head = nn.Linear(self.args.dim, 128, bias=False)
 
 
-@plant("contract.eval_is_deterministic")
+@mutant("contract.eval_is_deterministic")
 class DropoutInEval(RightModel):
     class FFN(FeedForward):
         def forward(self, x):
             return F.dropout(super().forward(x), 0.1)
 
 
-@plant("contract.eval_is_deterministic")
+@mutant("contract.eval_is_deterministic")
 class NoisyRouter(MoEModel):
     class FFN(MoE):
         def choose(self, scores):
             return super().choose(scores + 0.1 * torch.randn_like(scores))
 
 
-@plant("contract.nothing_is_modified")
+@mutant("contract.nothing_is_modified")
 class WritesToTheInput(Overridden):
     def before(self, input_ids, targets):
         input_ids[:, 0] = 0
         return input_ids
 
 
-@plant("contract.nothing_is_modified")
+@mutant("contract.nothing_is_modified")
 class WritesToTheTargets(Overridden):
     def before(self, input_ids, targets):
         if targets is not None:
@@ -75,7 +75,7 @@ class WritesToTheTargets(Overridden):
         return input_ids
 
 
-@plant("contract.nothing_is_modified")
+@mutant("contract.nothing_is_modified")
 class CountsTokensInForward(MoEModel):
     class FFN(MoE):
         def count(self, chosen, scores):
@@ -83,7 +83,7 @@ class CountsTokensInForward(MoEModel):
             return super().count(chosen, scores)
 
 
-@plant("contract.nothing_is_modified")
+@mutant("contract.nothing_is_modified")
 class BatchStatisticsInEval(RightModel):
     class FFN(FeedForward):
         def __init__(self, args):
@@ -96,7 +96,7 @@ class BatchStatisticsInEval(RightModel):
             return super().forward(x / self.scale)
 
 
-@plant("contract.nothing_is_stored")
+@mutant("contract.nothing_is_stored")
 class KeepsItsMask(RightModel):
     class Attention(Attention):
         mask = None
@@ -107,7 +107,7 @@ class KeepsItsMask(RightModel):
             return self.mask
 
 
-@plant("contract.nothing_is_stored")
+@mutant("contract.nothing_is_stored")
 class LeavesItsLossOnTheModule(MoEModel):
     class FFN(MoE):
         def balance(self, scores, chosen):
@@ -115,7 +115,7 @@ class LeavesItsLossOnTheModule(MoEModel):
             return self.last_balance
 
 
-@plant("contract.nothing_is_stored")
+@mutant("contract.nothing_is_stored")
 class CountsItsCalls(RightModel):
     calls = 0
 
@@ -124,7 +124,7 @@ class CountsItsCalls(RightModel):
         return super().head(x, state)
 
 
-@plant("contract.nothing_is_stored")
+@mutant("contract.nothing_is_stored")
 class GrowsAList(RightModel):
     def make_more(self):
         self.norms = []
@@ -134,7 +134,7 @@ class GrowsAList(RightModel):
         return super().head(x, state)
 
 
-@plant("contract.longer_than_max_seq_len")
+@mutant("contract.longer_than_max_seq_len")
 class ClampsPositions(RightModel):
     def make_more(self):
         self.pos_embed = nn.Embedding(self.args.max_seq_len, self.args.dim)
@@ -146,13 +146,13 @@ class ClampsPositions(RightModel):
         return self.tok_embed(input_ids) + self.pos_embed(positions.clamp(max=self.args.max_seq_len - 1))
 
 
-@plant("contract.longer_than_max_seq_len")
+@mutant("contract.longer_than_max_seq_len")
 class CutsTheInput(Overridden):
     def before(self, input_ids, targets):
         return input_ids[:, -self.args.max_seq_len :]
 
 
-@plant("contract.train_equals_eval")
+@mutant("contract.train_equals_eval")
 class DropsTokensInTraining(MoEModel):
     class FFN(MoE):
         def weigh(self, scores, chosen):
@@ -160,13 +160,13 @@ class DropsTokensInTraining(MoEModel):
             return weights * (torch.arange(len(weights)) % 3 > 0)[:, None] if self.training else weights
 
 
-@plant("contract.after_step_moves_buffers_only")
+@mutant("contract.after_step_moves_buffers_only")
 class ClipsItsHeadAfterTheStep(RightModel):
     def after_step(self, other_vars):
         self.lm_head.weight.data.clamp_(-0.1, 0.1)
 
 
-@plant("contract.after_step_moves_buffers_only")
+@mutant("contract.after_step_moves_buffers_only")
 class CountsItsSteps(RightModel):
     steps = 0
 
@@ -174,7 +174,7 @@ class CountsItsSteps(RightModel):
         self.steps += 1
 
 
-@plant("contract.after_step_moves_buffers_only")
+@mutant("contract.after_step_moves_buffers_only")
 class MovesABufferThatIsNotSaved(RightModel):
     def make_more(self):
         self.register_buffer("mean_loss", torch.zeros(()), persistent=False)
@@ -183,7 +183,7 @@ class MovesABufferThatIsNotSaved(RightModel):
         self.mean_loss.lerp_(other_vars["loss/ce"].detach(), 0.1)
 
 
-@plant("contract.after_step_moves_buffers_only")
+@mutant("contract.after_step_moves_buffers_only")
 class HalvesTheTypeOfItsBuffer(MoEModel):
     def after_step(self, other_vars):
         super().after_step(other_vars)
@@ -197,12 +197,12 @@ class UnbuildableModelArgs(RightModelArgs):
         raise ZeroDivisionError("division by zero")
 
 
-@plant("contract.builds", UnbuildableModelArgs)
+@mutant("contract.builds", UnbuildableModelArgs)
 class CannotBeBuilt(RightModel):
     Args = UnbuildableModelArgs
 
 
-@plant("contract.builds")
+@mutant("contract.builds")
 class CrashesInForward(Overridden):
     def before(self, input_ids, targets):
         return input_ids + self.no_such_attribute

@@ -69,11 +69,13 @@ def test_running_out_of_memory_is_caught_and_other_errors_are_not():
         largest_fit(64, 1000, bytes_for)
 
 
-def test_a_run_that_takes_too_much_ends_in_one_line(world, capsys):
+def test_a_run_that_takes_too_much_ends_in_one_line(training, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run_script(lambda: world.run(model_class=Narrow, max_batch_size=8))
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "error: out of memory (CUDA out of memory. Tried" in said and "--max_batch_size; 0 finds what fits" in said
+        run_script(lambda: training.run(model_class=Narrow, max_batch_size=8))
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "error: out of memory (CUDA out of memory. Tried" in output and "--max_batch_size; 0 finds what fits" in output
+    )
 
 
 def test_the_smallest_device_decides(monkeypatch):
@@ -82,34 +84,34 @@ def test_the_smallest_device_decides(monkeypatch):
     assert largest_fit(64, 1000, lambda count: count)[0] == 2
 
 
-def test_a_run_takes_what_fits_and_keeps_its_curve(world, monkeypatch):
+def test_a_run_takes_what_fits_and_keeps_its_curve(training, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 2**40)
-    given = world.run(global_batch_size=16, max_batch_size=4, resume="never")
-    found = world.run(global_batch_size=16, max_batch_size=0, resume="never", model_class=Narrow)
+    given = training.run(global_batch_size=16, max_batch_size=4, resume="never")
+    found = training.run(global_batch_size=16, max_batch_size=0, resume="never", model_class=Narrow)
     assert losses(found) == losses(given)
     with open(found["run"] + "/config.yaml", encoding="utf-8") as file:
         assert yaml.safe_load(file)["max_batch_size"] == 4
     monkeypatch.setattr(Narrow, "fits", 0)
     with pytest.raises(UserError, match="not even one sequence of 32 tokens fits"):
-        world.run(global_batch_size=16, max_batch_size=0, resume="never", model_class=Narrow)
+        training.run(global_batch_size=16, max_batch_size=0, resume="never", model_class=Narrow)
 
 
-def test_a_resumed_run_keeps_its_micro_batch(world, monkeypatch):
+def test_a_resumed_run_keeps_its_micro_batch(training, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 2**40)
     settings = dict(
         global_batch_size=16, max_batch_size=0, model_class=Narrow, model_fields={"dropout": 0.1}
     )  # drawn again for each micro-batch
-    whole = world.run(**settings, output_path=str(world.path / "whole"))
+    uninterrupted = training.run(**settings, output_path=str(training.path / "uninterrupted"))
     monkeypatch.setattr(Narrow, "stop_at", 2)
-    assert world.run(**settings)["steps"] == 3
+    assert training.run(**settings)["steps"] == 3
     monkeypatch.setattr(Narrow, "stop_at", None)
     monkeypatch.setattr(Narrow, "fits", 16)  # a larger device now
-    rest = world.run(**settings)
-    assert rest["steps"] == 6 and losses(rest) == losses(whole)
+    rest = training.run(**settings)
+    assert rest["steps"] == 6 and losses(rest) == losses(uninterrupted)
 
 
 @pytest.mark.skipif(not (memory.PROC / "self/clear_refs").exists(), reason="the peak cannot be reset here")
-def test_sequences_are_measured_against_a_memory_limit(world, monkeypatch):
+def test_sequences_are_measured_against_a_memory_limit(training, monkeypatch):
     class Wide(TinyModel):
         def forward(self, input_ids, targets=None, doc_ids=None):
             logits, loss, other_vars = super().forward(input_ids, targets, doc_ids)
@@ -119,11 +121,11 @@ def test_sequences_are_measured_against_a_memory_limit(world, monkeypatch):
             return logits, loss + 0 * wide.mean(), other_vars
 
     # beyond 32 MB the allocator of the system gives every tensor memory of its own, whatever earlier tests left there
-    model = Wide(TinyModelArgs(vocab_size=world.tokenizer.vocab_size, max_seq_len=32))
+    model = Wide(TinyModelArgs(vocab_size=training.tokenizer.vocab_size, max_seq_len=32))
     optimizer, cpu = build_optimizer(model, TrainConfig()), torch.device("cpu")
     for limit, found in ((420, 1), (900, 2)):  # MB, of which half may be used; 4 sequences take 576
         monkeypatch.setattr(memory, "available", lambda device, limit=limit: limit * MB)
-        assert find_max_batch_size(16, model, optimizer, world.rows, cpu, nullcontext) == found
+        assert find_max_batch_size(16, model, optimizer, training.sequences, cpu, nullcontext) == found
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -1,30 +1,30 @@
-"""What is not saved, what bf16 and the compiler break, and MoE models whose routing is wrong."""
+"""State that is not saved, failures under bf16 and torch.compile, and MoE models with wrong routing."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .right import Attention, FeedForward, MoE, MoEModel, MoEModelArgs, RightModel, plant
+from .right import Attention, FeedForward, MoE, MoEModel, MoEModelArgs, RightModel, mutant
 
 SAVED, TIED = "persistence.saved_weights_restore_the_model", "persistence.tied_weights_stay_tied"
 
 
-@plant(SAVED)
+@mutant(SAVED)
 class RoutingBiasIsNotSaved(MoEModel):
     class FFN(MoE):
         def make_bias(self):
             self.register_buffer("routing_bias", torch.zeros(self.args.n_routed_experts), persistent=False)
 
 
-@plant(SAVED)
+@mutant(SAVED)
 class LayersInAPythonList(RightModel):
     def make_layers(self):
         self.hidden = [*super().make_layers()]
         return self.hidden
 
 
-@plant(SAVED)
+@mutant(SAVED)
 class ProjectionIsDrawnAtConstruction(RightModel):
     def make_more(self):
         self.features = torch.randn(self.args.dim, self.args.dim) / self.args.dim**0.5
@@ -33,8 +33,8 @@ class ProjectionIsDrawnAtConstruction(RightModel):
         return super().head(x @ self.features, state)
 
 
-@plant(SAVED)
-class ScheduleIsAPythonNumber(RightModel):
+@mutant(SAVED)
+class ScheduleIsAPythonFloat(RightModel):
     temperature = 2.0
 
     def before_step(self, step, total_steps):
@@ -44,20 +44,20 @@ class ScheduleIsAPythonNumber(RightModel):
         return super().head(x, state) / self.temperature
 
 
-@plant("persistence.buffers_keep_their_precision")
+@mutant("persistence.buffers_keep_their_precision")
 class RoutingBiasInBf16(MoEModel):
     class FFN(MoE):
         def make_bias(self):
             self.register_buffer("routing_bias", torch.zeros(self.args.n_routed_experts, dtype=torch.bfloat16))
 
 
-@plant(TIED)
+@mutant(TIED)
 class TiesByData(RightModel):
     def make_more(self):
         self.lm_head.weight.data = self.tok_embed.weight.data
 
 
-@plant(TIED)
+@mutant(TIED)
 class TiesByCopying(RightModel):
     def init_weights(self):
         super().init_weights()
@@ -65,7 +65,7 @@ class TiesByCopying(RightModel):
             self.lm_head.weight.copy_(self.tok_embed.weight)
 
 
-@plant(TIED)
+@mutant(TIED)
 class UntiesOnLoading(RightModel):
     def make_more(self):
         self.lm_head.weight = self.tok_embed.weight
@@ -75,7 +75,7 @@ class UntiesOnLoading(RightModel):
         return super().load_state_dict(state, *args, **kwargs)
 
 
-@plant("precision.bf16_stays_near_fp32")
+@mutant("precision.bf16_stays_near_fp32")
 class PositionsInTheTypeOfQueries(RightModel):
     class Attention(Attention):
         def turn(self, x, positions):
@@ -86,7 +86,7 @@ class PositionsInTheTypeOfQueries(RightModel):
             return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-@plant("precision.bf16_stays_near_fp32")
+@mutant("precision.bf16_stays_near_fp32")
 class SumsInBf16(RightModel):
     """A running sum of 300 tokens in the type of the projection."""
 
@@ -104,13 +104,13 @@ class SumsInBf16(RightModel):
             return self.down_proj((torch.stack(sums, dim=1) * 0.2).sin())
 
 
-@plant("learning.overfits_one_batch")
+@mutant("learning.overfits_one_batch")
 class OverflowsInHalf(RightModel):
     def head(self, x, state):
         return super().head(x, state).half().mul(3e4).float() / 3e4
 
 
-@plant("precision.compiled_equals_eager")
+@mutant("precision.compiled_equals_eager")
 class DependsOnTheStep(RightModel):
     step = 0
 
@@ -123,35 +123,35 @@ class DependsOnTheStep(RightModel):
         return loss + warm, {**other_vars, "loss/warm": warm}
 
 
-@plant("moe.loads_are_counted")
+@mutant("moe.loads_are_counted")
 class LoadsAreShares(MoEModel):
     class FFN(MoE):
         def count(self, chosen, scores):
             return super().count(chosen, scores) / chosen.numel()
 
 
-@plant("moe.loads_are_counted")
+@mutant("moe.loads_are_counted")
 class LoadsCountTheBestOnly(MoEModel):
     class FFN(MoE):
         def count(self, chosen, scores):
             return super().count(chosen[:, :1], scores)
 
 
-@plant("moe.loads_are_true")
+@mutant("moe.loads_are_true")
 class LoadsCountedWithoutTheBias(MoEModel):
     class FFN(MoE):
         def count(self, chosen, scores):
             return super().count(scores.topk(self.args.n_activated_experts, dim=-1).indices, scores)
 
 
-@plant("moe.loads_are_true")
+@mutant("moe.loads_are_true")
 class LoadsInAnotherOrder(MoEModel):
     class FFN(MoE):
         def count(self, chosen, scores):
             return super().count(chosen, scores).flip(0)
 
 
-@plant("moe.routers_have_a_task_gradient")
+@mutant("moe.routers_have_a_task_gradient")
 class DetachesTheWeights(MoEModel):
     class FFN(MoE):
         def weigh(self, scores, chosen):
@@ -163,39 +163,39 @@ class OneExpertModelArgs(MoEModelArgs):
     n_activated_experts: int = 1
 
 
-@plant("moe.routers_have_a_task_gradient", OneExpertModelArgs)
+@mutant("moe.routers_have_a_task_gradient", OneExpertModelArgs)
 class OneWeightDividedByItself(MoEModel):
     pass
 
 
-@plant("moe.bias_update_evens_the_load")
+@mutant("moe.bias_update_evens_the_load")
 class BiasMovesTheWrongWay(MoEModel):
     class FFN(MoE):
         def update_bias(self, load):
             super().update_bias(-load)
 
 
-@plant("moe.bias_update_evens_the_load")
+@mutant("moe.bias_update_evens_the_load")
 class BiasOfTheNextLayer(MoEModel):
     def after_step(self, other_vars):
         super().after_step({**other_vars, "moe/load": other_vars["moe/load"].flip(0, 1)})
 
 
-@plant("moe.bias_only_chooses")
+@mutant("moe.bias_only_chooses")
 class BiasInTheWeights(MoEModel):
     class FFN(MoE):
         def weigh(self, scores, chosen):
             return super().weigh(scores + self.routing_bias, chosen)
 
 
-@plant("moe.balance_loss_evens_the_load")
+@mutant("moe.balance_loss_evens_the_load")
 class BalanceLossHasTheWrongSign(MoEModel):
     class FFN(MoE):
         def balance(self, scores, chosen):
             return -super().balance(scores, chosen)
 
 
-@plant("moe.experts_differ")
+@mutant("moe.experts_differ")
 class ExpertsAreCopies(MoEModel):
     def init_weights(self):
         super().init_weights()

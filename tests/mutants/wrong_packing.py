@@ -1,37 +1,37 @@
-"""Documents in one row that see each other."""
+"""Documents in one sequence that see each other."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .right import Attention, FeedForward, RightModel, plant
+from .right import Attention, FeedForward, RightModel, mutant
 from .wrong_state import CarriesAMean
 
 PACKED = "packing.packed_equals_separate"
 
 
-@plant(PACKED)
+@mutant(PACKED)
 class IgnoresDocuments(RightModel):
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
             return super().visible(positions, n_keys, state, None)
 
 
-@plant("packing.gradient_stays_in_the_document")
+@mutant("packing.gradient_stays_in_the_document")
 class IgnoresDocumentsInOneLayer(RightModel):
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
             return super().visible(positions, n_keys, state, doc_ids if self.layer else None)
 
 
-@plant(PACKED)
-class TakesTheDocumentsOfRowZero(RightModel):
+@mutant(PACKED)
+class TakesTheDocumentsOfSequenceZero(RightModel):
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
             return super().visible(positions, n_keys, state, None if doc_ids is None else doc_ids[:1])
 
 
-@plant(PACKED)
+@mutant(PACKED)
 class SeesTheDocumentBefore(RightModel):
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
@@ -39,7 +39,7 @@ class SeesTheDocumentBefore(RightModel):
             return seen if doc_ids is None else seen & (doc_ids[:, :, None] - doc_ids[:, None, :] <= 1)
 
 
-@plant(PACKED)
+@mutant(PACKED)
 class DocumentMaskIsNotCausal(RightModel):
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
@@ -48,7 +48,7 @@ class DocumentMaskIsNotCausal(RightModel):
             return doc_ids[:, :, None] == doc_ids[:, None, :]
 
 
-@plant(PACKED)
+@mutant(PACKED)
 class LearnedPositionsRunOn(RightModel):
     def make_more(self):
         self.pos_embed = nn.Embedding(self.args.max_seq_len, self.args.dim)
@@ -57,14 +57,14 @@ class LearnedPositionsRunOn(RightModel):
         return self.tok_embed(input_ids) + self.pos_embed(positions)
 
 
-@plant(PACKED)
+@mutant(PACKED)
 class MeanRunsOn(RightModel):
     class Attention(CarriesAMean):
         def forward(self, x, positions, state, doc_ids):
             return super().forward(x, positions, state, None)
 
 
-@plant(PACKED)
+@mutant(PACKED)
 class ConvolutionRunsOn(RightModel):
     """Attention keeps documents apart, a convolution in the feed-forward does not know of them."""
 
@@ -81,7 +81,7 @@ class ConvolutionRunsOn(RightModel):
             return self.down_proj(F.silu(self.conv(h).transpose(1, 2)))
 
 
-@plant("packing.losses_stay_in_the_document")
+@mutant("packing.losses_stay_in_the_document")
 class PredictsBeyondTheBorder(RightModel):
     """A second head predicts the token after the next, also when that is in another document."""
 
@@ -100,15 +100,15 @@ class PredictsBeyondTheBorder(RightModel):
         return logits, ce + further, {"loss/ce": ce, "loss/further": further}
 
 
-@plant("packing.packed_loss_equals_separate")
+@mutant("packing.packed_loss_equals_separate")
 class LosesTheDocumentsInTraining(RightModel):
     def forward(self, input_ids, targets=None, state=None, doc_ids=None):
         return super().forward(input_ids, targets, state, doc_ids if targets is None else None)
 
 
-@plant(PACKED)
+@mutant(PACKED)
 class DocumentsCountFromTheFirstId(RightModel):
-    """Takes doc_ids for small numbers, though they may begin anywhere."""
+    """Takes doc_ids for small integers, though they may begin anywhere."""
 
     class Attention(Attention):
         def visible(self, positions, n_keys, state, doc_ids):
