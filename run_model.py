@@ -69,10 +69,10 @@ def load(t: Texts, run: "RunInfo", options: ChatOptions) -> "ChatModel":
 
 @st.cache_resource(max_entries=3, show_spinner=False)
 def load_cached(path: str, modified: float, device: str, precision: str) -> "ChatModel":
-    """`modified` is part of the key: a run that has trained further is loaded again."""
+    """`modified` is in the key: a run that has trained further is loaded again. Two browsers are answered at once."""
     from engine.inference.chat import open_chat_model
 
-    return open_chat_model(path, device, precision)
+    return open_chat_model(path, device, precision, slots=2)
 
 
 main()

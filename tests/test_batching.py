@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 
+from engine.inference import batch
+from engine.inference import scheduler as scheduler_module
 from engine.inference.generate import new_request
 from engine.inference.sampling import Sampling
 from engine.inference.scheduler import QueueFull, Scheduler
@@ -74,6 +76,27 @@ def test_the_next_turn_prefills_only_the_new_tokens(name):
     )  # a cached sequence that goes on beyond the prompt is not reused
     scheduler.step()
     assert scheduler.prefilled_tokens == read + 8
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_single_slot_grows_with_the_text(name, monkeypatch):
+    """It begins short, whatever max_seq_len is; a turn that does not fit is prefilled again in a longer slot."""
+    monkeypatch.setattr(batch, "FIRST_LENGTH", 12)
+    monkeypatch.setattr(scheduler_module, "MARGIN", 1)
+    model, scheduler = build(name), Scheduler(build(name), n_slots=1)
+    ids, lengths, cached = [3, 4, 5, 6], [], []
+    for turn in range(4):
+        request = new_request(TOKENIZER, ids, 6, Sampling(0.8, seed=turn), ())
+        scheduler.add(request)
+        while scheduler.busy:
+            scheduler.step()
+        assert request.tokens == generate_alone(model, ids, Sampling(0.8, seed=turn), 6)
+        cached.append(request.cached_tokens)
+        if model.accepts("state"):
+            lengths.append(scheduler.batch.state.max_len)
+        ids = [*ids, *request.tokens, 1]
+    if model.accepts("state"):
+        assert lengths == [12, 24, 48, 48] and [tokens > 0 for tokens in cached] == [False, False, False, True]
 
 
 def state_bytes(scheduler):
@@ -225,7 +248,7 @@ def test_a_request_that_gets_no_slot_ends_as_well(capsys):
     """Out of memory while its slot is emptied: it is neither waiting nor running then."""
     ended = threading.Event()
     scheduler = Scheduler(build("recurrent"), n_slots=2)
-    scheduler.batch.clear = lambda slot: [][slot]
+    scheduler.batch.clear = lambda slot, n_tokens: [][slot]
     request = new_request(TOKENIZER, [1], 5, Sampling(0), (), notify=lambda: request.finish and ended.set())
     with BatchWorker(scheduler) as worker:
         worker.submit(request)

@@ -384,7 +384,7 @@ def test_layers_are_compiled_once_however_many_there_are(group, monkeypatch, nam
 
 
 def test_unsupported_settings_are_refused(group, tmp_path):
-    with pytest.raises(UserError, match="does not go with --precision=fp16"):
+    with pytest.raises(UserError, match="does not support --precision=fp16"):
         fsdp.shard(tiny(), torch.device("cpu"), "fp16", compiled=False)
     model = tiny()
     model.scale = torch.nn.Parameter(torch.ones(()))

@@ -378,8 +378,8 @@ def test_a_disconnect_cancels_the_requests(stream):
 
 
 def test_the_deadline_ends_an_answer_and_a_wait():
-    with serving(max_batch_size=1, request_timeout=0.5) as server:
-        slowly(server)
+    with serving(max_batch_size=1, request_timeout=2.0) as server:
+        slowly(server, 0.05)
         results = {}
 
         def late():

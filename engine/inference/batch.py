@@ -24,22 +24,38 @@ def forward_step(model: BaseModel, ids: torch.Tensor, state: State, decode_step:
     return model(ids, state=state)[0] if decode_step is None else decode_step(ids, state)
 
 
+FIRST_LENGTH = 4096  # tokens that a single slot has room for at first
+
+
 class CachedBatch:
-    """Slots of one `State`: each token is read once."""
+    """Slots of one `State`: each token is read once.
+
+    A single slot is as long as its text needs, in powers of two: max_seq_len may be far more than memory allows.
+    """
 
     def __init__(self, model: BaseModel, n_slots: int, max_len: int, decode_step: DecodeStep | None = None) -> None:
         self.model = model
         self.decode_step = decode_step
         self.max_len = max_len
-        self.state = model.init_state(n_slots, max_len)
+        self.state = model.init_state(n_slots, max_len if n_slots > 1 else min(max_len, FIRST_LENGTH))
         self._empty = model.init_state(1, max_len)
 
-    def clear(self, slot: int) -> None:
-        """Empty a slot. All of it is overwritten: even behind a mask, a non-finite key spoils the attention."""
+    def has_room(self, n_tokens: int) -> bool:
+        """Return whether a text of `n_tokens`, prompt and answer, fits the slots as they are."""
+        return n_tokens <= self.state.max_len
+
+    def clear(self, slot: int, n_tokens: int) -> None:
+        """Empty a slot for a text of `n_tokens`.
+
+        All of it is overwritten: even behind a mask, a non-finite key spoils the attention.
+        """
         if len(self.state.pos) > 1:
             self.state.overwrite([slot], self._empty)
-        else:  # a new state: on a CPU, memory for a long max_seq_len is only taken as it is filled
-            self.state = self.model.init_state(1, self.max_len)
+            return
+        length = FIRST_LENGTH
+        while length < n_tokens:
+            length *= 2
+        self.state = self.model.init_state(1, min(length, self.max_len))
 
     def swap(self, a: int, b: int) -> None:
         self.state.overwrite([a, b], self.state.select([b, a]))
@@ -85,9 +101,13 @@ class RecomputeBatch:
 
     def __init__(self, model: BaseModel, n_slots: int, max_len: int) -> None:
         self.model = model
+        self.max_len = max_len
         self.ids = torch.zeros(n_slots, max_len, dtype=torch.long, device=next(model.parameters()).device)
 
-    def clear(self, slot: int) -> None:
+    def has_room(self, n_tokens: int) -> bool:
+        return n_tokens <= self.ids.shape[1]
+
+    def clear(self, slot: int, n_tokens: int) -> None:
         """Do nothing: leftover tokens are overwritten before they are read."""
 
     def swap(self, a: int, b: int) -> None:

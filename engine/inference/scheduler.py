@@ -12,6 +12,7 @@ from engine.inference.sampling import Sampling, log_probabilities, sample
 from model.basemodel import BaseModel
 from utils.errors import UserError
 
+MARGIN = 16  # tokens of a slot behind the longest answer, for drafts that are rejected
 PREFILL_TOKENS = 4096  # of prompts per step: bounds how long running requests wait for a prefill
 
 
@@ -160,7 +161,7 @@ class Scheduler:
         admitted = []
         free = self.slots[len(self.running) :]
         for request in requests:
-            slot = self._find_slot(free, request.ids)
+            slot = self._find_slot(free, request)
             free.remove(slot)
             request.cached_tokens = len(slot.ids)
             self.cached_tokens += request.cached_tokens
@@ -195,21 +196,23 @@ class Scheduler:
                 n_tokens += len(taken[-1].ids)
         return taken
 
-    def _find_slot(self, free: list[Slot], ids: list[int]) -> Slot:
-        """Return the slot with the longest cached prefix of `ids`, else the least recently used one, emptied.
+    def _find_slot(self, free: list[Slot], request: Request) -> Slot:
+        """Return the slot with the longest cached prefix of the prompt, else the least recently used one, emptied.
 
         The prompt must begin with all tokens of the slot: a recurrent state cannot go back to an earlier token.
         """
+        ids = request.ids
+        n_tokens = min(len(ids) + request.max_new_tokens + MARGIN, self.batch.max_len)
         matching = [slot for slot in free if len(slot.ids) < len(ids) and slot.ids == ids[: len(slot.ids)]]
         best = max(matching, key=lambda slot: len(slot.ids), default=None)
-        if best is None or not best.ids:
+        if best is None or not best.ids or not self.batch.has_room(n_tokens):
             best = min(free, key=lambda slot: slot.last_used)
             best.ids = []
-            self._clear(self.slots.index(best))
+            self._clear(self.slots.index(best), n_tokens)
         return best
 
-    def _clear(self, index: int) -> None:
-        self.batch.clear(index)
+    def _clear(self, index: int, n_tokens: int) -> None:
+        self.batch.clear(index, n_tokens)
 
     def _forward(self, first: int, new: list[list[int]]) -> torch.Tensor:
         """Append equally many tokens to each of the slots from `first` on: logits (B, V)."""

@@ -39,8 +39,8 @@ def check_speculative(model: BaseModel, kind: str) -> None:
 class Proposer(Protocol):
     """Drafts the tokens that may come next."""
 
-    def reset(self) -> None:
-        """Forget the sequence: another one begins."""
+    def reset(self, max_len: int) -> None:
+        """Forget the sequence: another one begins, of up to `max_len` tokens."""
 
     def observe(self, hidden: torch.Tensor | None, start: int) -> None:
         """Take the `state.hidden` (1, T, D) of the tokens from position `start` on, which are final."""
@@ -68,7 +68,7 @@ class SpeculativeScheduler(Scheduler):
         """kind: "draft" or "ngram"; UserError for a model that cannot. The rest as in `Scheduler`."""
         check_speculative(model, kind)
         super().__init__(model, 1, max_len, max_queue, decode_step)
-        self.proposer: Proposer = DraftProposer(model, self.batch.max_len) if kind == "draft" else NgramProposer()
+        self.proposer: Proposer = DraftProposer(model, self.batch.state.max_len) if kind == "draft" else NgramProposer()
 
     def _decode(self) -> list[Request]:
         if not self.running:
@@ -130,9 +130,9 @@ class SpeculativeScheduler(Scheduler):
             self.batch.state.rewind(n_rejected)
         slot.ids = slot.ids + pending + drafted[:n_accepted]
 
-    def _clear(self, index: int) -> None:
-        super()._clear(index)
-        self.proposer.reset()
+    def _clear(self, index: int, n_tokens: int) -> None:
+        super()._clear(index, n_tokens)
+        self.proposer.reset(self.batch.state.max_len)
 
 
 class DraftProposer:
@@ -140,11 +140,10 @@ class DraftProposer:
 
     def __init__(self, model: BaseModel, max_len: int) -> None:
         self.model = model
-        self.max_len = max_len
-        self.reset()
+        self.reset(max_len)
 
-    def reset(self) -> None:
-        self.state = self.model.init_state(1, self.max_len)
+    def reset(self, max_len: int) -> None:
+        self.state = self.model.init_state(1, max_len)
         self.state.last_only = True
         self._hidden: torch.Tensor | None = None  # of the positions that the state has not read
 
@@ -171,7 +170,7 @@ class DraftProposer:
 class NgramProposer:
     """Copies what followed the last occurrence of the latest tokens: fast for models that quote the prompt."""
 
-    def reset(self) -> None:
+    def reset(self, max_len: int) -> None:
         pass
 
     def observe(self, hidden: torch.Tensor | None, start: int) -> None:
