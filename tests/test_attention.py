@@ -87,7 +87,6 @@ def test_training_on_a_cpu_uses_it_without_loss_of_precision(mask, dtype, error,
     assert len(calls) == 1
 
 
-@pytest.mark.skipif(not ENABLED, reason="MINI_LLM_KERNELS=0: under autocast PyTorch's own attention returns its dtype")
 def test_fp32_under_autocast_stays_fp32():
     """As in a model that leaves the smaller type for attention; the backward pass runs outside of autocast."""
     tensors = inputs(6, 2, 6, torch.float32)

@@ -21,7 +21,7 @@ def attention(q, k, v, mask=None, scale=None):
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return out.transpose(1, 2)[..., :v_dim]
+    return out.transpose(1, 2)[..., :v_dim].to(q.dtype)
 
 
 @dispatch(faster_attention_mask)
