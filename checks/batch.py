@@ -2,7 +2,7 @@
 
 import torch
 
-from checks.harness.model_under_test import ModelUnderTest, logits_of, require_close
+from checks.harness import ModelUnderTest, logits_of, require_close
 
 
 @torch.no_grad()

@@ -3,18 +3,13 @@
 import torch
 from torch import Tensor
 
+from checks.harness import ModelUnderTest, call, logits_of, next_tokens, require, require_close
 from checks.harness.model_under_test import (
     LONG,
-    ModelUnderTest,
-    call,
     embedded_tokens,
     gradient_at_tokens,
-    logits_of,
     negative_log_likelihood,
-    next_tokens,
     positions_text,
-    require,
-    require_close,
 )
 
 # A kernel may group its sums by what the full batch holds (experts do), an FFT mixes all positions in rounding.

@@ -3,15 +3,7 @@
 import torch
 from torch import Tensor
 
-from checks.harness.model_under_test import (
-    ModelUnderTest,
-    NotApplicable,
-    call,
-    logits_of,
-    next_tokens,
-    require,
-    require_close,
-)
+from checks.harness import ModelUnderTest, NotApplicable, call, logits_of, next_tokens, require, require_close
 from checks.harness.snapshot import differences, snapshot
 from model.basemodel import BaseModel
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from checks.harness.model_under_test import ModelUnderTest, NotApplicable, call, next_tokens, require
+from checks.harness import ModelUnderTest, NotApplicable, call, next_tokens, require
 from model import BaseModel
 
 GROUPS = {"matrix", "embed", "scalar"}

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checks.harness.model_under_test import ModelUnderTest, NotApplicable, call, next_tokens, require
-from checks.harness.training import train_steps
+from checks.harness import ModelUnderTest, NotApplicable, call, next_tokens, require, train_steps
 from model.basemodel import BaseModel
 
 BOUNDS = {"activations": (1.6, 100), "gradients": (2.2, 5000)}  # factors from layer to layer, and from first to last

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from checks.harness.model_under_test import ModelUnderTest, NotApplicable, call, logits_of, next_tokens, require
+from checks.harness import ModelUnderTest, NotApplicable, call, logits_of, next_tokens, require
 from checks.harness.tiny_args import LAYERS
 from model.basemodel import BaseModel, BaseModelArgs
 from utils.errors import UserError

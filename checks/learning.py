@@ -6,8 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from checks.harness.model_under_test import ModelUnderTest, call, require
-from checks.harness.training import train_steps
+from checks.harness import ModelUnderTest, call, require, train_steps
 
 Batch = tuple[Tensor, Tensor]  # input_ids and targets
 RATES = (1e-2, 3e-3)  # one of them suits: an architecture is not blamed for its learning rate

@@ -3,15 +3,8 @@
 import torch
 from torch import Tensor
 
-from checks.harness.model_under_test import (
-    ModelUnderTest,
-    call,
-    logits_of,
-    negative_log_likelihood,
-    next_tokens,
-    require,
-    require_close,
-)
+from checks.harness import ModelUnderTest, call, logits_of, next_tokens, require, require_close
+from checks.harness.model_under_test import negative_log_likelihood
 from model.basemodel import BaseModel
 
 

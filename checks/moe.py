@@ -6,15 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from checks.harness.model_under_test import (
-    ModelUnderTest,
-    NotApplicable,
-    call,
-    logits_of,
-    next_tokens,
-    require,
-    require_close,
-)
+from checks.harness import ModelUnderTest, NotApplicable, call, logits_of, next_tokens, require, require_close
 from checks.harness.tiny_args import ACTIVE_EXPERTS
 from model.basemodel import BaseModel
 

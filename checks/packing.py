@@ -3,17 +3,8 @@
 import torch
 from torch import Tensor
 
-from checks.harness.model_under_test import (
-    ModelUnderTest,
-    call,
-    embedded_tokens,
-    gradient_at_tokens,
-    logits_of,
-    next_tokens,
-    positions_text,
-    require,
-    require_close,
-)
+from checks.harness import ModelUnderTest, call, logits_of, next_tokens, require, require_close
+from checks.harness.model_under_test import embedded_tokens, gradient_at_tokens, positions_text
 
 
 def _documents(ids: Tensor, bounds: list[list[int]]) -> Tensor:

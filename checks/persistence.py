@@ -4,8 +4,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from checks.harness.model_under_test import ModelUnderTest, call, logits_of, next_tokens, require, require_close
-from checks.harness.training import train_steps
+from checks.harness import ModelUnderTest, call, logits_of, next_tokens, require, require_close, train_steps
 from model.basemodel import BaseModel
 
 

@@ -5,17 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from checks.harness.model_under_test import (
-    LONG,
-    CheckFailed,
-    ModelUnderTest,
-    NotApplicable,
-    call,
-    logits_of,
-    next_tokens,
-    require,
-    require_close,
-)
+from checks.harness import ModelUnderTest, NotApplicable, call, logits_of, next_tokens, require, require_close
+from checks.harness.model_under_test import LONG, CheckFailed
 from model.basemodel import BaseModel
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from checks.harness.model_under_test import LONG, ModelUnderTest, NotApplicable, call, logits_of, require, require_close
+from checks.harness import ModelUnderTest, NotApplicable, call, logits_of, require, require_close
+from checks.harness.model_under_test import LONG
 from model.basemodel import BaseModel, State
 
 
