@@ -220,22 +220,22 @@ def sync_folder(directory: Path) -> None:
     """Flush the names in a directory to the disk; Windows cannot open directories and does it by itself."""
     if os.name == "nt":
         return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _fsync(directory, os.O_RDONLY)
 
 
 def sync_files(directory: Path) -> None:
     """Flush every file below a directory to the disk, for files that a library has written."""
     for path in sorted(directory.rglob("*")):
         if path.is_file():
-            handle = os.open(path, os.O_RDWR)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _fsync(path, os.O_RDWR)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def folder_bytes(directory: Path) -> int:
