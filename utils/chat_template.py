@@ -30,14 +30,9 @@ CHAT_TEMPLATE = (
 class ChatTokenizer(Protocol):
     """What the template needs of a tokenizer; `utils.tokenizer.Tokenizer` has it."""
 
-    @property
-    def bos_id(self) -> int: ...
-
-    @property
-    def im_start_id(self) -> int: ...
-
-    @property
-    def im_end_id(self) -> int: ...
+    bos_id: int
+    im_start_id: int
+    im_end_id: int
 
     def encode(self, text: str) -> list[int]: ...
 
