@@ -4,6 +4,7 @@ The clients verify a download against the registry's checksum; a kept file is ve
 """
 
 import gzip
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -12,11 +13,22 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from utils.atomic import write_text
 from utils.errors import UserError
+
+Record = TypeVar("Record", bound=dict[str, Any])
+
+
+def ordered_by_hash(records: Iterable[Record], document: Callable[[Record], str], none_text: str) -> list[Record]:
+    """The records in the order of the SHA-1 of their documents. UserError with `none_text` when there are none."""
+    by_hash = {hashlib.sha1(document(record).encode()).hexdigest(): record for record in records}
+    if not by_hash:
+        raise UserError(f"{none_text}: delete it and fetch again")
+    return [by_hash[key] for key in sorted(by_hash)]
 
 
 def npm_pack(package: str, folder: Path) -> Path:

