@@ -84,9 +84,7 @@ def train(
         return estimate_run(config, stage, directory.folder, model, step, plan, total_steps, train_data, val_data)
 
     # ---------------------------------------------------------------- 4. the run
-    run = set_up(
-        config, stage, model, tokenizer, train_data, val_data, next_command, step, state, directory, fingerprint
-    )
+    run = set_up(config, stage, model, step, state, tokenizer, train_data, val_data, directory, fingerprint)
     with (
         remove_if_empty_on_error(run.folder),
         StopSignal() as stop,
@@ -96,7 +94,7 @@ def train(
     ):
         loop(run, stop)
         finish(run, stop)
-    return summarize(run)
+    return summarize(run, next_command)
 
 
 def loop(run: TrainRun, stop: StopSignal) -> None:
@@ -185,7 +183,7 @@ def finish(run: TrainRun, stop: StopSignal) -> None:
         run.checkpoints.save_final(run.state, run.val)
 
 
-def summarize(run: TrainRun) -> dict[str, Any]:
+def summarize(run: TrainRun, next_command: str) -> dict[str, Any]:
     """Write summary.json, release the run folder, log the result; return the summary."""
     state, val, stopped_by = run.state, run.val, run.stopped_by
     summary = {
@@ -205,7 +203,7 @@ def summarize(run: TrainRun) -> dict[str, Any]:
         "val_bpc": val.get("val_bpc"),
         "best_checkpoint": run.checkpoints.best(),
         "params": run.model.num_params(),
-        "next_command": "the same command again" if stopped_by else run.next_command,
+        "next_command": "the same command again" if stopped_by else next_command,
     }
     run.log.close()
     if run.lock is not None:

@@ -46,7 +46,6 @@ class TrainRun:
     model: BaseModel
     tokenizer: Tokenizer
     val_data: DocumentSequences | None
-    next_command: str
     step: TrainStep
     state: dict[str, Any]  # saved with every checkpoint: step, tokens, seconds, skipped, smooth_loss ...
     plan: BatchPlan
@@ -165,12 +164,11 @@ def set_up(
     config: TrainConfig,
     stage: str,
     model: BaseModel,
+    step: TrainStep,
+    state: dict[str, Any],
     tokenizer: Tokenizer,
     train_data: Sequences,
     val_data: DocumentSequences | None,
-    next_command: str,
-    step: TrainStep,
-    state: dict[str, Any],
     directory: RunDirectory,
     fingerprint: Fingerprint,
 ) -> TrainRun:
@@ -208,7 +206,6 @@ def set_up(
         model=model,
         tokenizer=tokenizer,
         val_data=val_data,
-        next_command=next_command,
         step=step,
         state=state,
         plan=plan,
