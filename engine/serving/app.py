@@ -15,7 +15,7 @@ from engine.serving.errors import ApiError, install_error_handlers
 from engine.serving.metrics import Metrics, MetricsMiddleware
 from engine.serving.middleware import AccessMiddleware, BodyMiddleware, bearer
 from engine.serving.options import ServingOptions
-from engine.serving.responses import ChatFormat, CompletionFormat, CompletionResponse, Format
+from engine.serving.responses import CHAT_FORMAT, COMPLETION_FORMAT, CompletionResponse, Format
 from engine.serving.schemas import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -59,14 +59,14 @@ class Endpoints:
             )
         messages = [message.to_dict() for message in body.messages]
         ids, _ = await asyncio.to_thread(self.chat_model.prompt_ids, messages)
-        return self.respond(body, ChatFormat(), [ids])
+        return self.respond(body, CHAT_FORMAT, [ids])
 
     async def complete(self, body: CompletionRequest) -> Response:
         self.check_model_name(body.model)
         prompts = body.prompts()
         if isinstance(prompts[0], str):
             prompts = await asyncio.to_thread(lambda: [self.chat_model.text_ids(text) for text in body.prompts()])
-        return self.respond(body, CompletionFormat(), prompts)
+        return self.respond(body, COMPLETION_FORMAT, prompts)
 
     def check_model_name(self, name: str | None) -> None:
         if name not in (None, self.name):

@@ -6,7 +6,8 @@ import secrets
 import time
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -127,66 +128,53 @@ def completion_logprobs(entries: list[TokenEntry]) -> CompletionLogprobs:
     )
 
 
-class Format(Protocol):
+def first_chat_chunk(index: int) -> ChatChoice:
+    delta = AssistantMessage(role="assistant", content="")
+    return ChatChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
+
+
+def chat_chunk(index: int, delta: Delta) -> ChatChoice:
+    return ChatChoice(
+        index=index,
+        delta=AssistantMessage(content=delta.text) if delta.finish is None else AssistantMessage(),
+        logprobs=chat_logprobs(delta.tokens) if delta.tokens else None,
+        finish_reason=delta.finish,
+    )
+
+
+def chat_choice(index: int, delta: Delta) -> ChatChoice:
+    return ChatChoice(
+        index=index,
+        message=AssistantMessage(role="assistant", content=delta.text),
+        logprobs=None if delta.tokens is None else chat_logprobs(delta.tokens),
+        finish_reason=delta.finish,
+    )
+
+
+def completion_choice(index: int, delta: Delta) -> CompletionChoice:
+    logprobs = None if delta.tokens is None else completion_logprobs(delta.tokens)
+    return CompletionChoice(index=index, text=delta.text, finish_reason=delta.finish, logprobs=logprobs)
+
+
+@dataclass(frozen=True)
+class Format:
     """How one endpoint writes its choices."""
 
     id_prefix: str
     object: str
     chunk_object: str
     schema: Callable[..., GenerationResponse]
-
-    def first_chunk(self, index: int) -> Any: ...
-
-    def chunk(self, index: int, delta: Delta) -> Any: ...
-
-    def choice(self, index: int, delta: Delta) -> Any: ...
+    choice: Callable[[int, Delta], Any]
+    chunk: Callable[[int, Delta], Any]
+    first_chunk: Callable[[int], Any] | None = None
 
 
-class ChatFormat:
-    """/v1/chat/completions"""
-
-    id_prefix = "chatcmpl-"
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-    schema: Callable[..., GenerationResponse] = ChatCompletion
-
-    def first_chunk(self, index: int) -> ChatChoice:
-        delta = AssistantMessage(role="assistant", content="")
-        return ChatChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
-
-    def chunk(self, index: int, delta: Delta) -> ChatChoice:
-        return ChatChoice(
-            index=index,
-            delta=AssistantMessage(content=delta.text) if delta.finish is None else AssistantMessage(),
-            logprobs=chat_logprobs(delta.tokens) if delta.tokens else None,
-            finish_reason=delta.finish,
-        )
-
-    def choice(self, index: int, delta: Delta) -> ChatChoice:
-        return ChatChoice(
-            index=index,
-            message=AssistantMessage(role="assistant", content=delta.text),
-            logprobs=None if delta.tokens is None else chat_logprobs(delta.tokens),
-            finish_reason=delta.finish,
-        )
-
-
-class CompletionFormat:
-    """/v1/completions"""
-
-    id_prefix = "cmpl-"
-    object = "text_completion"
-    chunk_object = "text_completion"
-    schema: Callable[..., GenerationResponse] = Completion
-
-    def first_chunk(self, index: int) -> None:
-        return None
-
-    def choice(self, index: int, delta: Delta) -> CompletionChoice:
-        logprobs = None if delta.tokens is None else completion_logprobs(delta.tokens)
-        return CompletionChoice(index=index, text=delta.text, finish_reason=delta.finish, logprobs=logprobs)
-
-    chunk = choice
+CHAT_FORMAT = Format(
+    "chatcmpl-", "chat.completion", "chat.completion.chunk", ChatCompletion, chat_choice, chat_chunk, first_chat_chunk
+)
+COMPLETION_FORMAT = Format(
+    "cmpl-", "text_completion", "text_completion", Completion, completion_choice, completion_choice
+)
 
 
 class CompletionResponse(Response):
@@ -293,9 +281,8 @@ class CompletionResponse(Response):
     async def _chunks(self) -> AsyncIterator[bytes]:
         usage = {"usage": None} if self.include_usage else {}
         for index in range(len(self.requests)):
-            first_chunk = self.format.first_chunk(index)
-            if first_chunk is not None:
-                yield self._json([first_chunk], **usage)
+            if self.format.first_chunk is not None:
+                yield self._json([self.format.first_chunk(index)], **usage)
         running = list(range(len(self.requests)))
         while running:
             for index in list(running):
