@@ -21,7 +21,7 @@ from engine.runs.registry import load_run
 from engine.training.evaluate import held_out_loss
 from model import ModelError, get_model_and_args
 from model.basemodel import BaseModel
-from tests.support.models import SHIPPED
+from tests.support.models import SHIPPED, TINY, sizes_of
 from tests.support.token_files import stage_files
 from utils.chat_template import encode_chat
 from utils.errors import UserError
@@ -30,22 +30,7 @@ from utils.tokenizer import SPECIAL_TOKENS, StreamDecoder
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
-SMALL = {
-    "dim": 32,
-    "n_layers": 3,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "head_dim": 8,
-    "inter_dim": 48,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "moe_inter_dim": 16,
-    "n_routed_experts": 4,
-    "n_activated_experts": 2,
-}
+SMALL = {**TINY, "kv_lora_rank": 8, "qk_rope_head_dim": 4}
 PUBLISHED = [name for name in SHIPPED if get_model_and_args(name)[0].hf_layout is not None]
 CHAT = [
     {"role": "system", "content": "短答"},
@@ -65,8 +50,7 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="module", params=PUBLISHED)
 def run(request, work):
     """A run that was trained, and its export."""
-    fields = get_model_and_args(request.param)[1].__dataclass_fields__
-    sizes = [f"--model.{key}={value}" for key, value in SMALL.items() if key in fields]
+    sizes = [f"--model.{key}={value}" for key, value in sizes_of(request.param, SMALL).items()]
     summary = pretrain.main(
         [
             f"--model_name={request.param}",
@@ -198,34 +182,25 @@ def foreign_tokenizer(folder, special):
 def checkpoint_of_others(folder, kind, vocab_size, special):
     """A random model that transformers saves itself, in several files."""
     torch.manual_seed(0)
+    sizes = dict(vocab_size=vocab_size, hidden_size=32, num_attention_heads=4, max_position_embeddings=256)
+    rope = {"factor": 8.0, "original_max_position_embeddings": 32}
     if kind == "llama":
         config = transformers.LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=32,
+            **sizes,
             intermediate_size=44,
             num_hidden_layers=2,
-            num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=256,
             initializer_range=0.2,
-            rope_parameters={
-                "rope_type": "llama3",
-                "rope_theta": 5e5,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            },
+            rope_parameters=rope
+            | {"rope_type": "llama3", "rope_theta": 5e5, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
         )
         model = transformers.LlamaForCausalLM(config)
     else:
         config = transformers.DeepseekV3Config(
-            vocab_size=vocab_size,
-            hidden_size=32,
+            **sizes,
             intermediate_size=48,
             moe_intermediate_size=16,
             num_hidden_layers=3,
-            num_attention_heads=4,
             num_key_value_heads=4,
             n_routed_experts=8,
             num_experts_per_tok=3,
@@ -237,18 +212,10 @@ def checkpoint_of_others(folder, kind, vocab_size, special):
             qk_rope_head_dim=4,
             qk_nope_head_dim=8,
             v_head_dim=8,
-            max_position_embeddings=256,
             initializer_range=0.2,
-            rope_parameters={
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 8.0,
-                "original_max_position_embeddings": 32,
-                "beta_fast": 32,
-                "beta_slow": 1,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-            },
+            rope_parameters=rope
+            | {"rope_type": "yarn", "rope_theta": 1e4, "beta_fast": 32, "beta_slow": 1}
+            | {"mscale": 1.0, "mscale_all_dim": 1.0},
         )
         model = transformers.DeepseekV3ForCausalLM(config)
         for layer in model.model.layers[1:]:
@@ -374,8 +341,7 @@ def test_a_model_without_a_layout_is_one_line():
 def test_two_names_for_one_tensor_are_found():
     """A table that lets two tensors fall together would lose one of them."""
     Model, ModelArgs = get_model_and_args(PUBLISHED[0])
-    fields = {key: value for key, value in SMALL.items() if key in ModelArgs.__dataclass_fields__}
-    model = Model(ModelArgs(vocab_size=40, max_seq_len=8, **fields))
+    model = Model(ModelArgs(vocab_size=40, max_seq_len=8, **sizes_of(PUBLISHED[0], SMALL)))
 
     class Wrong(Model):
         model_name = None

@@ -12,8 +12,8 @@ from engine.inference.generate import decode, generate, new_request, stream
 from engine.inference.sampling import Sampling
 from engine.inference.speculative import SpeculativeScheduler
 from model import get_model_and_args
-from tests.support.decoding_models import EVERY, PROMPTS, TINY, TOKENIZER, V, build
-from tests.support.models import SHIPPED
+from tests.support.decoding_models import EVERY, PROMPTS, TOKENIZER, V, build
+from tests.support.models import SHIPPED, TINY, sizes_of
 from utils.errors import UserError
 
 DRAFTING = [name for name in SHIPPED if build(name).draft is not None]
@@ -89,13 +89,7 @@ def test_sampled_tokens_follow_the_exact_distribution(name):
     """All answers of three tokens over a small vocabulary against their probabilities, by Pearson's chi-squared."""
     Model, ModelArgs = get_model_and_args(name)
     torch.manual_seed(5)
-    model = Model(
-        ModelArgs(
-            vocab_size=4,
-            max_seq_len=16,
-            **{key: value for key, value in TINY.items() if key in ModelArgs.__dataclass_fields__},
-        )
-    )
+    model = Model(ModelArgs(vocab_size=4, max_seq_len=16, **sizes_of(name, TINY)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -1,6 +1,5 @@
 """Small models with random weights, for tests of decoding: registered ones, unusual ones and two without attention."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -8,26 +7,10 @@ import torch
 
 from model import BaseModel, BaseModelArgs, get_model_and_args
 from tests.mutants.unusual import Hybrid, LearnedPositions, Recurrent, RunningMean
-from tests.support.models import SHIPPED
+from tests.support.models import SHIPPED, TINY, sizes_of
 
 V, LONGEST = 61, 48
 TOKENIZER = SimpleNamespace(eos_id=2, im_end_id=5)
-TINY = {
-    "dim": 32,
-    "n_layers": 3,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "head_dim": 8,
-    "inter_dim": 48,
-    "moe_inter_dim": 16,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "n_activated_experts": 2,
-}
 PROMPTS = [[1, 7, 8, 9], [1, 20], [1, 33, 34, 35, 36, 37, 38, 39, 40], [1, 50, 51, 52], [4] * 30]
 UNUSUAL_MODELS = {Model.__name__: Model for Model in (Recurrent, Hybrid, RunningMean, LearnedPositions)}
 EVERY = [
@@ -81,8 +64,7 @@ def build(name, longest=LONGEST):
         model = Model(Model.Args(vocab_size=V, max_seq_len=longest))
     else:
         Model, ModelArgs = get_model_and_args(name)
-        known = {field.name for field in dataclasses.fields(ModelArgs)}
-        model = Model(ModelArgs(vocab_size=V, max_seq_len=longest, **{k: v for k, v in TINY.items() if k in known}))
+        model = Model(ModelArgs(vocab_size=V, max_seq_len=longest, **sizes_of(name, TINY)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

@@ -1,5 +1,7 @@
 """The models that tests run with: those that ship. A plugin that is dropped into model/ is none of them."""
 
+from model import get_model_and_args
+
 BASE_MODEL = "mini_deepseekv3"  # of the small run that continues a text
 CHAT_MODEL = "mini_llama3"  # of the small run that answers
 
@@ -32,3 +34,25 @@ TEMPLATE_SKIPS = {  # the template has neither a state nor doc_ids nor experts
     *MOE_CHECKS,
 }
 SHIPPED = tuple(EXPECTED_SKIPS)
+TINY = {
+    "dim": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "inter_dim": 48,
+    "moe_inter_dim": 16,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_activated_experts": 2,
+}
+
+
+def sizes_of(name, sizes):
+    """Return those of `sizes` that model `name` has."""
+    fields = get_model_and_args(name)[1].__dataclass_fields__
+    return {key: value for key, value in sizes.items() if key in fields}

@@ -16,7 +16,7 @@ from engine.serving.app import make_app
 from engine.serving.server import make_server, open_socket
 from model import get_model_and_args
 from serve import ServeConfig
-from tests.support.models import CHAT_MODEL
+from tests.support.models import CHAT_MODEL, sizes_of
 from tests.support.small_runs import SIZES, poem_tokenizer
 
 NAME, MODEL = "sft_tiny", CHAT_MODEL
@@ -28,15 +28,8 @@ def make_run(name=MODEL, stage="sft"):
     """A LoadedRun whose model is far from uniform, so that its likeliest token does not depend on rounding."""
     tokenizer = poem_tokenizer(Path(tempfile.mkdtemp(prefix="serving_")) / "tokenizer")
     Model, ModelArgs = get_model_and_args(name)
-    known = ModelArgs.__dataclass_fields__
     torch.manual_seed(3)
-    model = Model(
-        ModelArgs(
-            vocab_size=tokenizer.vocab_size,
-            max_seq_len=MAX_SEQ_LEN,
-            **{key: value for key, value in SIZES.items() if key in known},
-        )
-    )
+    model = Model(ModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=MAX_SEQ_LEN, **sizes_of(name, SIZES)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
