@@ -1,6 +1,6 @@
 """A small transformer, right in every way, in pieces that a mutant can replace; and the registry of mutants."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,12 @@ class MoEModelArgs(RightModelArgs):
     n_activated_experts: int = 2
     bias_update_speed: float = 0.01
     balance_weight: float = 0.01
+
+
+def with_defaults(ModelArgs, **defaults):
+    """Return the args class with other defaults."""
+    fields = [(name, type(value), value) for name, value in defaults.items()]
+    return make_dataclass(ModelArgs.__name__, fields, bases=(ModelArgs,))
 
 
 def mutant(caught_by, ModelArgs=None):
@@ -224,6 +230,13 @@ class RightModel(BaseModel):
     def cross_entropy(self, logits, targets):
         total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
         return total / (targets != -100).sum().clamp(min=1)
+
+
+class WithoutAttention(RightModel):
+    """For layers that mix the tokens in another way: no flops of attention."""
+
+    def attention_flops_per_token(self, seq_len):
+        return 0
 
 
 class MoEModel(RightModel):

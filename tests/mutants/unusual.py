@@ -18,7 +18,9 @@ from .right import (
     MoEModelArgs,
     RightModel,
     RightModelArgs,
+    WithoutAttention,
     unusual,
+    with_defaults,
 )
 from .wrong_state import CarriesAMean
 
@@ -27,11 +29,8 @@ unusual(MoEModel)
 
 
 @unusual
-class RunningMean(RightModel):
+class RunningMean(WithoutAttention):
     Attention = CarriesAMean
-
-    def attention_flops_per_token(self, seq_len):
-        return 0
 
 
 @unusual
@@ -67,14 +66,9 @@ class LearnedPositions(RightModel):
         return self.tok_embed(input_ids) + self.pos_embed(positions)
 
 
-@dataclass
-class MultiQueryModelArgs(RightModelArgs):
-    n_kv_heads: int = 1
-
-
 @unusual
 class MultiQuery(RightModel):
-    Args = MultiQueryModelArgs
+    Args = with_defaults(RightModelArgs, n_kv_heads=1)
 
 
 @unusual
@@ -158,16 +152,11 @@ class TrainsWithDropout(RightModel):
             return F.dropout(super().forward(x), 0.2, self.training)
 
 
-@dataclass
-class OneExpertModelArgs(MoEModelArgs):
-    n_activated_experts: int = 1
-
-
 @unusual
 class OneExpert(MoEModel):
     """Switch's: one active expert by a softmax, its weight not normalised, no routing bias, a ModuleList of experts."""
 
-    Args = OneExpertModelArgs
+    Args = with_defaults(MoEModelArgs, n_activated_experts=1)
 
     class FFN(MoE):
         def __init__(self, args):
@@ -268,11 +257,8 @@ class GatedRecurrence(nn.Module):
 
 
 @unusual
-class Recurrent(RightModel):
+class Recurrent(WithoutAttention):
     Attention = GatedRecurrence
-
-    def attention_flops_per_token(self, seq_len):
-        return 0
 
 
 @unusual

@@ -1,11 +1,9 @@
 """State that is not saved, failures under bf16 and torch.compile, and MoE models with wrong routing."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-from .right import Attention, FeedForward, MoE, MoEModel, MoEModelArgs, RightModel, mutant
+from .right import Attention, FeedForward, MoE, MoEModel, MoEModelArgs, RightModel, mutant, with_defaults
 
 SAVED, TIED = "persistence.saved_weights_restore_the_model", "persistence.tied_weights_stay_tied"
 
@@ -158,12 +156,7 @@ class DetachesTheWeights(MoEModel):
             return super().weigh(scores.detach(), chosen)
 
 
-@dataclass
-class OneExpertModelArgs(MoEModelArgs):
-    n_activated_experts: int = 1
-
-
-@mutant("moe.routers_have_a_task_gradient", OneExpertModelArgs)
+@mutant("moe.routers_have_a_task_gradient", with_defaults(MoEModelArgs, n_activated_experts=1))
 class OneWeightDividedByItself(MoEModel):
     pass
 
