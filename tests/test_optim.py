@@ -13,6 +13,7 @@ from engine.training.config import TrainConfig
 from engine.training.ema import EMA
 from engine.training.muon import Muon, orthogonalize
 from engine.training.optim import CombinedOptimizer, build_optimizer
+from tests.support.checkpoints import config_with
 from tests.support.models import BASE_MODEL, SHIPPED
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
@@ -59,16 +60,7 @@ def test_muon_step_equals_the_formula():
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
     model = ModelUnderTest(name).build().train()
-    config = SimpleNamespace(
-        optimizer=optimizer,
-        max_lr=1e-2,
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-        embed_lr_scale=0.5,
-        scalar_lr_scale=1.0,
-        ema=0.0,
-    )
-    combined = build_optimizer(model, config)
+    combined = build_optimizer(model, config_with(optimizer=optimizer, embed_lr_scale=0.5))
     combined.set_lr(2e-2)
     groups = {id(p): g for g in combined.param_groups for p in g["params"]}
     assert groups[id(model.tok_embed.weight)]["lr"] == 1e-2
@@ -86,15 +78,7 @@ def test_every_parameter_moves_and_only_matrices_decay(name, optimizer):
 def test_adamw_equals_the_formula(name):
     """Three steps of a model's parameters against Loshchilov and Hutter's algorithm 2 in float64."""
     model = ModelUnderTest(name).build().train()
-    config = SimpleNamespace(
-        optimizer="adamw",
-        max_lr=1e-2,
-        betas=(0.8, 0.9),
-        weight_decay=0.1,
-        embed_lr_scale=3.0,
-        scalar_lr_scale=0.5,
-        ema=0.0,
-    )
+    config = config_with(optimizer="adamw", betas=(0.8, 0.9), embed_lr_scale=3.0, scalar_lr_scale=0.5)
     optimizer = build_optimizer(model, config)
     groups = model.param_groups()
     scales = {"matrix": 1.0, "embed": 3.0, "scalar": 0.5}

@@ -5,16 +5,14 @@ import os
 import random
 import shutil
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 
 from engine.runs import checkpoint_manager
 from engine.runs.checkpoint import find_checkpoints, load_training_state, newest_checkpoint, step_of, verify_checkpoint
 from engine.runs.checkpoint_manager import CheckpointManager
-from tests.support.checkpoints import CONFIG, save, trained, two_checkpoints
-from tests.support.faulty_disk import Died, FaultyOS, mount_small
-from utils.errors import UserError
+from tests.support.checkpoints import CONFIG, config_with, save, save_with_a_fault, trained, two_checkpoints
+from tests.support.faulty_disk import FaultyOS, mount_small
 
 FLIPS = int(os.environ.get("FLIPS", "300"))
 
@@ -46,18 +44,8 @@ def test_a_fault_at_every_call_of_a_save_leaves_a_valid_checkpoint(example, tmp_
     for at, name in enumerate(names):
         if name != "write" and fault in ("short", "dies within"):
             continue
-        run, ended = shutil.copytree(example[0], tmp_path / f"{fault}-{at}"), "saved"
-        with pytest.MonkeyPatch.context() as patch:
-            FaultyOS(patch, at, fault)
-            try:
-                save(run, *example[1:], 3)
-            except UserError as error:
-                assert "could not be saved" in str(error)
-                ended = "refused"
-            except Died:
-                ended = "died"
-        newest = newest_checkpoint(run)
-        assert newest is not None and step_of(newest) in ((3,) if ended == "saved" else (2, 3)), (fault, at, name)
+        run = shutil.copytree(example[0], tmp_path / f"{fault}-{at}")
+        ended, newest = save_with_a_fault(run, *example[1:], at, fault)
         assert fault != "short" or ended == "saved"
         state = load_training_state(newest, *trained(1))
         assert state["step"] == step_of(newest), (fault, at, name)
@@ -110,7 +98,7 @@ def test_pruning_counts_valid_checkpoints_only_and_keeps_the_one_just_written(ex
 
 def test_retention_of_the_newest_every_nth_and_the_best(tmp_path):
     model, optimizer = trained()
-    config = SimpleNamespace(**{**vars(CONFIG), "keep_last": 2, "keep_every": 4, "keep_best": True})
+    config = config_with(keep_last=2, keep_every=4, keep_best=True)
     saver = CheckpointManager(tmp_path, config, model, optimizer, {})
     losses = {1: 3.0, 2: 2.0, 3: 2.5, 5: float("nan"), 6: 2.2, 7: 2.1}
     for step in range(1, 11):
