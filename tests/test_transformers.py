@@ -157,33 +157,15 @@ def test_rope_scaling_reaches_beyond_the_training():
 
     from model.layers import rope_amplitude, rope_frequencies
 
+    def yarn(mscale):
+        fields = dict(rope_type="yarn", rope_factor=40.0, rope_original_max_seq_len=4096)
+        return fields | dict(rope_mscale=mscale, rope_mscale_all_dim=mscale)
+
     published = [
         (LLAMA, 128, 5e5, dict(rope_type="llama3", rope_factor=8.0, rope_original_max_seq_len=8192)),  # Llama 3.1
         (LLAMA, 64, 5e5, dict(rope_type="llama3", rope_factor=32.0, rope_original_max_seq_len=8192)),  # Llama 3.2
-        (
-            DEEPSEEK,
-            64,
-            1e4,
-            dict(
-                rope_type="yarn",
-                rope_factor=40.0,
-                rope_original_max_seq_len=4096,
-                rope_mscale=1.0,
-                rope_mscale_all_dim=1.0,
-            ),
-        ),  # DeepSeek-V3
-        (
-            DEEPSEEK,
-            64,
-            1e4,
-            dict(
-                rope_type="yarn",
-                rope_factor=40.0,
-                rope_original_max_seq_len=4096,
-                rope_mscale=0.707,
-                rope_mscale_all_dim=0.707,
-            ),
-        ),
+        (DEEPSEEK, 64, 1e4, yarn(mscale=1.0)),  # DeepSeek-V3
+        (DEEPSEEK, 64, 1e4, yarn(mscale=0.707)),
         (LLAMA, 128, 1e6, dict(rope_type="yarn", rope_factor=4.0, rope_original_max_seq_len=32768)),
     ]
     for name, head_dim, theta, fields in published:
