@@ -9,9 +9,9 @@ from engine.data.sequences import DocumentSequences, WindowSequences
 from engine.data.token_file import TokenFile
 from engine.training import loop
 from engine.training.config import TrainConfig
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.tiny_model import TinyModel, TinyModelArgs
 from tests.support.token_files import pretrain_files
-from tests.support.tokenizers import make_tokenizer
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and all it starts
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.texts import HOSTILE
-from tests.support.tokenizers import make_tokenizer
 from utils.chat_template import ROLES, encode_chat, encode_chats
 from utils.errors import UserError
 from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS

@@ -17,11 +17,11 @@ from checks.harness.runner import first_sentence, usual_causes
 from checks.harness.tiny_args import tiny_args
 from model import ModelError
 from model.new import new_file
-from tests.mutants.right import RightModel, RightModelArgs
+from tests.mutants.right import RightModel, RightModelArgs, with_defaults
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.models import BASE_MODEL
 from tests.support.paths import ROOT
 from tests.support.token_files import pretrain_files
-from tests.support.tokenizers import make_tokenizer
 from utils.errors import UserError
 
 
@@ -141,20 +141,12 @@ def test_a_check_documents_what_how_and_why(name):
 # ------------------------------------------------------------------- shrinking
 
 
-@dataclass
-class OtherNamesModelArgs(RightModelArgs):
-    vocab_size: int = 32000
-    max_seq_len: int = 512
-    dim: int = 512
-    n_heads: int = 8
-    n_kv_heads: int = 8
-    head_dim: int = 64
-    n_layers: int = 12
-    inter_dim: int = 2048
+LARGE = {"vocab_size": 32000, "max_seq_len": 512, "dim": 512, "n_layers": 12, "inter_dim": 2048}
+LargeModelArgs = with_defaults(RightModelArgs, **LARGE, n_heads=8, n_kv_heads=8, head_dim=64)
 
 
 @dataclass
-class TiedSizesModelArgs(OtherNamesModelArgs):
+class TiedSizesModelArgs(LargeModelArgs):
     """Only heads of exactly 64, and at least one layer of each kind."""
 
     layer_types: list = field(default_factory=lambda: ["wide"] * 8 + ["narrow"] * 4)
@@ -165,14 +157,14 @@ class TiedSizesModelArgs(OtherNamesModelArgs):
 
 
 @dataclass
-class DefinesTinyModelArgs(OtherNamesModelArgs):
+class DefinesTinyModelArgs(LargeModelArgs):
     @classmethod
     def tiny(cls):
         return cls(vocab_size=50, max_seq_len=16, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, inter_dim=16)
 
 
 def test_common_names_are_made_small():
-    args, warning = tiny_args(RightModel, OtherNamesModelArgs)
+    args, warning = tiny_args(RightModel, LargeModelArgs)
     assert args.dim == 32 and args.n_layers == 3 and args.vocab_size == 97 and not warning
     assert args.n_heads * args.head_dim == args.dim
 

@@ -10,8 +10,8 @@ from engine.data.sequences import IGNORE, PADDING, DocumentSequences, WindowSequ
 from engine.data.shuffle import shuffled
 from engine.data.token_file import TokenFile
 from engine.training.batch_plan import BatchPlan
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.token_files import pretrain_files, write_tokens
-from tests.support.tokenizers import make_tokenizer
 from utils.errors import UserError
 
 

@@ -8,7 +8,7 @@ from engine.inference.detokenizer import StreamDetokenizer
 from engine.inference.generate import decode, generate, new_request
 from engine.inference.sampling import Sampling
 from tests.support.decoding_models import V, build
-from tests.support.tokenizers import make_tokenizer
+from tests.support.make_tokenizer import make_tokenizer
 
 
 @pytest.fixture(scope="module")

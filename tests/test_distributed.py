@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from engine.distributed import process_group
-from tests.support.torchrun import WORKER, figures, sft_folder, train
+from tests.support.paths import ROOT
+from tests.support.torchrun import figures, sft_folder, train
 from utils.errors import UserError
 
 
@@ -31,7 +32,7 @@ run_script(main)"""
         [sys.executable, "-c", code],
         env={**os.environ, "WORLD_SIZE": "2"},
         text=True,
-        cwd=WORKER.parents[2],
+        cwd=ROOT,
         capture_output=True,
         timeout=120,
     )

@@ -22,8 +22,8 @@ from preprocess_data.pipeline.fast_encoder import (
     encode_documents,
 )
 from preprocess_data.preprocess_data import main
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.texts import HOSTILE, SENTENCES, random_text, write_lines
-from tests.support.tokenizers import make_tokenizer
 from utils.text import clean_text
 from utils.tokenizer import load_tokenizer
 

@@ -15,8 +15,8 @@ from preprocess_data.corpora.fetching import write_jsonl
 from preprocess_data.pipeline import report
 from preprocess_data.pipeline.tokenizer_report import from_tokenizer, write_report
 from preprocess_data.pipeline.train_bpe import save
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.texts import SENTENCES, write_lines
-from tests.support.tokenizers import make_tokenizer
 from utils.atomic import GrowingFile, write_text
 from utils.errors import UserError, run_script
 

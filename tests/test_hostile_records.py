@@ -12,8 +12,8 @@ from preprocess_data.pipeline import prepare as prepare_module
 from preprocess_data.preprocess_data import main
 from preprocess_data.readers.chat import to_messages
 from preprocess_data.readers.records import InvalidRecord
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.texts import HOSTILE
-from tests.support.tokenizers import make_tokenizer
 from utils.text import clean_text
 
 RECORDS = int(os.environ.get("RECORDS", 100))

@@ -4,14 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.support.models import SHIPPED
+from tests.support.paths import ROOT
 
 KILLS = int(os.environ.get("KILLS", "4"))
-WORKER = Path(__file__).parent / "support/kill_worker.py"
+WORKER = "tests.support.kill_worker"
 
 
 @pytest.mark.slow
@@ -19,8 +19,9 @@ WORKER = Path(__file__).parent / "support/kill_worker.py"
 @pytest.mark.parametrize("model", SHIPPED)
 def test_killed_runs_equal_the_uninterrupted_one(model, tmp_path):
     """Metrics except times, samples, the best checkpoint and the sha256 of the final weights."""
-    command = [sys.executable, str(WORKER), model, str(KILLS), str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", WORKER, model, str(KILLS), str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["different"] == [] and report["kills"] == KILLS and report["inside_a_save"] > 0

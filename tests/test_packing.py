@@ -15,8 +15,8 @@ from engine.data.packing import best_fit
 from engine.data.sequences import IGNORE, DocumentSequences
 from engine.data.token_file import TokenFile
 from engine.training.evaluate import held_out_loss
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.texts import HOSTILE, SENTENCES
-from tests.support.tokenizers import make_tokenizer
 from utils.chat_template import encode_chat
 from utils.errors import UserError
 

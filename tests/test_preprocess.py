@@ -17,8 +17,8 @@ from preprocess_data.pipeline.token_writer import token_dtype
 from preprocess_data.preprocess_data import main
 from preprocess_data.readers.chat import to_messages
 from preprocess_data.readers.records import InvalidRecord
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.texts import HOSTILE, SENTENCES, write_lines
-from tests.support.tokenizers import make_tokenizer
 from utils.chat_template import encode_chat
 from utils.errors import UserError
 from utils.text import clean_text

@@ -7,8 +7,8 @@ import pytest
 
 from preprocess_data.pipeline.report import SAMPLES, write_report
 from preprocess_data.preprocess_data import main
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.texts import HOSTILE, SENTENCES, write_lines
-from tests.support.tokenizers import make_tokenizer
 from utils.chat_template import encode_chat
 
 

@@ -15,12 +15,13 @@ import pytest
 from preprocess_data.pipeline import prepare
 from preprocess_data.pipeline.prepare_run import PrepareRun
 from preprocess_data.preprocess_data import main
+from tests.support.make_tokenizer import make_tokenizer
+from tests.support.paths import ROOT
 from tests.support.texts import HOSTILE, SENTENCES, write_lines
-from tests.support.tokenizers import make_tokenizer
 from utils.atomic import GrowingFile
 from utils.errors import UserError
 
-WORKER = Path(__file__).parent / "support/preprocess_worker.py"
+WORKER = "tests.support.preprocess_worker"
 KILLS = int(os.environ.get("KILLS", 3))
 
 
@@ -58,9 +59,9 @@ def test_killed_at_any_moment_a_plain_rerun_gives_the_same_files(tokenizer, tmp_
     source, random_, kills = make_source(tmp_path / "a.jsonl", 40_000), random.Random(KILLS), 0
 
     def start(out, workers):
-        argv = [sys.executable, str(WORKER), *command("pretrain", source, tokenizer, out, f"--workers={workers}")]
+        argv = [sys.executable, "-m", WORKER, *command("pretrain", source, tokenizer, out, f"--workers={workers}")]
         argv.remove("--encoder=tokenizers")
-        return subprocess.Popen(argv, start_new_session=True, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(argv, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, text=True)
 
     began = time.time()
     assert start(tmp_path / "uninterrupted", 2).wait() == 0

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from model.deepseekv3 import DeepSeekV3Model
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.paths import ROOT
 from tests.support.token_files import pretrain_files
-from tests.support.tokenizers import make_tokenizer
 
 STEPS, GAMMA = 4, 0.01
 

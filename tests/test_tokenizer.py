@@ -16,8 +16,8 @@ from preprocess_data.corpora.registry import find_sources
 from preprocess_data.pipeline import train_bpe
 from preprocess_data.pipeline.tokenizer_report import from_tokenizer, known_tokenizers, write_report
 from preprocess_data.pipeline.train_bpe import train
+from tests.support.make_tokenizer import make_tokenizer
 from tests.support.texts import HOSTILE, SENTENCES, random_text, write_lines
-from tests.support.tokenizers import make_tokenizer
 from train_tokenizer import main as train_main
 from utils.errors import UserError
 from utils.text import is_held_out

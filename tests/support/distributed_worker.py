@@ -9,27 +9,24 @@ disk under it while it writes its shards of a checkpoint. Beyond ROWS_FIT sequen
 import errno
 import os
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its tokenizers.py hides the library
-
-from checks.harness.tiny_args import tiny_args  # noqa: E402
-from engine.data.sequences import DocumentSequences  # noqa: E402
-from engine.data.token_file import TokenFile  # noqa: E402
-from engine.distributed import process_group  # noqa: E402
-from engine.runs import sharded_checkpoint  # noqa: E402
-from engine.training.config import TrainConfig  # noqa: E402
-from engine.training.loop import train  # noqa: E402
-from model import get_model_and_args  # noqa: E402
-from tests.support.tiny_model import TinyModel, TinyModelArgs  # noqa: E402
-from utils.atomic import write_file  # noqa: E402
-from utils.config import parse  # noqa: E402
-from utils.errors import run_script  # noqa: E402
-from utils.tokenizer import load_tokenizer  # noqa: E402
+from checks.harness.tiny_args import tiny_args
+from engine.data.sequences import DocumentSequences
+from engine.data.token_file import TokenFile
+from engine.distributed import process_group
+from engine.runs import sharded_checkpoint
+from engine.training.config import TrainConfig
+from engine.training.loop import train
+from model import get_model_and_args
+from tests.support.tiny_model import TinyModel, TinyModelArgs
+from utils.atomic import write_file
+from utils.config import parse
+from utils.errors import run_script
+from utils.tokenizer import load_tokenizer
 
 
 def full_disk(path, _fill):

@@ -1,6 +1,6 @@
 """Kills a training repeatedly, gives the same command after each kill, and compares with an uninterrupted run.
 
-    python tests/support/kill_worker.py MODEL KILLS FOLDER        prints one JSON object
+    python -m tests.support.kill_worker MODEL KILLS FOLDER        prints one JSON object
 
 A process that has imported everything forks one that trains, as `python pretrain.py ...` would, so that a kill costs no
 import of PyTorch. The kill is a SIGKILL to the process that trains, at a random moment: every third while it saves.
@@ -15,17 +15,15 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401
 import torch
+import torch.utils.tensorboard  # noqa: F401
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its tokenizers.py hides the library
-
-import matplotlib.figure  # noqa: E402, F401
-import torch.utils.tensorboard  # noqa: E402, F401
-
-import pretrain  # noqa: E402
-from engine.runs.metrics import read_metrics  # noqa: E402
-from tests.support.token_files import pretrain_files  # noqa: E402
-from tests.support.tokenizers import make_tokenizer  # noqa: E402
+import pretrain
+from engine.runs.metrics import read_metrics
+from tests.support.make_tokenizer import make_tokenizer
+from tests.support.models import sizes_of
+from tests.support.token_files import pretrain_files
 
 SMALL = {
     "dim": 32,
@@ -48,12 +46,7 @@ TIMES = ("tokens_per_s", "seconds", "mfu")
 
 
 def command(model: str, output: Path) -> list[str]:
-    from dataclasses import fields
-
-    from model import get_model_and_args
-
-    known = {field.name for field in fields(get_model_and_args(model)[1])}
-    sizes = [f"--model.{key}={value}" for key, value in SMALL.items() if key in known]
+    sizes = [f"--model.{key}={value}" for key, value in sizes_of(model, SMALL).items()]
     data = output.parent
     return [
         f"--model_name={model}",

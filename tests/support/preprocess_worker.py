@@ -1,15 +1,11 @@
 """Preprocessing as a separate process that saves its progress very often, for tests that kill it."""
 
-import sys
-from pathlib import Path
+from preprocess_data import preprocess_data
+from preprocess_data.pipeline import prepare
+from preprocess_data.readers import records
+from utils.errors import run_script
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])  # not this folder: its tokenizers.py hides the library
-    from preprocess_data import preprocess_data
-    from preprocess_data.pipeline import prepare
-    from preprocess_data.readers import records
-    from utils.errors import run_script
-
     records.CHUNK_BYTES = 1 << 14
     prepare.SAVE_SECONDS = 0.05
     prepare.write_report = lambda *_: "none"  # what is tested happens before the report

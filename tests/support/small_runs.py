@@ -13,8 +13,8 @@ import yaml
 
 from engine.runs.checkpoint import save_checkpoint
 from model import get_model_and_args
-from tests.support.models import BASE_MODEL, CHAT_MODEL
-from tests.support.tokenizers import make_tokenizer
+from tests.support.make_tokenizer import make_tokenizer
+from tests.support.models import BASE_MODEL, CHAT_MODEL, sizes_of
 from utils.chat_template import encode_chat
 
 POEM = "春眠不觉晓，处处闻啼鸟。\n夜来风雨声，花落知多少。\n"
@@ -78,12 +78,7 @@ def make_runs(output):
 def make_run(output, stage, name, tokenizer, sequences, max_seq_len, steps):
     torch.manual_seed(0)
     Model, ModelArgs = get_model_and_args(name)
-    known = {field.name for field in dataclasses.fields(ModelArgs)}
-    args = ModelArgs(
-        vocab_size=tokenizer.vocab_size,
-        max_seq_len=max_seq_len,
-        **{key: value for key, value in SIZES.items() if key in known},
-    )
+    args = ModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=max_seq_len, **sizes_of(name, SIZES))
     model = Model(args)
     length = max(len(ids) for ids, _ in sequences) - 1
     inputs, targets = torch.full((len(sequences), length), tokenizer.pad_id), torch.full((len(sequences), length), -100)

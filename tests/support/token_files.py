@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.tokenizers import make_tokenizer
+from tests.support.make_tokenizer import make_tokenizer
 
 
 def write_tokens(stem: Path, documents, tokenizer, masks=None, **meta) -> Path:

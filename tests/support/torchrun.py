@@ -8,10 +8,11 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from engine.runs.metrics import read_metrics
+from tests.support.make_tokenizer import make_tokenizer
+from tests.support.paths import ROOT
 from tests.support.token_files import sft_files
-from tests.support.tokenizers import make_tokenizer
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = "tests.support.distributed_worker"
 
 
 def train(folder: Path, processes: int, output="output", trouble=None, restarts=0, **settings):
@@ -31,21 +32,16 @@ def train(folder: Path, processes: int, output="output", trouble=None, restarts=
         **settings,
     }
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    launch = (
-        [sys.executable, str(WORKER)]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-            f"--max_restarts={restarts}",
-            str(WORKER),
-        ]
-    )
+    torchrun = [
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        f"--max_restarts={restarts}",
+        "-m",
+    ]
+    launch = [sys.executable, "-m", *(torchrun if processes > 1 else []), WORKER]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(trouble or {})}
-    done = subprocess.run(launch + flags, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(launch + flags, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     run = folder / output / f"sft_{settings['model_name']}"
     final = run / "final/model.safetensors"
