@@ -380,5 +380,5 @@ def test_unsupported_settings_are_refused(group, tmp_path):
         fsdp.shard(tiny(), torch.device("cpu"), "fp16", compiled=False)
     model = tiny()
     model.scale = torch.nn.Parameter(torch.ones(()))
-    with pytest.raises(UserError, match="--parallel=fsdp cannot cut scale"):
+    with pytest.raises(UserError, match="--parallel=fsdp cannot shard scale"):
         fsdp.shard(model, torch.device("cpu"), "fp32", compiled=False)
