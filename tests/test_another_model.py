@@ -11,7 +11,7 @@ from model.new import new_file
 from tests.support.paths import ROOT
 
 # Tests that talk to a model, look at runs or make presets: those that could meet the new one.
-AFFECTED = ("demo_eval", "demo_preset", "inside", "page", "terminal")
+AFFECTED = ("demo_eval", "demo_preset", "inspect", "page", "terminal")
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from torch.nn.attention import flex_attention
 from model import layers
 from model.kernels import ENABLED
 from model.kernels import attention as kernels
-from tests.support.packed_models import TOKENS, counter, flex_calls, packed_batch, small_model
-from tests.support.small_runs import SIZES
+from tests.support.packed_models import SIZES, TOKENS, counter, flex_calls, packed_batch, small_model
 
 pytestmark = pytest.mark.skipif(not ENABLED, reason="MINI_LLM_KERNELS=0: FlexAttention is off")
 

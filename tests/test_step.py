@@ -99,13 +99,13 @@ def test_twenty_steps_compile_nothing_after_the_first(name, precision, monkeypat
     model = tested.build().train()
     step = TrainStep(model, TrainConfig(precision=precision, compile="true"), CPU)
     graphs = []
-    for step in range(20):
-        ids = tested.tokens(batch_size=4, seed=step)
-        starts = torch.rand(ids.shape, generator=torch.Generator().manual_seed(step)) < 0.2
-        padding = torch.arange(ids.shape[1]) >= ids.shape[1] - step % 4
+    for index in range(20):
+        ids = tested.tokens(batch_size=4, seed=index)
+        starts = torch.rand(ids.shape, generator=torch.Generator().manual_seed(index)) < 0.2
+        padding = torch.arange(ids.shape[1]) >= ids.shape[1] - index % 4
         documents = starts.cumsum(dim=1).masked_fill(padding, PADDING)
         batch = {"input_ids": ids, "targets": ids.roll(-1, 1), "doc_ids": documents}
-        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
             values = step.gradients([batch], [1.0], [0], 1.0)
         step.update(step.clip().isfinite())
         model.after_step({name: value for name, value in values.items() if name != "loss"})

@@ -51,7 +51,7 @@ class RecordingChatModel(chat.ChatModel):
         return super().generate(messages, **settings)
 
 
-def open_parrot(path, *_):
+def open_parrot(path, *_, **__):
     path = Path(path)
     tokenizer = load_tokenizer(path / "tokenizer")
     return RecordingChatModel(
