@@ -137,8 +137,7 @@ def test_edit_compare_and_inspect(page, browser, downloads):
         view.ask(text)
     assert view.messages()[1] == CHAT["hello"]
 
-    edit = '[data-testid="stChatMessage"] [data-testid="stPopover"] button'
-    wait(lambda: view.all(edit)[0].click() or True, report=view.text)  # edit the first
+    view.click_first('[data-testid="stChatMessage"] [data-testid="stPopover"] button')  # edit the first
     box = wait(lambda: view.all('[data-testid="stPopoverBody"] textarea'), report=view.text)[0]
     box.send_keys(Keys.CONTROL, "a")
     box.send_keys("背一首春晓")

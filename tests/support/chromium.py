@@ -106,7 +106,7 @@ def open_browser(profile, language="en-US"):
 
 def wait(condition, seconds=20, report=lambda: ""):
     """Poll until the condition holds, and return its value; elements may be redrawn meanwhile."""
-    from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
+    from selenium.common import exceptions
 
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -114,7 +114,11 @@ def wait(condition, seconds=20, report=lambda: ""):
             value = condition()
             if value:
                 return value
-        except (ElementClickInterceptedException, StaleElementReferenceException):  # or lie under others
+        except (  # redrawn, under another element, or not drawn yet
+            exceptions.StaleElementReferenceException,
+            exceptions.ElementClickInterceptedException,
+            exceptions.ElementNotInteractableException,
+        ):
             pass
         time.sleep(0.05)
     pytest.fail(f"not within {seconds} s: {report()}")
@@ -209,6 +213,18 @@ class Page:
 
         wait(clicked, report=self.text)
 
+    def click_first(self, css):
+        """Click the first element of a selector by the mouse, away from the header and the message box."""
+
+        def clicked():
+            found = self.all(css)
+            if found:
+                self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found[0])
+                found[0].click()
+            return bool(found)
+
+        wait(clicked, report=self.text)
+
     def press(self, name, css="button"):
         """Click the element with the text `name`, which the message box may cover."""
         found = wait(lambda: next((one for one in self.all(css) if name in one.text), None), report=self.text)
@@ -216,8 +232,16 @@ class Page:
 
     def choose(self, number, option):
         """Pick an option of a select box of the sidebar by a part of its text."""
-        self.all('[data-testid="stSidebar"] [data-testid="stSelectbox"] input')[number].click()
-        wait(lambda: next((o for o in self.all('[role="option"]') if option in o.text), None), report=self.text).click()
+        boxes = '[data-testid="stSidebar"] [data-testid="stSelectbox"] input'
+        wait(lambda: self.all(boxes)[number].click() or True, report=self.text)
+
+        def picked():
+            found = next((one for one in self.all('[role="option"]') if option in one.text), None)
+            if found is not None:
+                found.click()
+            return found is not None
+
+        wait(picked, report=self.text)
 
     def shoot(self, name):
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
