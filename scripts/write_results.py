@@ -17,15 +17,14 @@ RESULTS = ROOT / "benchmarks/results"
 PAGES = {"README.md": "en", "README.zh-CN.md": "zh", "docs/results.md": "en", "docs/results.zh-CN.md": "zh"}
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-MODELS = {
-    "mini_llama3": {"en": "dense (Llama 3)", "zh": "稠密模型（Llama 3）"},
-    "mini_deepseekv3": {"en": "MoE (DeepSeek-V3)", "zh": "混合专家模型（DeepSeek-V3）"},
-}
 TRANSFORMERS = ("transformers fp32", "transformers bf16")
 
 
 def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+MODELS = load("models")  # {model name: {language: its label}}
 
 
 def table(head: list[str], body: list[list[str]]) -> str:

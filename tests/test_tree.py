@@ -47,7 +47,6 @@ NAMES_ALLOWED = (
     "demo/",
     "tests/",
     "benchmarks/",
-    "scripts/write_results.py",
     "README",
     "run_demo.sh",
 )
