@@ -4,7 +4,8 @@ Runs the same commands in this working tree and in a temporary worktree of REV, 
 bit: the tokenizer, token files, 50 steps of every CPU preset that both have (fp32 eager and bf16 compiled: losses,
 gradient norms, every other metric, final weights), fine-tuning, greedy and sampled text, and an export for
 transformers. A refactor is done when this ends with "equal". It takes about 15 minutes on two cores with AVX512-BF16;
-without it give fewer --bf16_steps. --keep leaves the results of both trees for a closer look.
+without it --bf16_options="--max_batch_size=1 --max_seq_len=64" makes the steps smaller. --keep leaves the
+results of both trees for a closer look.
 """
 
 import argparse
@@ -68,8 +69,8 @@ class Tree:
         self.found["tokenizer"] = hashes([self.out / "tokenizer/tokenizer.json"])
         self.found["tokens"] = hashes(sorted([*self.out.glob("data/*.bin"), *self.out.glob("data/*.npy")]))
 
-    def train(self, model: str, mode: str, steps: int) -> Path:
-        """Pretrain, and fine-tune in fp32; return the run to talk to."""
+    def train(self, model: str, mode: str, steps: int, further: list[str]) -> Path:
+        """Pretrain, with `further` options, and fine-tune in fp32; return the run to talk to."""
         common = [
             f"--tokenizer_path={self.out / 'tokenizer'}",
             f"--output_path={self.out / mode}",
@@ -80,7 +81,7 @@ class Tree:
         ]
         tokens = f"--pretrain_data_path={self.out / 'data/pretrain_train.bin'}"
         preset = f"--config=configs/{model}_cpu.yaml"
-        self.run("pretrain.py", preset, f"--model_name={model}", tokens, f"--max_steps={steps}", *common)
+        self.run("pretrain.py", preset, f"--model_name={model}", tokens, f"--max_steps={steps}", *common, *further)
         run = self.out / mode / f"pretrain_{model}"
         self.found |= training_results(f"{model} {mode} pretraining", run)
         if mode == "fp32":
@@ -176,7 +177,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision", help="the revision to compare with, as git names it")
     parser.add_argument("--steps", type=int, default=50, help="pretraining steps of each preset (default: 50)")
-    parser.add_argument("--bf16_steps", type=int, default=0, help="the same in bf16, which is slow on a CPU without it")
+    parser.add_argument("--bf16_options", default="", help="further options of pretraining in bf16, in one string")
     parser.add_argument("--modes", default="bf16,fp32", help=f"of {', '.join(MODES)} (default: bf16,fp32)")
     parser.add_argument("--models", default="", help="models to compare, separated by commas (default: all presets)")
     parser.add_argument("--corpora_path", default=str(ROOT / "output/corpora"), help="folder of the small corpora")
@@ -205,8 +206,8 @@ def main() -> int:
             both("tokenizer and tokens", "tokenizer_and_tokens")
             for model in models:
                 for mode in [*dict.fromkeys(arguments.modes.split(","))]:
-                    steps = arguments.bf16_steps if mode == "bf16" and arguments.bf16_steps else arguments.steps
-                    runs = both(f"{model} {mode}, {steps} steps", "train", model, mode, steps)
+                    further = arguments.bf16_options.split() if mode == "bf16" else []
+                    runs = both(" ".join([model, mode, *further]), "train", model, mode, arguments.steps, further)
                 for tree, run in zip(trees, runs, strict=True):
                     print(f"[{time.monotonic() - started:4.0f} s] {tree.name}: {model} text and export", flush=True)
                     tree.talk_and_export(model, run)
