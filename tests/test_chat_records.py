@@ -237,7 +237,7 @@ LAYOUTS = [
     {"conversation": [{"human": "q", "assistant": "b"}]},
     {"conversation": [{"input": "q", "output": "b"}]},
     {"data": ["q", "b"]},
-    {"turns": [{"speaker": "human", "text": "q"}, {"speaker": "bot", "text": "b"}]},
+    {"turns": [{"from": "human", "text": "q"}, {"from": "bot", "text": "b"}]},
     {"messages": [["q", "b"]]},
     {"messages": [{"role": "User", "content": [{"type": "text", "text": "q", "image_url": None}]},
                   {"role": "model", "content": [{"type": "output_text", "text": "b"}]}]},

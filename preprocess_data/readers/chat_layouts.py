@@ -13,7 +13,7 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 _PAIR_ROLES = {**ROLES, "input": "user", "output": "assistant"}  # fields of a turn that is a question with its answer
-_ROLE_FIELDS = ("role", "from", "speaker")
+_ROLE_FIELDS = ("role", "from")
 _CONTENT_FIELDS = ("content", "value", "text")
 _SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
 
