@@ -21,6 +21,7 @@ from utils.text import clean_text, has_surrogates, is_held_out
 
 SPLITS = ("train", "val")
 EMPTY = InvalidRecord("empty")
+NO_LOSS = "no answer with loss"  # filtered
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class ChatEncoder(ChunkEncoder):
         text = "\n".join(message["content"] for message in found.messages)
         if len(text) > MAX_RECORD_BYTES:
             return TOO_LONG
-        filtered = None if any(map(has_loss, found.messages)) else "no answer with loss"
+        filtered = None if any(map(has_loss, found.messages)) else NO_LOSS
         return Document(text, found.messages, found.held_out, found.unread, filtered)
 
     def encode(self, contents: list[Messages], positions: np.ndarray) -> EncodedDocuments:

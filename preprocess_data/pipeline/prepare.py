@@ -13,7 +13,7 @@ from preprocess_data.corpora.registry import CORPORA_PATH, Source, find_sources
 from preprocess_data.pipeline.chunks import Chunk, EncodedChunk
 from preprocess_data.pipeline.counts import MIN_RECORDS, RecordCounts, format_reasons
 from preprocess_data.pipeline.dedup import KINDS
-from preprocess_data.pipeline.encode import EncodeConfig, encode_chunk
+from preprocess_data.pipeline.encode import NO_LOSS, EncodeConfig, encode_chunk
 from preprocess_data.pipeline.fast_encoder import REFERENCE, choose_encoder, name_and_version
 from preprocess_data.pipeline.filters import Filters
 from preprocess_data.pipeline.prepare_run import PrepareProgress, PrepareRun
@@ -147,7 +147,7 @@ def _check_result(run: PrepareRun, max_bad_ratio: float) -> None:
         place = f", listed in {partial(run.rejects_path)}" if counts.invalid else ""
         raise UserError(
             f"nothing left to write of {counts.total()} records "
-            f"({format_reasons({**counts.filtered, **counts.invalid})}{place}): {_advice(run.kind, counts)}"
+            f"({format_reasons({**counts.filtered, **counts.invalid})}{place}): {_advice(counts)}"
         )
     if counts.too_many_invalid(max_bad_ratio, at_end=True):
         raise UserError(
@@ -156,13 +156,15 @@ def _check_result(run: PrepareRun, max_bad_ratio: float) -> None:
         )
 
 
-def _advice(kind: str, counts: RecordCounts) -> str:
-    """What to change when no record is left."""
-    if sum(counts.filtered.values()) > sum(counts.invalid.values()):
+def _advice(counts: RecordCounts) -> str:
+    """What to change when no record is left, by the most frequent reason."""
+    reasons = {**counts.filtered, **counts.invalid}
+    reason = max(reasons, key=lambda name: reasons[name], default="")
+    if reason.startswith("no text in the field"):
+        return "name the field of the text with --text_field"
+    if reason in counts.filtered and reason != NO_LOSS:
         return "check --where, --language, --min_characters and --max_characters"
-    if kind == "sft":
-        return "check --sources; docs/preprocessing.md has the layouts of chat examples that are read"
-    return "check --sources, and name the field of the text with --text_field"
+    return "check --sources; docs/preprocessing.md has what can be read"
 
 
 def run_fingerprint(kind: str, sources: list[Source], config: PrepareConfig, tokenizer: Tokenizer, library: str) -> str:

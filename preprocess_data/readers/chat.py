@@ -93,7 +93,7 @@ def _role(role: str) -> str:
 def _content(role: str, turn: RawTurn, unread: set[str]) -> str:
     """The cleaned text of a turn; that of an answer begins with its reasoning, as <think>...</think>."""
     chat_fields.check_turn(turn.fields, role == "assistant", unread)
-    content = turn.fields.get("refusal") if turn.content is None else turn.content
+    content: Any = turn.fields.get("refusal") if turn.content is None else turn.content
     reasoning = chat_fields.reasoning_of(turn.fields, unread)
     if isinstance(content, (list, dict)):
         parts = [part for part in content if part is not None] if isinstance(content, list) else [content]
