@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.support.make_tokenizer import make_tokenizer
 from tests.support.texts import HOSTILE
-from utils.chat_template import ROLES, encode_chat, encode_chats
+from utils.chat_template import ROLES, encode_chat, encode_chats, trim
 from utils.errors import UserError
 from utils.tokenizer import N_SPECIAL, SPECIAL_TOKENS
 
@@ -40,8 +40,37 @@ def test_mask_falls_on_what_the_assistant_wrote(tokenizer):
     assert mask[len(prompt)] == 1
 
 
+@pytest.mark.parametrize(
+    "content,trimmed",
+    [
+        ("    return x\n", "    return x"),
+        ("\tif a:\n\t\tb", "\tif a:\n\t\tb"),
+        ("\n  \n  - a\n    b", "  - a\n    b"),
+        ("\r\n    x\r\n", "    x"),
+        (" \r x", " x"),
+        ("a", "a"),
+        (" \n\t ", ""),
+        ("", ""),
+    ],
+)
+def test_a_first_line_stays_indented(tokenizer, content, trimmed):
+    assert trim(content) == trimmed == trim(trimmed)
+    ids, _ = encode_chat(tokenizer, conversation("q", content))
+    assert tokenizer.decode(ids, skip_special=False).endswith(f"<|im_start|>assistant\n{trimmed}<|im_end|>\n")
+
+
+def test_what_is_switched_off_carries_no_loss(tokenizer):
+    messages = conversation("问一", "答一", "问二", "答二")
+    on = encode_chat(tokenizer, messages)
+    messages[1]["loss"] = False
+    ids, mask = encode_chat(tokenizer, messages)
+    assert ids == on[0] and encode_chats(tokenizer, [messages]) == [(ids, mask)]
+    written = [token for token, learned in zip(ids, mask, strict=True) if learned]
+    assert tokenizer.decode(written, skip_special=False) == "答二<|im_end|>"
+
+
 # Any characters, and the strings that mean something to the template or to the tokenizer.
-PIECES = [*HOSTILE, *SPECIAL_TOKENS, "user\n", "assistant\n", "\n", " ", "。", "1"]
+PIECES = [*HOSTILE, *SPECIAL_TOKENS, "user\n", "assistant\n", "\n", " ", "。", "1", "\n    x", "\t", "\r", "  \n\t"]
 ANY_TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8))).map("".join)
 CHATS = st.lists(st.tuples(st.sampled_from(ROLES), ANY_TEXT), min_size=1, max_size=5).map(
     lambda turns: [{"role": role, "content": content} for role, content in turns]
@@ -80,7 +109,7 @@ def test_ids_of_hostile_texts_equal_those_of_the_template_part_by_part(tokenizer
     for i, part in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):
         if i % 2:
             message = messages[int(part)]
-            ids = theirs.encode(message["content"].strip(), add_special_tokens=False, split_special_tokens=True)
+            ids = theirs.encode(trim(message["content"]), add_special_tokens=False, split_special_tokens=True)
             written = message["role"] == "assistant"
             mask += [int(written)] * len(ids)
         else:

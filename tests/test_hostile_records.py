@@ -27,13 +27,23 @@ any_value = st.recursive(
 )
 any_record = any_value | st.fixed_dictionaries({"text": any_text | any_value}) | st.dictionaries(any_text, any_value)
 turns = st.lists(
-    st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), any_text | any_value, max_size=4)
-    | st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "bot", "x"]), "content": any_text}),
+    st.dictionaries(
+        st.sampled_from(["role", "content", "from", "value", "weight", "train_detail", "thinking", "tool_calls"]),
+        any_text | any_value,
+        max_size=5,
+    )
+    | st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "bot", "x"]), "content": any_text},
+        optional={"loss": any_value, "masked": any_value, "reasoning": any_value, "name": any_value},
+    ),
     max_size=3,
 )
 pair = {"q": any_text, "a": any_text, "history": st.lists(st.lists(any_text, max_size=3), max_size=2)}
 chat_record = st.dictionaries(
-    st.sampled_from(["messages", "conversations", "q", "a", "input", "output", "instruction", "history", "system"]),
+    st.sampled_from(
+        "messages conversations q a input output instruction history system data prompt completion loss_mask metadata "
+        "label tools".split()
+    ),
     turns | any_text | any_value,
     max_size=5,
 ) | st.fixed_dictionaries(pair)
@@ -52,13 +62,9 @@ def lines_of(record):
 
 
 def strictly(line: bytes):
-    """The value of a line by the JSON standard, or None."""
-
-    def refuse(name):
-        raise ValueError(name)
-
+    """The value of a line by the JSON standard, with null for NaN and infinities, or None."""
     try:
-        value = json.loads(line.decode("utf-8"), parse_constant=refuse)
+        value = json.loads(line.decode("utf-8"), parse_constant=lambda name: None)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # no lone surrogate anywhere
         return value
     except (ValueError, RecursionError):
@@ -78,10 +84,12 @@ def prepare(kind, folder, tokenizer, lines, end=b"\n"):
     metas = [json.loads((folder / f"{kind}_{split}.meta.json").read_text()) for split in ("train", "val")]
     rejects = folder / f"{kind}_rejects.jsonl"
     rejected = [json.loads(line) for line in rejects.open("rb")] if rejects.exists() else []
-    assert sum(metas[0]["bad"].values()) == len(rejected) and metas[0]["dropped"] == {}
+    assert sum(metas[0]["bad"].values()) == len(rejected)
+    assert set(metas[0]["dropped"]) <= {"no answer with loss"}
     assert all(reject["reason"] in metas[0]["bad"] and reject["file"] == str(source) for reject in rejected)
     filled = [number for number, line in enumerate(lines, 2) if line.strip()]
-    assert 1 + len(filled) == sum(meta["documents"] for meta in metas) + len(rejected)
+    kept = sum(meta["documents"] for meta in metas)
+    assert 1 + len(filled) == kept + sum(metas[0]["dropped"].values()) + len(rejected)
     bad = [reject["line"] for reject in rejected]
     assert len(set(bad)) == len(bad) and set(bad) <= set(filled)
     return set(filled) - set(bad)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from preprocess_data.pipeline import prepare
 from preprocess_data.pipeline.token_writer import token_dtype
 from preprocess_data.preprocess_data import main
-from preprocess_data.readers.chat import to_messages
+from preprocess_data.readers.chat import ChatExample, to_messages
 from preprocess_data.readers.records import InvalidRecord
 from tests.support.make_tokenizer import make_tokenizer
 from tests.support.texts import HOSTILE, SENTENCES, write_lines
@@ -171,8 +171,38 @@ def test_a_failure_leaves_the_old_files_and_no_half_ones(tokenizer, tmp_path):
     run("pretrain", tokenizer, write_lines(tmp_path / "ok.jsonl", [{"text": "好"}]), tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(UserError, match="nothing left to write"):
-        run("pretrain", tokenizer, write_lines(tmp_path / "bad.jsonl", ["{"]), tmp_path / "out")
+        run("pretrain", tokenizer, write_lines(tmp_path / "empty.jsonl", []), tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "kind,lines,flags,reason,advice",
+    [
+        ("pretrain", ['{"content": "a"}'] * 3, [], "no text in the field 'text'", "--text_field"),
+        ("pretrain", ["{"], [], "broken JSON", "docs/preprocessing.md"),
+        ("pretrain", ['{"text": "春天"}'.encode("gbk")], [], "GB18030", "docs/preprocessing.md"),
+        ("sft", ['{"q": "a", "a": "b", "weight": 0}'], [], "no answer with loss", "docs/preprocessing.md"),
+        ("sft", ['{"chosen": "a", "rejected": "b"}'], [], "a preference pair", "docs/preprocessing.md"),
+        ("sft", ['{"text": "a"}'], [], "a text, for pretrain", "docs/preprocessing.md"),
+        ("pretrain", ['{"text": "a"}', "{", "{"], ["--min_characters=9"], "too short", "docs/preprocessing.md"),
+        ("pretrain", ['{"text": "a"}'] * 2, ["--min_characters=9"], "too short", "--min_characters"),
+    ],
+)
+def test_when_no_record_is_left_the_list_of_rejects_stays(tokenizer, tmp_path, kind, lines, flags, reason, advice):
+    source = write_lines(tmp_path / "bad.jsonl", lines)
+    with pytest.raises(UserError, match="nothing left to write") as error:
+        run(kind, tokenizer, source, tmp_path / "out", *flags)
+    message = str(error.value)
+    assert reason in message and advice in message.rpartition("): ")[2] and "\n" not in message
+    rejects = re.search(r"listed in (\S+)\)", message)
+    count = sum(reason != "no answer with loss" and (line != '{"text": "a"}' or kind == "sft") for line in lines)
+    assert bool(rejects) == bool(count)
+    if rejects:
+        assert len(Path(rejects[1]).read_text().splitlines()) == count
+    good = write_lines(tmp_path / "good.jsonl", [{"text": f"{i}", "q": "a", "a": f"{i}"} for i in range(60)])
+    train, _ = run(kind, tokenizer, good, tmp_path / "out")
+    assert train["bad"] == {} and not list((tmp_path / "out").glob("*rejects*"))
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".preprocess.lock"]
 
 
 def slowly_cleaned(text: str) -> str:
@@ -185,13 +215,34 @@ def slowly_cleaned(text: str) -> str:
     text = "\n".join(line.rstrip(" \t\u3000") for line in text.split("\n"))
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
-    return text.strip()
+    text = text.rstrip()
+    while text[: len(text) - len(text.lstrip())].strip(" \t"):  # more than the indentation of the first line
+        text = text[1:]
+    return text
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from("ab中 \t\n\r\u3000\x00\x85\u2028\ufeffe\u0301\ud800\uffff\x1c\xa0"), max_size=12))
 def test_clean_text_and_its_short_cut(text):
     assert clean_text(text) == slowly_cleaned(text) == clean_text(clean_text(text))
+
+
+@pytest.mark.parametrize(
+    "text,cleaned",
+    [
+        ("    if x:\n        y\n", "    if x:\n        y"),
+        ("\n\n\tdef f():\n\t\tpass", "\tdef f():\n\t\tpass"),
+        (" \r\n  - a\r\n    - b", "  - a\n    - b"),
+        ("    return x", "    return x"),
+        ("\u3000\u3000第一章\n  ", "第一章"),
+        ("\ufeff  a\u3000", "  a"),
+        ("\u3000 \t a", " \t a"),
+        ("a\n   \n\n\n  b", "a\n\n  b"),
+        ("\t \n", ""),
+    ],
+)
+def test_code_stays_code(text, cleaned):
+    assert clean_text(text) == cleaned
 
 
 def test_too_many_invalid_records_stop_the_run_and_a_higher_ratio_resumes_it(tokenizer, tmp_path, monkeypatch):
@@ -250,7 +301,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("record", LAYOUTS)
 def test_every_layout_gives_the_same_conversation(record):
-    assert to_messages(record) == (CHAT, None)
+    assert to_messages(record) == ChatExample(CHAT)
 
 
 def test_a_deeply_nested_history_is_one_invalid_record():
@@ -259,18 +310,18 @@ def test_a_deeply_nested_history_is_one_invalid_record():
 
 
 def test_history_system_and_input_are_kept():
-    messages, _ = to_messages({"q": "三", "a": "四", "history": [["一", "二"]], "system": "诗人"})
+    messages = to_messages({"q": "三", "a": "四", "history": [["一", "二"]], "system": "诗人"}).messages
     assert [m["content"] for m in messages] == ["诗人", "一", "二", "三", "四"]
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user", "assistant"]
     for history in ([["一", "二"]], ["一", "二"], '[["一", "二"]]'):
         record = {"input": "三", "output": "四", "history": history, "system_prompt": "诗人"}
-        assert to_messages(record)[0] == messages
+        assert to_messages(record).messages == messages
     turns = [{"from": "human", "value": "三"}, {"from": "gpt", "value": "四"}]
-    messages, _ = to_messages({"system": "诗人", "conversations": turns})
+    messages = to_messages({"system": "诗人", "conversations": turns}).messages
     assert [m["content"] for m in messages] == ["诗人", "三", "四"]
-    messages, _ = to_messages({"system": "别用", "conversations": [{"from": "system", "value": "诗人"}, *turns]})
+    messages = to_messages({"system": "别用", "conversations": [{"from": "system", "value": "诗人"}, *turns]}).messages
     assert [m["content"] for m in messages] == ["诗人", "三", "四"]
-    messages, _ = to_messages({"instruction": "翻译", "input": "hello", "output": "你好"})
+    messages = to_messages({"instruction": "翻译", "input": "hello", "output": "你好"}).messages
     assert messages[0]["content"] == "翻译\nhello"
 
 
@@ -284,7 +335,7 @@ def test_chat_tokens_and_mask_are_those_of_encode_chat(tokenizer, tmp_path):
         "{",
         {"messages": CHAT[:1]},
         {"x": 1},
-        {"q": None, "a": "b"},
+        {"q": 1, "a": "b"},
         {"messages": [{"role": "w", "content": "x"}]},
         {"messages": [{"role": "user", "content": ""}, CHAT[1]]},
         {"q": "一", "a": "二", "history": "not json"},
@@ -293,9 +344,11 @@ def test_chat_tokens_and_mask_are_those_of_encode_chat(tokenizer, tmp_path):
     train, val = run("sft", tokenizer, write_lines(tmp_path / "chat.jsonl", records + bad), tmp_path / "out")
     assert (train["documents"], val["documents"], train["kind"]) == (90, 10, "sft")
     assert train["bad"] == {
+        "a conversation as text that is not JSON": 1,
         "broken JSON": 1,
         "empty turn": 1,
-        "missing or mistyped fields": 3,
+        "image, which cannot be read": 1,
+        "missing or mistyped fields": 1,
         "no answer in the row": 1,
         "unknown layout": 1,
         "unknown role": 1,

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from preprocess_data.readers import files, records
 from preprocess_data.readers.decompress import COMPRESSIONS
 from preprocess_data.readers.files import read_file
-from preprocess_data.readers.jsonl import JsonLines
+from preprocess_data.readers.json_file import JsonLines
 from preprocess_data.readers.records import MAX_RECORD_BYTES, TOO_LONG, InvalidRecord, read_lines
 
 TEXTS = ["第一篇。", 'second, "quoted"', "两行，\n一篇", "é🙂"]
@@ -124,12 +124,16 @@ def test_a_damaged_second_member_is_one_reject(tmp_path, compression):
     "line,reason",
     [
         (b'{"text": "a', "broken JSON"),
-        (b'{"text": NaN}', "broken JSON"),
-        (b"[" * 5000, "broken JSON"),
+        (b"{'text': 'a'}", "broken JSON"),
+        (b"[" * 5000, "nested too deep"),
         (b'{"text": "\xff"}', "not UTF-8"),
+        ('{"text": "café"}'.encode("latin-1"), "not UTF-8"),
+        ('{"text": "床前明月光。"}'.encode("gb18030"), "not UTF-8, perhaps GB18030"),
+        ('{"text": "日本語"}'.encode("shift-jis"), "not UTF-8"),
         (b'{"text": "a\0b"}', "NUL bytes"),
         (b"\0" * 100, "NUL bytes"),
         (rb'{"text": "\ud83d"}', "lone surrogate"),
+        (rb'{"text": "\ud83d", "score": NaN}', "lone surrogate"),
     ],
 )
 def test_invalid_lines_have_a_reason(line, reason):
@@ -138,6 +142,23 @@ def test_invalid_lines_have_a_reason(line, reason):
     assert [number for number, _ in found] == [5, 6, 8]
     assert found[1][1].reason == reason and found[0][1] == found[2][1] == {"text": "x"}
     json.dumps(found[1][1].record).encode()
+
+
+@pytest.mark.parametrize(
+    "line,expected",
+    [
+        (rb'{"text": "\u6625", "score": NaN}', {"text": "春", "score": None}),
+        (rb'{"text": "\ud83d\ude00", "score": -Infinity}', {"text": "😀", "score": None}),
+        (b'{"text": "NaN", "list": [Infinity, 1]}', {"text": "NaN", "list": [None, 1]}),
+        (b'{"text": "a", "n": 1e999}', {"text": "a", "n": float("inf")}),
+        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", {"text": "a", "n": None}),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_numbers_that_json_does_not_have_harm_no_text(tmp_path, line, expected, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(line if suffix == ".jsonl" else b"[" + line + b"]")
+    assert read(path) == [(1, expected)]
 
 
 @pytest.mark.parametrize("ends", [(b"\n",), (b"\n\n", b"\n\r\n")])
@@ -176,13 +197,121 @@ def test_odd_tables(tmp_path):
 
 def test_a_broken_list_ends_where_it_breaks(tmp_path):
     path = tmp_path / "a.json"
-    for tail in (b'{"text": "x", ]', b'{"text": "\xff"}]', b'{"text": "a', b"nonsense"):
+    for tail in (b'{"text": "x", ]', b'{"text": "a', b"nonsense", b'{"text": "a"', b""):
         path.write_bytes(b'[{"text": "a"}, {"text": "b"}, ' + tail)
         found = read(path)
         assert [line for line, _ in found] == [1, 2, 3]
         assert found[2][1].reason == "broken JSON, the rest of the file is unread"
-    path.write_bytes(rb'[{"text": "\ud83d"}]')
-    assert len(read(path)) == 1
+
+
+def test_a_broken_element_of_a_list_costs_no_other(tmp_path):
+    path = tmp_path / "a.json"
+    elements = [b'{"text": "\xff"}', rb'{"text": "\ud83d"}', b'{"text": "a" "b"}', b"'a'", b'{"text": "]}"}']
+    path.write_bytes(b"[" + b",".join(elements) + b"]")
+    assert [getattr(record, "reason", record) for _, record in read(path)] == [
+        "not UTF-8", "lone surrogate", "broken JSON", "broken JSON", {"text": "]}"},
+    ]  # fmt: skip
+
+
+RECORDS = [{"text": text} for text in TEXTS]
+FORMS = {
+    "one list": json.dumps(RECORDS),
+    "a list over several lines": json.dumps(RECORDS, ensure_ascii=False, indent=2),
+    "objects over several lines": "\n".join(json.dumps(record, indent=2) for record in RECORDS),
+    "data": json.dumps({"data": RECORDS}),
+    "rows after other fields": json.dumps({"info": {"v": "1.0, [a]"}, "n": [4], "rows": RECORDS}),
+    "train over several lines": json.dumps({"train": RECORDS, "license": "x"}, indent=1),
+    "a list in a line": f"{json.dumps(RECORDS)}\n\n",
+    "lines": LINES.decode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [11, 1 << 20])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".ndjson.gz"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_json_file_is_read(tmp_path, monkeypatch, form, suffix, block):
+    monkeypatch.setattr(records, "CHUNK_BYTES", block)
+    path = tmp_path / f"a{suffix}"
+    for start in (b"", b"\xef\xbb\xbf", b"\n \n"):
+        data = start + FORMS[form].encode()
+        path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+        assert texts(path) == TEXTS
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def test_a_list_of_turns_is_one_record(tmp_path):
+    path = tmp_path / "a.jsonl"
+    reversed_fields = [dict(reversed(turn.items())) for turn in TURNS]
+    for turns in (TURNS, reversed_fields):
+        path.write_text(json.dumps(turns))
+        assert read(path) == [(1, turns)]
+        path.write_text(json.dumps(turns, indent=2))
+        assert read(path) == [(1, turns)]
+        path.write_text(f"{json.dumps(turns)}\n{json.dumps(turns)}\n")
+        assert read(path) == [(1, turns), (2, turns)]
+        path.write_text(json.dumps([turns, turns]))
+        assert read(path) == [(1, turns), (2, turns)]
+        path.write_text(json.dumps({"id": 1, "data": turns}))
+        assert read(path) == [(1, {"id": 1, "data": turns})]
+
+
+def test_a_second_list_in_an_object_is_one_reject(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"train": [{"text": "a"}], "tags": ["x"], "test": [{"text": "b"}], "n": {"x": [1]}}))
+    first, (_, second) = read(path)
+    assert first == (1, {"text": "a"})
+    assert second == InvalidRecord("another list after that of the records is unread", '"test"')
+
+
+def test_a_broken_first_line_costs_no_other(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for first in (b"{broken", b'{"text": "a', b'{"text": "x", ', b"{", b"{}}", b'"', b"]"):
+        path.write_bytes(first + b"\n" + LINES)
+        (_, broken), *others = read(path)
+        assert broken.reason == "broken JSON" and [record["text"] for _, record in others] == TEXTS, first
+
+
+@pytest.mark.parametrize(
+    "data,found",
+    [
+        ("[]".encode("utf-16"), "UTF-16, not UTF-8"),
+        (LINES.decode().encode("utf-16-be"), "UTF-16, not UTF-8"),
+        (LINES.decode().encode("utf-32"), "UTF-32, not UTF-8"),
+        (gzip.compress(LINES), "gzip, not .jsonl"),
+        (zstandard.compress(LINES), "zstd, not .jsonl"),
+        (bz2.compress(LINES), "bzip2, not .jsonl"),
+        (arrow(), "parquet, not .jsonl"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer, not .jsonl"),
+    ],
+)
+def test_a_file_in_another_format_is_called_that(tmp_path, data, found):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(data)
+    assert read(path) == [(0, InvalidRecord(f"{found}, the file is unread"))]
+    if found.startswith("UTF"):
+        for suffix in (".txt", ".csv", ".json"):
+            path = path.with_suffix(suffix)
+            path.write_bytes(data)
+            assert read(path) == [(0, InvalidRecord(f"{found}, the file is unread"))]
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(data))
+    assert read(path) == [(0, InvalidRecord(f"{found}, the file is unread"))]
+
+
+def test_long_elements_are_skipped_and_lines_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 300)
+    path = tmp_path / "a.jsonl"
+    long = [{"text": "x" * 500}, {"text": '\\"' * 300}, {"n": [[1, 2]] * 200}]
+    values = [{"text": "a"}, long[0], {"text": "b"}, long[1], long[2], {"text": "c"}]
+    path.write_text("\n".join(json.dumps(value, indent=1) for value in values))
+    found = read(path)
+    assert [record if record is TOO_LONG else record["text"] for _, record in found] == ["a", TOO_LONG, "b", TOO_LONG,
+                                                                                         TOO_LONG, "c"]  # fmt: skip
+    starts = np.cumsum([1, *(json.dumps(value, indent=1).count("\n") + 1 for value in values[:-1])])
+    assert [line for line, _ in found] == starts.tolist()
 
 
 def test_numbers_of_any_size_are_read(tmp_path):
@@ -212,5 +341,5 @@ def test_a_deeply_nested_record_is_one_reject(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(f'[{{"text": "a"}}, {{"x": {"[" * 100_000}1{"]" * 100_000}}}, "b", [], {{"text": ["c", {{}}]}}]')
     (_, first), (_, deep), *others = read(path)
-    assert (first, deep) == ({"text": "a"}, InvalidRecord("nested too deep"))
+    assert (first, deep.reason) == ({"text": "a"}, "nested too deep")
     assert others == [(3, "b"), (4, []), (5, {"text": ["c", {}]})]

@@ -19,12 +19,17 @@ HELD_OUT_ONE_IN = 50
 
 
 def clean_text(text: str) -> str:
-    """The canonical form of a text: NFC, newlines as \\n, no control characters, no surrounding spaces. Idempotent."""
+    """The canonical form of a text: NFC, newlines as \\n, no control characters, no surrounding spaces. Idempotent.
+
+    The spaces and tabs of the first line stay where it is indented with them: they are part of code.
+    """
     if _is_clean(text):
         return text
     text = _NEWLINE.sub("\n", text)
     text = unicodedata.normalize("NFC", _NOT_TEXT.sub("", text))
-    return _MANY_NEWLINES.sub("\n\n", _SPACES_AT_END.sub("", text)).strip()
+    text = _MANY_NEWLINES.sub("\n\n", _SPACES_AT_END.sub("", text)).rstrip()
+    start = len(text) - len(text.lstrip())
+    return text[len(text[:start].rstrip(" \t")) :]
 
 
 def _is_clean(text: str) -> bool:
@@ -35,7 +40,8 @@ def _is_clean(text: str) -> bool:
         or " \n" in text
         or "\t\n" in text
         or "\u3000\n" in text
-        or text.strip() != text
+        or text.rstrip() != text
+        or text.lstrip(" \t") != text.lstrip()
         or not unicodedata.is_normalized("NFC", text)
     )
 

@@ -83,7 +83,7 @@ class Source:
                     elif isinstance(found := to_messages(record), InvalidRecord):
                         yield found
                     else:
-                        yield from (message["content"] for message in found[0])
+                        yield from (message["content"] for message in found.messages)
 
 
 def find_sources(sources: str, corpora_path: Path, text_field: str = "text", chat: bool = False) -> list[Source]:

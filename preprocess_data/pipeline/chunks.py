@@ -43,9 +43,13 @@ class EncodedDocuments:
 
 @dataclass
 class EncodedChunk:
-    """A chunk's documents by split, its filtered records by reason, its invalid ones as (line, InvalidRecord)."""
+    """A chunk's documents by split, its filtered records by reason, its invalid ones as (line, InvalidRecord).
+
+    unread: the documents by the fields that are left out of them.
+    """
 
     splits: dict[str, EncodedDocuments] = field(default_factory=dict)
     filtered: Counter = field(default_factory=Counter)
+    unread: Counter = field(default_factory=Counter)
     invalid: list[tuple[int, InvalidRecord]] = field(default_factory=list)
     consumed: int = 0  # records that pass --where

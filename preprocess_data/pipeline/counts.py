@@ -8,16 +8,18 @@ MIN_RECORDS = 10_000  # before the ratio of invalid records is checked; it is al
 
 @dataclass
 class RecordCounts:
-    """Records consumed by source, and those filtered or invalid by reason."""
+    """Records consumed by source, those filtered or invalid by reason, and those with fields that are left out."""
 
     consumed: dict[str, int] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)
     invalid: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
 
-    def add(self, source: str, consumed: int, filtered: Counter, invalid: Counter) -> None:
+    def add(self, source: str, consumed: int, filtered: Counter, invalid: Counter, unread: Counter) -> None:
         self.consumed[source] = self.consumed.get(source, 0) + consumed
         self.filtered = dict(Counter(self.filtered) + filtered)
         self.invalid = dict(Counter(self.invalid) + invalid)
+        self.unread = dict(Counter(self.unread) + unread)
 
     def total(self) -> int:
         return sum(self.consumed.values())

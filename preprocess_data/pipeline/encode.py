@@ -14,12 +14,14 @@ from preprocess_data.pipeline.fast_encoder import REFERENCE, encode_documents, l
 from preprocess_data.pipeline.filters import Filters
 from preprocess_data.pipeline.token_writer import token_dtype
 from preprocess_data.readers.chat import to_messages
+from preprocess_data.readers.encoding import why_surrogates
 from preprocess_data.readers.records import MAX_RECORD_BYTES, TOO_LONG, InvalidRecord, quote
-from utils.chat_template import encode_chats
+from utils.chat_template import Messages, encode_chats, has_loss, trim
 from utils.text import clean_text, has_surrogates, is_held_out
 
 SPLITS = ("train", "val")
 EMPTY = InvalidRecord("empty")
+NO_LOSS = "no answer with loss"  # filtered
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,16 @@ class EncodeConfig:
 
 
 class Document(NamedTuple):
-    """A valid record: its text, what is encoded (the text or messages), and whether it is marked as held out."""
+    """A valid record: its text, what is encoded (the text or messages), and whether it is marked as held out.
+
+    unread: names of fields that are left out. filtered: why it is not wanted, filters aside.
+    """
 
     text: str
     content: Any
-    held_out: bool | None
+    held_out: bool | None = None
+    unread: frozenset[str] = frozenset()
+    filtered: str | None = None
 
 
 class ChunkEncoder:
@@ -78,9 +85,10 @@ class ChunkEncoder:
             if isinstance(document, InvalidRecord):
                 result.invalid.append((line, document))
                 continue
-            if reason := self.config.filters.reason(document.text):
+            if reason := document.filtered or self.config.filters.reason(document.text):
                 result.filtered[reason] += 1
                 continue
+            result.unread.update(document.unread)
             held_out = is_held_out(document.text) if document.held_out is None else document.held_out
             split = "val" if held_out else "train"
             contents[split].append(document.content)
@@ -102,8 +110,8 @@ class ChunkEncoder:
         return document
 
     def _excluded(self, record: Any) -> bool:
-        """Whether --where excludes a record; records without the field are kept."""
-        if not self.where_field or not isinstance(record, dict) or self.where_field not in record:
+        """Whether --where excludes a record; records without the field, or with null in it, are kept."""
+        if not self.where_field or not isinstance(record, dict) or record.get(self.where_field) is None:
             return False
         return _to_str(record[self.where_field]) not in self.where_values
 
@@ -114,7 +122,7 @@ class TextEncoder(ChunkEncoder):
     def read(self, record: Any, to_text: ToText | None) -> Document | InvalidRecord:
         assert to_text is not None
         text = clean_document(to_text(record))
-        return text if isinstance(text, InvalidRecord) else Document(text, text, None)
+        return text if isinstance(text, InvalidRecord) else Document(text, text)
 
     def encode(self, contents: list[str], positions: np.ndarray) -> EncodedDocuments:
         ids, lengths = encode_documents(self.tokenizer, contents)
@@ -122,23 +130,24 @@ class TextEncoder(ChunkEncoder):
 
 
 class ChatEncoder(ChunkEncoder):
-    """Conversations, with a mask of the assistant's tokens. One without a `held_out` mark is split by its hash."""
+    """Conversations, with a mask of the tokens with loss. One without a `held_out` mark is split by its hash."""
 
     def read(self, record: Any, to_text: ToText | None) -> Document | InvalidRecord:
         found = to_messages(record)
         if isinstance(found, InvalidRecord):
             return found
-        messages, held_out = found
-        text = "\n".join(message["content"] for message in messages)
-        return Document(text, messages, held_out) if len(text) <= MAX_RECORD_BYTES else TOO_LONG
+        text = "\n".join(message["content"] for message in found.messages)
+        if len(text) > MAX_RECORD_BYTES:
+            return TOO_LONG
+        filtered = None if any(map(has_loss, found.messages)) else NO_LOSS
+        return Document(text, found.messages, found.held_out, found.unread, filtered)
 
-    def encode(self, contents: list[list[dict[str, str]]], positions: np.ndarray) -> EncodedDocuments:
+    def encode(self, contents: list[Messages], positions: np.ndarray) -> EncodedDocuments:
         encoded = encode_chats(self.tokenizer, contents)
         ids = [ids for ids, _ in encoded]
         masks = [mask for _, mask in encoded]
         characters = [
-            sum(len(message["content"].strip()) for message in messages if message["role"] == "assistant")
-            for messages in contents
+            sum(len(trim(message["content"])) for message in messages if has_loss(message)) for messages in contents
         ]
         return EncodedDocuments(
             _concatenate(ids, self.dtype),
@@ -157,7 +166,7 @@ def clean_document(text: str | InvalidRecord) -> str | InvalidRecord:
         return TOO_LONG
     cleaned = clean_text(text)
     if cleaned is not text and has_surrogates(text):  # some readers decode bytes that are not UTF-8 to surrogates
-        return InvalidRecord("not UTF-8")
+        return InvalidRecord(why_surrogates(text))
     return cleaned or EMPTY
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from preprocess_data.corpora.registry import CORPORA_PATH, Source, find_sources
 from preprocess_data.pipeline.chunks import Chunk, EncodedChunk
-from preprocess_data.pipeline.counts import MIN_RECORDS, format_reasons
+from preprocess_data.pipeline.counts import MIN_RECORDS, RecordCounts, format_reasons
 from preprocess_data.pipeline.dedup import KINDS
-from preprocess_data.pipeline.encode import EncodeConfig, encode_chunk
+from preprocess_data.pipeline.encode import NO_LOSS, EncodeConfig, encode_chunk
 from preprocess_data.pipeline.fast_encoder import REFERENCE, choose_encoder, name_and_version
 from preprocess_data.pipeline.filters import Filters
 from preprocess_data.pipeline.prepare_run import PrepareProgress, PrepareRun
@@ -24,9 +24,10 @@ from preprocess_data.readers.files import Position, read_file
 from utils.atomic import partial
 from utils.config import check_bounds, opt
 from utils.errors import UserError
-from utils.log import Progress, format_count, format_seconds, log
+from utils.log import Progress, format_count, format_seconds, log, warn
 from utils.tokenizer import Tokenizer, load_tokenizer
 
+READING = 2  # part of a run's fingerprint: another number when the same input gives other chunks, texts or turns
 SAVE_SECONDS = 2.0  # between two points from which a killed run can resume
 LOG_SECONDS = 5.0
 
@@ -103,6 +104,8 @@ def _log_result(kind: str, metas: dict[str, dict[str, Any]], rejects_path: Path)
         log(f"{name}: {count} {what}, {format_count(meta['tokens'])} tokens, {mean:.1f} per document")
     train = metas[f"{kind}_train"]
     log(f"filtered: {format_reasons(train['dropped'])}")
+    if unread := train.get("unread"):
+        warn(f"{kind}: fields that are left out, in so many conversations: {format_reasons(unread)}")
     if train["bad"]:
         log(f"invalid: {format_reasons(train['bad'])}; listed with file and line in {rejects_path}")
 
@@ -141,9 +144,10 @@ def _check_result(run: PrepareRun, max_bad_ratio: float) -> None:
     counts = run.progress.counts
     if not run.writers["train"].tokens:
         run.discard()
+        place = f", listed in {partial(run.rejects_path)}" if counts.invalid else ""
         raise UserError(
             f"nothing left to write of {counts.total()} records "
-            f"({format_reasons({**counts.filtered, **counts.invalid})}): check --sources, --text_field and --where"
+            f"({format_reasons({**counts.filtered, **counts.invalid})}{place}): {_advice(counts)}"
         )
     if counts.too_many_invalid(max_bad_ratio, at_end=True):
         raise UserError(
@@ -152,13 +156,24 @@ def _check_result(run: PrepareRun, max_bad_ratio: float) -> None:
         )
 
 
+def _advice(counts: RecordCounts) -> str:
+    """What to change when no record is left, by the most frequent reason."""
+    reasons = {**counts.filtered, **counts.invalid}
+    reason = max(reasons, key=lambda name: reasons[name], default="")
+    if reason.startswith("no text in the field"):
+        return "name the field of the text with --text_field"
+    if reason in counts.filtered and reason != NO_LOSS:
+        return "check --where, --language, --min_characters and --max_characters"
+    return "check --sources; docs/preprocessing.md has what can be read"
+
+
 def run_fingerprint(kind: str, sources: list[Source], config: PrepareConfig, tokenizer: Tokenizer, library: str) -> str:
     """A hash of everything that the tokens depend on: a run resumes another only if it is the same."""
     files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for s in sources for file in s.files]
     settings = {f.name: getattr(config, f.name) for f in fields(config) if not f.metadata["neutral"]}
     names = [source.name for source in sources]
     sizes = (records.CHUNK_BYTES, records.MAX_RECORD_BYTES, records.CHUNK_RECORDS)
-    parts = json.dumps([kind, names, files, settings, tokenizer.fingerprint, library, *sizes])
+    parts = json.dumps([READING, kind, names, files, settings, tokenizer.fingerprint, library, *sizes])
     return hashlib.sha256(parts.encode()).hexdigest()
 
 

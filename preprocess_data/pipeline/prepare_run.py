@@ -130,7 +130,7 @@ class PrepareRun:
         self.progress.file = chunk.file
         self.progress.chunk = chunk.index + 1
         invalid_counts = Counter(invalid.reason for _, invalid in encoded.invalid)
-        self.progress.counts.add(chunk.source, encoded.consumed, encoded.filtered, invalid_counts)
+        self.progress.counts.add(chunk.source, encoded.consumed, encoded.filtered, invalid_counts, encoded.unread)
 
     def save(self) -> None:
         """Make this the point from which a killed run resumes."""
@@ -143,6 +143,8 @@ class PrepareRun:
         """Write the meta files; then all files are complete and only have to be renamed."""
         counts = self.progress.counts
         reasons = {"dropped": dict(sorted(counts.filtered.items())), "bad": dict(sorted(counts.invalid.items()))}
+        if counts.unread:
+            reasons["unread"] = dict(sorted(counts.unread.items()))
         for writer in self.writers.values():
             writer.finish(kind=self.kind, **meta, **reasons)
         self.rejects.sync()
@@ -167,11 +169,12 @@ class PrepareRun:
         return {meta.name.removesuffix(".meta.json"): json.loads(meta.read_text(encoding="utf-8")) for meta in metas}
 
     def discard(self) -> None:
-        """Remove all files of the run."""
+        """Remove all files of the run but the list of its rejects, if there are any."""
         for name in self.names.values():
             for suffix in (".bin", ".mask.bin"):
                 partial(self.folder / f"{name}{suffix}").unlink(missing_ok=True)
-        partial(self.rejects_path).unlink(missing_ok=True)
+        if not self.progress.rejects:
+            partial(self.rejects_path).unlink(missing_ok=True)
         self._forget()
 
     def _forget(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from preprocess_data.pipeline.counts import format_reasons
 from utils.atomic import atomic_write, write_text
 from utils.log import format_count
 from utils.tokenizer import Tokenizer
@@ -129,10 +130,12 @@ def _tokens(counts: np.ndarray, tokenizer: Tokenizer) -> str:
 
 
 def _unused_records(meta: dict[str, Any], rejects: Path) -> str:
-    """A table of the filtered and the invalid records by reason."""
+    """A table of the filtered and the invalid records by reason, and the fields that are left out of others."""
+    unread = meta.get("unread", {})
+    left_out = f"\n\nFields that are left out, in so many conversations: {format_reasons(unread)}." if unread else ""
     counts: dict[str, int] = {**meta["dropped"], **meta.get("bad", {})}
     if not counts:
-        return "None."
+        return "None." + left_out
     places: dict[str, list[str]] = {}
     if rejects.is_file():
         with open(rejects, "rb") as file:
@@ -143,7 +146,7 @@ def _unused_records(meta: dict[str, Any], rejects: Path) -> str:
     rows = [["records", "reason", "for example"]]
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
         rows.append([f"{count:,}", reason, ", ".join(places.get(reason, []))])
-    return _table(rows)
+    return _table(rows) + left_out
 
 
 def _samples(split: TokenFileStats, tokenizer: Tokenizer, seed: int) -> Iterator[str]:

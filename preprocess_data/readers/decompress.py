@@ -48,6 +48,17 @@ class DecompressedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill the buffer: fewer bytes mean that the contents end."""
+        filled = 0
+        while filled < len(buffer) and (self._output or self._read_more()):
+            count = min(len(buffer) - filled, len(self._output))
+            buffer[filled : filled + count] = self._output[:count]
+            self._output = self._output[count:]
+            filled += count
+        return filled
+
+    def _read_more(self) -> bool:
+        """Decompress until there is output; False at the end and at the first damage."""
         while not self._output and self.error is None:
             self._input = self._input or self.raw.read(INPUT_BYTES)
             if not self._input:
@@ -55,10 +66,7 @@ class DecompressedFile(io.RawIOBase):
                     self.error = f"truncated {self.name}, the rest of the file is unread"
                 break
             self._decompress()
-        count = min(len(buffer), len(self._output))
-        buffer[:count] = self._output[:count]
-        self._output = self._output[count:]
-        return count
+        return bool(self._output)
 
     def _decompress(self) -> None:
         if not self._inside_member and not self._input.strip(b"\0"):  # padding at the end

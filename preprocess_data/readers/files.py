@@ -10,8 +10,8 @@ from typing import Any
 from preprocess_data.readers import records
 from preprocess_data.readers.csv_table import read_csv, read_tsv
 from preprocess_data.readers.decompress import COMPRESSIONS, DecompressedFile, read_error
-from preprocess_data.readers.json_array import read_json
-from preprocess_data.readers.jsonl import read_jsonl
+from preprocess_data.readers.encoding import foreign_format
+from preprocess_data.readers.json_file import read_json
 from preprocess_data.readers.parquet_table import read_parquet
 from preprocess_data.readers.plain_text import read_text
 from preprocess_data.readers.records import InvalidRecord, ParsedRecords, RawChunk
@@ -20,8 +20,8 @@ from utils.log import log
 
 Reader = Callable[[Any], Iterator[RawChunk]]  # of an io.BufferedReader
 READERS: dict[str, Reader] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_tsv,
@@ -40,13 +40,22 @@ class Position:
 
 
 def read_file(path: Path, position: Position | None = None) -> Iterator[RawChunk]:
-    """The chunks of one file. A truncated file yields what can be read, then an `InvalidRecord` at line 0."""
+    """The chunks of one file. A truncated file yields what can be read, then an `InvalidRecord` at line 0.
+
+    That is all of a file in another format or encoding than its name says.
+    """
     reader = find_reader(path)
     before = position.done if position else 0
     compression = COMPRESSIONS.get(path.suffix.lower())
     with open(path, "rb", buffering=0) as raw:
         stream = raw if compression is None else DecompressedFile(io.BufferedReader(raw), *compression)
-        file = io.BufferedReader(stream, records.CHUNK_BYTES)
+        file = io.BufferedReader(stream, max(records.CHUNK_BYTES, records.START_BYTES))
+        found = foreign_format(file.peek(records.START_BYTES))
+        suffix = _suffix(path)
+        if found and suffix != f".{found}":
+            expected = "UTF-8" if found.startswith("UTF") else suffix
+            yield ParsedRecords([(0, InvalidRecord(f"{found}, not {expected}, the file is unread"))])
+            return
         for chunk in reader(file):
             if position:
                 position.done = before + raw.tell()

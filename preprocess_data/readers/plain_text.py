@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from preprocess_data.readers.encoding import why_not_utf8
 from preprocess_data.readers.records import InvalidRecord, ParsedRecords, RawChunk, quote, read_lines
 
 
@@ -38,4 +39,4 @@ def _decode(data: bytes) -> str | InvalidRecord:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        return InvalidRecord("not UTF-8", quote(data))
+        return InvalidRecord(why_not_utf8(data), quote(data))

@@ -6,13 +6,14 @@ for what cannot be read, so that it is counted and not lost. No file is held in 
 longer than MAX_RECORD_BYTES.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
 from preprocess_data.readers.decompress import read_error
 
 CHUNK_BYTES = 1 << 20  # approximate size of a chunk
+START_BYTES = 1 << 16  # of a file, by which its format is recognized
 CHUNK_RECORDS = 1024  # records per chunk, where the reader itself parses them
 MAX_RECORD_BYTES = 8 << 20
 QUOTED_CHARACTERS = 200  # of an invalid record, in the list of rejects
@@ -90,20 +91,24 @@ def _first_end(data: bytes, ends: tuple[bytes, ...]) -> int | None:
     return min(found, default=None)
 
 
-def group_records(pairs: Iterator[tuple[int, Any]]) -> Iterator[ParsedRecords]:
-    """Chunks of at most CHUNK_RECORDS records and about CHUNK_BYTES characters."""
+def group_records(
+    pairs: Iterator[tuple[int, Any]], new_chunk: Callable[[list[tuple[int, Any]]], RawChunk] = ParsedRecords
+) -> Iterator[RawChunk]:
+    """Chunks of at most CHUNK_RECORDS records and about CHUNK_BYTES characters or bytes."""
     chunk: list[tuple[int, Any]] = []
     size = 0
     for pair in pairs:
         chunk.append(pair)
-        if type(pair[1]) is dict:
+        if isinstance(pair[1], dict):
             size += sum(len(value) for value in pair[1].values() if isinstance(value, str))
+        elif isinstance(pair[1], bytes):
+            size += len(pair[1])
         if len(chunk) >= CHUNK_RECORDS or size >= CHUNK_BYTES:
-            yield ParsedRecords(chunk)
+            yield new_chunk(chunk)
             chunk = []
             size = 0
     if chunk:
-        yield ParsedRecords(chunk)
+        yield new_chunk(chunk)
 
 
 def quote(record: bytes | str) -> str:
