@@ -1,7 +1,7 @@
 """Speed of each command alone and next to other programs: one busy process per core, which comes and goes in turns.
 
     python benchmarks/busy.py                          the terminal, the server with 1 and 8 requests, a training
-    python benchmarks/busy.py --commands=terminal --model=mini_deepseekv3
+    python benchmarks/busy.py --commands=terminal --model_name=mini_deepseekv3
     python benchmarks/busy.py --tree=../base           the commands of another checkout, with the same runs and tokens
 
 The page decodes as the terminal does. The commands are those of a user, at the sizes of the model's CPU preset, with
@@ -60,7 +60,7 @@ Measure = Callable[[], float]  # tokens per second, now
 @dataclass
 class Config:
     __doc__ = __doc__
-    model: str = opt("mini_llama3", "architecture; it needs a preset configs/<model>_cpu.yaml")
+    model_name: str = opt("mini_llama3", "architecture; it needs a preset configs/<model>_cpu.yaml")
     commands: list[str] = opt(list(COMMANDS), "what is measured")
     rounds: int = opt(3, "measurements of each command, alone and next to busy processes in turns", ge=1)
     seconds: float = opt(12.0, "of one measurement of the training", gt=0)
@@ -158,7 +158,7 @@ class Commands:
     def pretrain(self, name: str, *flags: str) -> list[str]:
         return [
             "pretrain.py",
-            f"--config=configs/{self.config.model}_cpu.yaml",
+            f"--config=configs/{self.config.model_name}_cpu.yaml",
             f"--tokenizer_path={self.folder / 'tokenizer'}",
             f"--pretrain_data_path={self.folder / 'pretrain_train.bin'}",
             f"--output_path={self.folder}",
@@ -297,7 +297,14 @@ def row(name: str, found: dict[str, list]) -> dict[str, Any]:
     """The medians of a command, the share of its speed that is left, and whether it reaches its goal."""
     alone, busy = statistics.median(found["alone"]), statistics.median(found["busy"])
     kept = round(busy / alone, 3)
-    return {"alone": alone, "busy": busy, "kept": kept, "goal": GOALS[name], "reached": kept >= GOALS[name], **found}
+    return {
+        "alone": alone,
+        "busy": busy,
+        "kept": kept,
+        "goal": GOALS[name],
+        "reached": kept >= GOALS[name],
+        "rounds": found,
+    }
 
 
 def others_before(seconds: float = 2.0) -> float | None:
@@ -326,14 +333,16 @@ def main() -> None:
         "command": shlex.join(["python", *sys.argv]),
         "machine": f"{platform.machine()}, {cores} cores",
         "torch": version("torch"),
-        "model": config.model,
+        "model": config.model_name,
         "other_programs_before": before,
     }
     write_text(Path(config.results), json.dumps({**about, "commands": rows}, indent=1) + "\n")
-    print(f"\n| {config.model}, tokens per second | alone | {cores} busy processes | kept | goal | other programs |")
+    print(
+        f"\n| {config.model_name}, tokens per second | alone | {cores} busy processes | kept | goal | other programs |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for name, figures in rows.items():
-        seen = [used for used in figures["others"] if used is not None]
+        seen = [used for used in figures["rounds"]["others"] if used is not None]
         cells = [
             name,
             f"{figures['alone']:.0f}",
