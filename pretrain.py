@@ -7,6 +7,7 @@ torchrun --nproc_per_node=2 pretrain.py --config configs/x.yaml --max_steps=1000
 from dataclasses import dataclass
 from typing import Any
 
+import utils.openmp  # noqa: F401  before PyTorch is loaded
 from checks.harness.runner import refuse_unless_right
 from engine.data.sequences import DocumentSequences, Sequences, WindowSequences
 from engine.data.token_file import TokenFile

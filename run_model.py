@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+import utils.openmp  # noqa: F401  before PyTorch is loaded
 from engine.inference.options import ChatOptions
 from utils.config import help_text, parse
 from utils.errors import UserError

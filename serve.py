@@ -12,6 +12,7 @@ import os
 import signal
 from dataclasses import dataclass
 
+import utils.openmp  # noqa: F401  before PyTorch is loaded
 from engine.inference.options import ChatOptions
 from engine.serving.options import LOCAL_HOSTS
 from utils.config import opt, parse

@@ -7,6 +7,7 @@ torchrun --nproc_per_node=2 sft.py --init_from=output/pretrain_MODEL
 from dataclasses import dataclass
 from typing import Any
 
+import utils.openmp  # noqa: F401  before PyTorch is loaded
 from engine.data.sequences import DocumentSequences
 from engine.data.token_file import TokenFile
 from engine.distributed import process_group

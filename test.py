@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
+import utils.openmp  # noqa: F401  before PyTorch is loaded
 from engine.inference.options import SAMPLING, ChatOptions, check_speculative_name
 from utils.config import convert, opt, parse
 from utils.errors import UserError, run_script

@@ -9,6 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import utils.openmp  # noqa: F401  before PyTorch is loaded
 from demo import poems, report
 from demo.bits import bits_per_character
 from engine.distributed.process_group import find_device

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from engine.inference.threads import StepThreads
 from model.basemodel import BaseModel, State
 
 DecodeStep = Callable[[torch.Tensor, State], torch.Tensor]  # ids (B, T), state -> logits (B, 1|T, V)
@@ -17,11 +18,6 @@ def open_batch(
     if model.accepts("state"):
         return CachedBatch(model, n_slots, max_len, decode_step)
     return RecomputeBatch(model, n_slots, max_len)
-
-
-def forward_step(model: BaseModel, ids: torch.Tensor, state: State, decode_step: DecodeStep | None = None) -> Any:
-    """Return the logits (B, 1|T, V) of one forward pass; `decode_step` replaces the plain forward of `model`."""
-    return model(ids, state=state)[0] if decode_step is None else decode_step(ids, state)
 
 
 FIRST_LENGTH = 4096  # tokens that a single slot has room for at first
@@ -37,6 +33,7 @@ class CachedBatch:
         self.model = model
         self.decode_step = decode_step
         self.max_len = max_len
+        self.threads = StepThreads(model)
         self.state = model.init_state(n_slots, max_len if n_slots > 1 else min(max_len, FIRST_LENGTH))
         self._empty = model.init_state(1, max_len)
 
@@ -60,6 +57,11 @@ class CachedBatch:
     def swap(self, a: int, b: int) -> None:
         self.state.overwrite([a, b], self.state.select([b, a]))
 
+    def forward(self, ids: torch.Tensor, state: State) -> Any:
+        """Return the logits (B, 1|T, V) of one forward pass; `decode_step` replaces the plain forward of the model."""
+        with self.threads.running(ids.numel()):
+            return self.model(ids, state=state)[0] if self.decode_step is None else self.decode_step(ids, state)
+
     def append(self, first: int, lengths: list[int], ids: torch.Tensor) -> torch.Tensor:
         """Append `ids` (B, T) to the slots from `first` on, which hold `lengths` tokens: the last logits (B, V).
 
@@ -71,7 +73,7 @@ class CachedBatch:
         if len(ids) == len(state.pos):  # all slots: no views needed
             state.max_pos = max(lengths)
             state.last_only = True
-            logits = forward_step(self.model, ids, state, self.decode_step)
+            logits = self.forward(ids, state)
             state.advance(ids.shape[1])
             return logits[:, -1]
         *layers, of_model = [
@@ -79,7 +81,7 @@ class CachedBatch:
         ]
         views = [dict(view) for view in [*layers, of_model]]
         part = State(state.pos[slots], state.max_len, layers, max(lengths), last_only=True, model=of_model)
-        logits = forward_step(self.model, ids, part, self.decode_step)
+        logits = self.forward(ids, part)
         part.advance(ids.shape[1])
         state.pos[slots] = part.pos
         state.token_indexed |= part.token_indexed
@@ -102,6 +104,7 @@ class RecomputeBatch:
     def __init__(self, model: BaseModel, n_slots: int, max_len: int) -> None:
         self.model = model
         self.max_len = max_len
+        self.threads = StepThreads(model)
         self.ids = torch.zeros(n_slots, max_len, dtype=torch.long, device=next(model.parameters()).device)
 
     def has_room(self, n_tokens: int) -> bool:
@@ -119,5 +122,7 @@ class RecomputeBatch:
         device = ids.device
         at = torch.tensor(lengths, device=device)[:, None] + torch.arange(ids.shape[1], device=device)  # (B, T)
         texts.scatter_(1, at, ids)
-        logits = self.model(texts[:, : max(lengths) + ids.shape[1]])[0]  # (B, T, V)
+        read = texts[:, : max(lengths) + ids.shape[1]]
+        with self.threads.running(read.numel()):
+            logits = self.model(read)[0]  # (B, T, V)
         return logits[torch.arange(len(ids), device=device), at[:, -1]]

@@ -8,6 +8,7 @@ from engine.inference.request import Request
 from engine.inference.sampling import Sampling
 from engine.inference.scheduler import Scheduler, max_completion_tokens
 from engine.inference.speculative import SpeculativeScheduler
+from engine.inference.threads import kept_threads
 from model.basemodel import BaseModel
 from utils.errors import UserError
 from utils.tokenizer import Tokenizer
@@ -99,7 +100,8 @@ def decode(
         )
         scheduler.add(*requests)
         while scheduler.busy:
-            changed = scheduler.step()
+            with kept_threads():  # the caller goes on between two steps
+                changed = scheduler.step()
             for request in changed:
                 if request.error:
                     raise UserError(request.error)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from engine.inference.batch import CachedBatch, DecodeStep, forward_step
+from engine.inference.batch import CachedBatch, DecodeStep
 from engine.inference.options import check_speculative_name
 from engine.inference.request import Request
 from engine.inference.scheduler import Scheduler, sample_batch
@@ -102,7 +102,7 @@ class SpeculativeScheduler(Scheduler):
         state.max_pos = len(self.slots[0].ids)
         state.last_only = not drafted
         ids = torch.tensor([pending + drafted], device=self.device)
-        logits = forward_step(self.model, ids, state, self.batch.decode_step)[0]  # (1|T, V)
+        logits = self.batch.forward(ids, state)[0]  # (1|T, V)
         state.advance(len(pending) + len(drafted))
         return logits[-1 - len(drafted) :]
 

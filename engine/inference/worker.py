@@ -6,6 +6,7 @@ import traceback
 
 from engine.inference.request import Request
 from engine.inference.scheduler import QueueFull, Scheduler
+from engine.inference.threads import AVAILABLE
 
 
 class BatchWorker:
@@ -16,6 +17,7 @@ class BatchWorker:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
+        scheduler.batch.threads.limit = AVAILABLE  # its thread is its own, whatever the calling one uses
         self._wake = threading.Event()
         self._closing = False
         self._submitting = threading.Lock()

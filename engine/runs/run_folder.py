@@ -283,6 +283,11 @@ def micro_batch_of(folder: Path) -> int:
     return size if isinstance(size, int) else 0
 
 
+def precision_of(folder: Path) -> str:
+    """The precision that the run in `folder` computes in; "auto" when its config.yaml leaves it open."""
+    return str(load_yaml(folder / "config.yaml").get("precision", "auto"))
+
+
 def source_fingerprint(path: Path) -> str:
     """sha256 of a file."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

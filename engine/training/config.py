@@ -21,7 +21,8 @@ class TrainConfig:
     )
     precision: str = opt(
         "auto",
-        "compute dtype; weights stay fp32; auto: bf16 on CUDA that has it, else fp32",
+        "compute dtype; weights stay fp32; auto: bf16 on CUDA that has it and on a CPU that multiplies it faster, else "
+        "fp32",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     compile: str = opt("auto", "torch.compile the model; auto: on CUDA only", choices=SWITCH, neutral=True)

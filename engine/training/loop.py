@@ -21,7 +21,7 @@ from engine.training.build import model_facts
 from engine.training.config import TrainConfig
 from engine.training.evaluate import characters_of
 from engine.training.measure import estimate_run
-from engine.training.run import TrainRun, bits_per_character, place_model, restore_state, set_up
+from engine.training.run import TrainRun, bits_per_character, place_model, restore_state, run_precision, set_up
 from engine.training.schedule import learning_rate
 from engine.training.step import TrainStep
 from engine.training.stop_signal import StopSignal
@@ -68,6 +68,7 @@ def train(
         return directory.summary
 
     # ---------------------------------------------------------------- 2. model, optimizer, and the state to resume from
+    config.precision = run_precision(config, directory, model, device)  # resolved, for config.yaml
     place_model(config, model, device)
     step = TrainStep(model, config, device)
     state = restore_state(directory.checkpoint, model, step)

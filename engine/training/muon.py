@@ -1,12 +1,12 @@
 """Muon: momentum whose update is orthogonalized, for the matrices inside the network."""
 
-from functools import cache
 from typing import Any
 
 import torch
 
 from engine.distributed.fsdp import full_tensor, is_dtensor, local, shard_like
 from engine.training.conditional import zero_unless
+from engine.training.precision import fast_bf16
 
 # Coefficients of odd quintics x -> a x + b x^3 + c x^5, one per iteration, that together bring every singular value
 # near 1: each is optimal for the interval that the one before leaves (Amsel et al. 2025, "The Polar Express",
@@ -67,15 +67,6 @@ def _orthogonalize_wide(x: torch.Tensor) -> torch.Tensor:
             gram = gram @ (factor @ factor)
     assert product is not None
     return product @ x
-
-
-@cache
-def fast_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions that multiply bf16 matrices."""
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("arm_bf16"))
-    return device.type == "cuda"
 
 
 class Muon(torch.optim.Optimizer):

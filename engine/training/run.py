@@ -18,19 +18,19 @@ from engine.planning.mfu import HardwarePeak
 from engine.runs.checkpoint import load_training_state
 from engine.runs.checkpoint_manager import CheckpointManager
 from engine.runs.metrics import RunLog, log_text
-from engine.runs.run_folder import Fingerprint, RunDirectory, lock_folder, write_run_files
+from engine.runs.run_folder import Fingerprint, RunDirectory, lock_folder, precision_of, write_run_files
 from engine.training.bad_steps import BadStepFilter
 from engine.training.batch_plan import BatchPlan, plan_run
 from engine.training.build import model_source
 from engine.training.config import TrainConfig
 from engine.training.diagnostics import Diagnostics
 from engine.training.evaluate import held_out_loss
-from engine.training.precision import resolve_precision
+from engine.training.precision import fast_bf16, resolve_precision
 from engine.training.samples import write_samples
 from engine.training.step import TrainStep, wants_compile
 from engine.training.stop_signal import StopSignal
 from model.basemodel import BaseModel
-from utils.log import Progress, format_count, log
+from utils.log import Progress, format_count, log, warn
 from utils.tokenizer import Tokenizer
 
 PROMPTS = 4  # of the held-out data, for samples.md
@@ -135,6 +135,18 @@ class TrainRun:
         self.checkpoints.save({**self.state, **scaling}, self.val, must=must)
 
 
+def run_precision(config: TrainConfig, directory: RunDirectory, model: BaseModel, device: torch.device) -> str:
+    """The precision of the run, the same on all processes: for --precision=auto the one it began with, if it did."""
+    wanted = config.precision
+    if wanted == "auto" and directory.checkpoint is not None:
+        wanted = precision_of(directory.folder)
+        if wanted == "auto" and device.type == "cpu":
+            wanted = "fp32"  # as --precision=auto was on any CPU when the run began, in version 0.2.0
+        if wanted == "bf16" and device.type == "cpu" and not fast_bf16(device):
+            warn(f"{directory.folder} computes in bf16, for which this CPU has no instructions: it will be slow")
+    return process_group.broadcast_object(resolve_precision(wanted, device, model))
+
+
 def place_model(config: TrainConfig, model: BaseModel, device: torch.device) -> None:
     """Move the model to its device with the weights of rank 0, sharded over the processes for --parallel=fsdp."""
     if device.type == "cuda":
@@ -142,7 +154,7 @@ def place_model(config: TrainConfig, model: BaseModel, device: torch.device) -> 
     model.train()
     if config.parallel == "fsdp" and process_group.world_size() > 1:  # the full model may not fit the device
         process_group.broadcast_weights(model)
-        fsdp.shard(model, device, resolve_precision(config.precision, device), wants_compile(config, device))
+        fsdp.shard(model, device, config.precision, wants_compile(config, device))
         return
     process_group.broadcast_weights(model.to(device))
     if config.parallel == "fsdp":  # as when one of two machines is left

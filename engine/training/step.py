@@ -37,7 +37,7 @@ class TrainStep:
     def __init__(self, model: BaseModel, config: TrainConfig, device: torch.device):
         self.device = device
         self.grad_clip = config.grad_clip
-        self.precision = resolve_precision(config.precision, device)
+        self.precision = resolve_precision(config.precision, device, model)
         self.optimizer = build_optimizer(model, config)
         self.parameters: list[torch.nn.Parameter] = [p for g in self.optimizer.param_groups for p in g["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
