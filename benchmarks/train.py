@@ -50,6 +50,7 @@ from model.kernels import attention  # noqa: E402
 from utils.atomic import write_text  # noqa: E402
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
+from utils.packages import require_packages  # noqa: E402
 
 DENSE, MOE = "mini_llama3", "mini_deepseekv3"
 BOTH = {"dim": 384, "n_layers": 6, "n_heads": 6, "inter_dim": 1024, "vocab_size": 8192}
@@ -403,6 +404,7 @@ def main(argv: list[str] | None = None) -> None:
     seq_lens = config.seq_lens or ([32] if config.quick else [512, 2048] if cuda else [256])
     tokens = config.tokens or (64 if config.quick else 32768 if cuda else 2048)
     config.rounds = 1 if config.quick else config.rounds
+    require_packages("transformers", change="pip install -e .[test]")
     about = {
         "date": str(date.today()),
         "command": " ".join(["python benchmarks/train.py", *(argv or sys.argv[1:])]),
