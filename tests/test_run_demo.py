@@ -91,23 +91,6 @@ ALL = [
 ]  # fmt: skip
 
 
-def test_every_stage_runs_once_and_a_second_run_does_nothing(project, tmp_path):
-    done, called = demo(project, cwd=tmp_path)  # from any folder
-    assert done.returncode == 0, done.stderr
-    assert called == ALL
-    assert (project / "output/sft_mini_deepseekv3/demo.json").exists()
-    done, called = demo(project)
-    assert done.returncode == 0 and called == [], done.stdout
-    assert "the report" in done.stdout and done.stdout.count("done before") == len(ALL)
-
-
-def test_a_second_model_shares_corpora_tokenizer_and_tokens(project):
-    demo(project)
-    done, called = demo(project, "one")
-    assert done.returncode == 0 and called == ["pretrain", "sft", "evaluate"], done.stderr
-    assert "all stages" in done.stdout and (project / "output/sft_one/demo.json").exists()
-
-
 def minutes_of(project):
     """The --max_minutes of every training stage that was called."""
     calls = [line.split() for line in (project / "calls.txt").read_text(encoding="utf-8").splitlines()]
@@ -118,26 +101,28 @@ def minutes_of(project):
     return {stage: found[0] for stage, found in given.items() if found}
 
 
-def test_training_gets_what_is_left_of_20_minutes(project):
-    demo(project)
-    given = minutes_of(project)
+def test_every_stage_runs_once_and_a_second_run_does_nothing(project, tmp_path):
+    done, called = demo(project, cwd=tmp_path)  # from any folder
+    assert done.returncode == 0, done.stderr
+    assert called == ALL
+    given = minutes_of(project)  # what is left of 20
     assert 13 < given["pretrain"] < 15 and 3 < given["sft"] < 5.5
+    assert (project / "output/sft_mini_deepseekv3/demo.json").exists()
+    done, called = demo(project)
+    assert done.returncode == 0 and called == [], done.stdout
+    assert "the report" in done.stdout and done.stdout.count("done before") == len(ALL)
+
+
+def test_a_second_model_shares_corpora_tokenizer_and_tokens(project):
+    demo(project)
+    given = sum(minutes_of(project).values())
     times = project / "output/demo_times.json"
     slow = {**json.loads(times.read_text(encoding="utf-8")), "tokenizer": 100, "tokens": 60}
     times.write_text(json.dumps(slow), encoding="utf-8")
-    demo(project, "one")
-    assert sum(minutes_of(project).values()) < sum(given.values()) - 4  # 160 s, and an evaluation that takes longer
-
-
-def test_an_interrupted_training_gets_the_same_minutes_again(project):
-    """Else it would be another run, and would not resume."""
-    demo(project, STOP="pretrain")
-    given = minutes_of(project)["pretrain"]
-    times = project / "output/demo_times.json"
-    times.write_text(json.dumps({**json.loads(times.read_text(encoding="utf-8")), "tokens": 300}), encoding="utf-8")
-    demo(project)
-    assert minutes_of(project)["pretrain"] == given
-    assert demo(project)[1] == []  # and what is done stays done
+    done, called = demo(project, "one")
+    assert done.returncode == 0 and called == ["pretrain", "sft", "evaluate"], done.stderr
+    assert sum(minutes_of(project).values()) < given - 4  # 160 seconds count, and the evaluation takes longer there
+    assert "all stages" in done.stdout and (project / "output/sft_one/demo.json").exists()
 
 
 def test_the_budgets_of_slow_and_fast_machines():
@@ -187,8 +172,12 @@ def test_a_change_repeats_its_stage_and_those_after_it(project, changed, again):
 def test_an_interrupted_training_stops_the_demo_and_resumes_the_next_time(project):
     done, called = demo(project, STOP="pretrain")
     assert done.returncode == 2 and called[-1] == "pretrain" and "same command again" in done.stderr
+    given = minutes_of(project)["pretrain"]
+    times = project / "output/demo_times.json"
+    times.write_text(json.dumps({**json.loads(times.read_text(encoding="utf-8")), "tokens": 300}), encoding="utf-8")
     done, called = demo(project)
     assert done.returncode == 0 and called == ["pretrain", "sft", "evaluate"]
+    assert minutes_of(project)["pretrain"] == given  # else it would be another run, and would not resume
 
 
 def test_fine_tuning_starts_from_the_run_that_the_stage_before_names(project):
