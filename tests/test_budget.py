@@ -105,6 +105,8 @@ def test_the_steps_are_written_before_the_first_one_and_decide_the_schedule(trai
     assert seen == [(step, steps, steps) for step in range(steps)] and 20 < steps < 30  # 56 seconds at 2 per step
     settings = settings_of(summary)
     assert (settings["max_minutes"], settings["max_tokens"]) == (1.0, steps * 4 * 32)
+    identity = json.loads((training.path / "output/pretrain_tiny/run.json").read_text())["identity"]
+    assert identity["max_minutes"] == 1 and "steps" not in identity and identity["max_steps"] == 0
     curve, weights = losses(summary), training.weights()
     by_steps = training.run(max_steps=steps, run_name="by_steps")
     assert losses(by_steps) == curve and same(weights, training.weights())
@@ -148,19 +150,20 @@ def test_minutes_given_to_resume_count_from_the_checkpoint(training, measured, m
     half = stop_after(training, monkeypatch, 3, max_steps=1000)
     more = training.run(max_steps=0, max_minutes=1.0, resume=half["run"])
     assert more["run"] == half["run"] and more["steps"] > 3 + 20
-    fresh = training.run(max_steps=0, max_minutes=1.0, resume="never")
+    fresh = training.run(max_steps=0, max_minutes=1.0, dry_run=True)
     assert more["steps"] == fresh["steps"] + 3
     records = read_metrics(more["run"] + "/metrics.jsonl")
     assert [record["step"] for record in records if "loss" in record] == list(range(1, more["steps"] + 1))
 
 
 def test_max_steps_and_max_tokens_are_limits_and_epochs_are_not(training, measured, capsys):
-    assert training.run(max_minutes=1.0, max_steps=5)["steps"] == 5
+    minute = dict(max_minutes=1.0, dry_run=True)
+    assert training.run(**minute, max_steps=5)["steps"] == 5
     assert "5 steps, the most that --max_steps or --max_tokens allows" in capsys.readouterr().out
-    assert training.run(max_minutes=1.0, max_steps=0, max_tokens=7 * 4 * 32)["steps"] == 7
-    unlimited = training.run(max_minutes=1.0, max_steps=0, epochs=0.01)["steps"]
+    assert training.run(**minute, max_steps=0, max_tokens=7 * 4 * 32)["steps"] == 7
+    unlimited = training.run(**minute, max_steps=0, epochs=0.01)["steps"]
     assert unlimited > plan_run(TrainConfig(epochs=0.01, max_batch_size=4), len(training.sequences), 32)[1]
-    assert unlimited == training.run(max_minutes=1.0, max_steps=1000, run_name="more_than_fits")["steps"]
+    assert unlimited == training.run(**minute, max_steps=1000)["steps"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_a_budget_that_cannot_be_kept_is_one_line_and_leaves_no_folder(training,
         training.run(**NO_STEPS)
     assert "\n" not in str(caught.value) and not (training.path / "output/pretrain_tiny").exists()
     needed = float(str(caught.value).split("give more than ")[1].split(" minutes")[0])
-    assert training.run(max_steps=0, max_minutes=1.1 * needed)["steps"] >= 1
+    assert training.run(max_steps=0, max_minutes=1.1 * needed, dry_run=True)["steps"] >= 1
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
@@ -199,9 +202,9 @@ def test_a_dry_run_shows_the_steps_that_fit(training, measured):
     "fields",
     [
         {},
-        {"optimizer": "adamw", "ema": 0.9, "z_loss": 0.0},
-        {"batch_ramp_ratio": 0.5, "global_batch_size": 8},
-        {"max_batch_size": 0, "global_batch_size": 4},
+        {"ema": 0.9, "batch_ramp_ratio": 0.5, "global_batch_size": 8},
+        pytest.param({"optimizer": "adamw"}, marks=pytest.mark.slow),
+        pytest.param({"max_batch_size": 0, "global_batch_size": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_measured_steps_change_nothing(training, monkeypatch, fields):
@@ -211,8 +214,9 @@ def test_measured_steps_change_nothing(training, monkeypatch, fields):
     taken = []
     take_step = budget.take_step
     monkeypatch.setattr(budget, "take_step", lambda *args: taken.append(1) or take_step(*args))
-    budgeted = training.run(**settings, max_minutes=0.05, run_name="budgeted")
-    assert len(taken) > 3 and budgeted["steps"] == 6
+    monkeypatch.setattr(budget, "MEASURED", 0.0)  # one step, after those that do not count
+    budgeted = training.run(**settings, max_minutes=60, run_name="budgeted")
+    assert len(taken) >= 3 and budgeted["steps"] == 6
     assert losses(budgeted) == losses(plain) and losses(budgeted, "val_loss") == losses(plain, "val_loss")
     assert same(weights, training.weights()) and weights["bias"].abs().sum() > 0  # a buffer that steps move
 
@@ -263,12 +267,11 @@ def test_a_signal_during_the_measurement_leaves_nothing(training, monkeypatch):
     assert not (training.path / "output/pretrain_tiny").exists()
 
 
-def test_the_real_clock_is_kept(training):
-    """Three seconds, of which most are trained; the summary and the fingerprint say so."""
-    summary = training.run(max_steps=0, max_minutes=0.05, log_interval=100)
-    assert summary["status"] == "finished" and summary["steps"] > 20 and 0.5 < summary["seconds"] < 3
-    identity = json.loads((training.path / "output/pretrain_tiny/run.json").read_text())["identity"]
-    assert identity["max_minutes"] == 0.05 and "steps" not in identity and identity["max_steps"] == 0
+@pytest.mark.slow
+def test_by_the_real_clock_a_longer_budget_trains_more(training):
+    short = training.run(max_steps=0, max_minutes=0.1, log_interval=1000)
+    long = training.run(max_steps=0, max_minutes=0.4, log_interval=1000)
+    assert short["status"] == long["status"] == "finished" and 1 < 2 * short["steps"] < long["steps"]
 
 
 @pytest.mark.slow
@@ -277,8 +280,8 @@ def test_two_processes_take_the_steps_that_the_first_one_measured(tmp_path, para
     """And the run is that of as many steps, to the bit."""
     folder = sft_folder(tmp_path)
     settings = dict(parallel=parallel, eval_interval=0)
-    found, weights, output = train_by_torchrun(folder, 2, "minutes", max_minutes=0.2, max_steps=0, **settings)
+    found, weights, output = train_by_torchrun(folder, 2, "minutes", max_minutes=0.3, max_steps=0, **settings)
     steps = found[-1]["step"]
-    assert steps > 3 and f"--max_minutes=0.2: {steps} steps" in output and weights is not None
+    assert steps > 3 and f"--max_minutes=0.3: {steps} steps" in output and weights is not None
     plain, plain_weights, _ = train_by_torchrun(folder, 2, "steps", max_steps=steps, **settings)
     assert figures(found) == figures(plain) and same(weights, plain_weights)
