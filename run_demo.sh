@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From a bare clone to a model that writes classical Chinese poems:  bash run_demo.sh [MODEL] [--quick]
 #
-# MODEL is any architecture of model/ (default: mini_deepseekv3). --quick runs every stage in about three minutes,
+# MODEL is any architecture of model/ (default: mini_deepseekv3). It ends within 20 minutes after the downloads: a
+# faster machine trains on more tokens, not for less time. --quick runs every stage in about three minutes,
 # with too little training to be good; its files are in output/quick/. PYTHON=... chooses the interpreter.
 # A second run skips the stages that are done; a changed argument, preset or architecture file repeats its stage and
 # those after it.
@@ -10,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 . scripts/venv.sh
 
 usage() {
-    sed -n '2,7s/^# \{0,1\}//p' run_demo.sh
+    sed -n '2,8s/^# \{0,1\}//p' run_demo.sh
 }
 
 model= quick=
@@ -33,7 +34,9 @@ if ! grep -qF -e "\"$model\"" -e "'$model'" model/*.py; then
 fi
 
 out=output
-tokenizer_flags=(--vocab_size=5120 --split_han --max_characters=8000000) preprocess_flags=() pretrain_flags=() sft_flags=() evaluate_flags=()
+tokenizer_flags=(--vocab_size=5120 --split_han --max_characters=8000000) preprocess_flags=() evaluate_flags=()
+# limits for a fast machine, of about four passes over the data: how long it trains is in demo/budget.py
+pretrain_flags=(--max_tokens=100000000) sft_flags=(--max_tokens=16000000)
 if [ -n "$quick" ]; then
     out=output/quick
     tokenizer_flags=(--vocab_size=5120 --split_han --max_characters=3000000)
@@ -62,7 +65,8 @@ sha256() {
 
 # stage NAME RESULT COMMAND...: run the command, unless the file RESULT is still as this command, after the same stages,
 # wrote it. $inputs has the inputs that no stage writes. Sets $result.
-inputs= of_model= skipped=
+# $timed: the command gets --max_minutes, chosen when it first starts: an interrupted training needs the same to resume.
+inputs= of_model= timed= skipped=
 stage() {
     local name=$1 mark start=$SECONDS known
     result=$2
@@ -81,6 +85,10 @@ stage() {
     mkdir -p "$marks"
     [ "$result" != run ] || set -- "$@" --write_run_path="$run_path"
     rm -f "$run_path"
+    if [ -n "$timed" ]; then
+        [ -s "$mark.minutes" ] || "$python" demo/budget.py "$times" "$name" "$of_model" >"$mark.minutes"
+        set -- "$@" --max_minutes="$(cat "$mark.minutes")"
+    fi
     printf '\n[%s] %s\n$ python %s\n' "$(elapsed)" "$name" "$*"
     "$python" "$@"
     [ "$result" != run ] || result=$(finished_run)
@@ -116,17 +124,18 @@ stage chat-tokens "$out/data/sft_train.meta.json" preprocess_data/preprocess_dat
     --tokenizer_path="$out/tokenizer" --data_path="$out/data"
 
 of_model=$model
-inputs="$(cat "$preset" "$architecture")"
+[ -n "$quick" ] || timed=yes
+inputs="$(cat "$preset" "$architecture" demo/budget.py)"
 stage pretrain run pretrain.py --config="$preset" --model_name="$model" --tokenizer_path="$out/tokenizer" \
     --pretrain_data_path="$out/data/pretrain_train.bin" --output_path="$out" ${pretrain_flags[@]+"${pretrain_flags[@]}"}
 pretrain_run=$(dirname "$result")
 
-inputs="$(cat configs/sft_cpu.yaml)"
+inputs="$(cat configs/sft_cpu.yaml demo/budget.py)"
 stage sft run sft.py --config=configs/sft_cpu.yaml --init_from="$pretrain_run" --tokenizer_path="$out/tokenizer" \
     --sft_data_path="$out/data/sft_train.bin" --output_path="$out" ${sft_flags[@]+"${sft_flags[@]}"}
 sft_run=$(dirname "$result")
 
-inputs="$(cat demo/*.py)"
+inputs="$(cat demo/*.py)" timed=
 stage evaluate "$sft_run/demo.json" demo/evaluate.py --run="$sft_run" --pretrain_run="$pretrain_run" \
     --corpora_path=$corpora ${evaluate_flags[@]+"${evaluate_flags[@]}"}
 [ -z "$skipped" ] || "$python" demo/report.py "$sft_run"

@@ -22,6 +22,7 @@ from utils.atomic import write_text
 from utils.chat_template import encode_chat
 from utils.config import opt, parse
 from utils.errors import UserError, run_script
+from utils.files import load_json
 from utils.log import Progress, log
 from utils.tokenizer import Tokenizer
 
@@ -78,6 +79,12 @@ def write_poems(
     return texts
 
 
+def tokens_seen(run: Path) -> int | None:
+    """Return the training tokens of a run, padding excluded; None for weights that were not trained here."""
+    summary = run / "summary.json"
+    return load_json(summary, "train again").get("tokens") if summary.exists() else None
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate the run, write demo.json into its folder, and return its content."""
     run = Path(config.run)
@@ -105,6 +112,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "settings": dataclasses.asdict(config),
         "pretrain_bits_per_character": bits_per_character(pretrained.model, pretrained.tokenizer, documents),
         "bits_poems": len(documents),
+        "tokens": {"pretraining": tokens_seen(pretrain_run), "fine-tuning": tokens_seen(run)},
         "model": counts(texts, forms),
         "by_form": by_form,
         "real_poems": counts(real, real_forms),

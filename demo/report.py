@@ -8,6 +8,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import UserError, run_script
+from utils.log import format_count
 from utils.terminal import strip_control_chars
 
 
@@ -41,6 +42,9 @@ def table(result: dict[str, Any]) -> str:
         f"Bits per character after pretraining: {result['pretrain_bits_per_character']:.3f}"
         f" (title, author and text of {result['bits_poems']} held-out poems)"
     )
+    seen = [f"{format_count(tokens)} in {stage}" for stage, tokens in result.get("tokens", {}).items() if tokens]
+    if seen:
+        lines.append(f"Tokens seen: {', '.join(seen)}")
     return "\n".join(lines)
 
 

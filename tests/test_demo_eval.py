@@ -138,7 +138,17 @@ def test_the_table_has_a_row_for_every_form_and_baseline():
     }  # fmt: skip
     table = report.table(result)
     assert table.count("96.0%") == 7
-    assert "6.432 (title, author and text of 80 held-out poems)" in table
+    assert "6.432 (title, author and text of 80 held-out poems)" in table and "Tokens seen" not in table
+    seen = result | {"tokens": {"pretraining": 3_400_000, "fine-tuning": 612_345}}
+    assert report.table(seen).endswith("\nTokens seen: 3.4M in pretraining, 612.3k in fine-tuning")
+    imported = result | {"tokens": {"pretraining": None, "fine-tuning": 612_345}}
+    assert report.table(imported).endswith("\nTokens seen: 612.3k in fine-tuning")
+
+
+def test_the_tokens_seen_are_those_of_the_summary(tmp_path):
+    assert evaluate.tokens_seen(tmp_path) is None
+    (tmp_path / "summary.json").write_text('{"status": "finished", "tokens": 1234}', encoding="utf-8")
+    assert evaluate.tokens_seen(tmp_path) == 1234
 
 
 def test_bits_per_character_equal_a_loop_over_tokens():

@@ -1,5 +1,6 @@
 """run_demo.sh and its helpers, with placeholders for the stages: which stages are skipped, repeated, and stop it."""
 
+import json
 import os
 import shutil
 import stat
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from demo import budget
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -51,7 +54,7 @@ def project(tmp_path):
     root = tmp_path / "a project"
     for folder in ("demo", "scripts", "configs", "model", ".venv/bin", "preprocess_data"):
         (root / folder).mkdir(parents=True)
-    for name in ("run_demo.sh", "scripts/venv.sh", "demo/times.py"):
+    for name in ("run_demo.sh", "scripts/venv.sh", "demo/times.py", "demo/budget.py"):
         shutil.copy(ROOT / name, root / name)
     for name in ("pretrain", "sft", "train_tokenizer", "preprocess_data/preprocess_data", "demo/evaluate"):
         (root / f"{name}.py").write_text(PLACEHOLDER, encoding="utf-8")
@@ -88,10 +91,22 @@ ALL = [
 ]  # fmt: skip
 
 
+def minutes_of(project):
+    """The --max_minutes of every training stage that was called."""
+    calls = [line.split() for line in (project / "calls.txt").read_text(encoding="utf-8").splitlines()]
+    given = {
+        call[0]: [float(word.split("=")[1]) for word in call if word.startswith("--max_minutes=")] for call in calls
+    }
+    assert not any(found for stage, found in given.items() if stage not in ("pretrain", "sft"))
+    return {stage: found[0] for stage, found in given.items() if found}
+
+
 def test_every_stage_runs_once_and_a_second_run_does_nothing(project, tmp_path):
     done, called = demo(project, cwd=tmp_path)  # from any folder
     assert done.returncode == 0, done.stderr
     assert called == ALL
+    given = minutes_of(project)  # what is left of 20
+    assert 13 < given["pretrain"] < 15 and 3 < given["sft"] < 5.5
     assert (project / "output/sft_mini_deepseekv3/demo.json").exists()
     done, called = demo(project)
     assert done.returncode == 0 and called == [], done.stdout
@@ -100,16 +115,35 @@ def test_every_stage_runs_once_and_a_second_run_does_nothing(project, tmp_path):
 
 def test_a_second_model_shares_corpora_tokenizer_and_tokens(project):
     demo(project)
+    given = sum(minutes_of(project).values())
+    times = project / "output/demo_times.json"
+    slow = {**json.loads(times.read_text(encoding="utf-8")), "tokenizer": 100, "tokens": 60}
+    times.write_text(json.dumps(slow), encoding="utf-8")
     done, called = demo(project, "one")
     assert done.returncode == 0 and called == ["pretrain", "sft", "evaluate"], done.stderr
+    assert sum(minutes_of(project).values()) < given - 4  # 160 seconds count, and the evaluation takes longer there
     assert "all stages" in done.stdout and (project / "output/sft_one/demo.json").exists()
+
+
+def test_the_budgets_of_slow_and_fast_machines():
+    for seconds in (1, 10, 25, 60, 120):  # of the stages before, and of training the tokenizer
+        times = {"chat": seconds, "tokenizer": seconds, "tokens": seconds, "chat-tokens": seconds, "pretrain other": 1}
+        pretraining = budget.seconds("pretrain", times, "one")
+        tuning = budget.seconds("sft", {**times, "pretrain one": round(pretraining)}, "one")
+        evaluation = max(budget.LEAST_EVALUATION, budget.EVALUATION * seconds)
+        assert 4 * seconds + pretraining + tuning + evaluation <= 0.96 * 20 * 60
+        late = budget.seconds("sft", {**times, "pretrain one": round(1.1 * pretraining)}, "one")
+        assert 60 <= late <= max(60, tuning - 0.1 * pretraining + 1)  # what pretraining took too much is saved here
+        early = budget.seconds("sft", {**times, "pretrain one": 5}, "one")  # resumed just before its end
+        assert tuning <= early < 0.4 * pretraining
+    assert budget.seconds("pretrain", {"tokens": 5000}, "one") == budget.LEAST_TRAINING
 
 
 def test_quick_has_an_output_folder_of_its_own(project):
     demo(project)
     done, called = demo(project, "--quick")
     assert done.returncode == 0 and "train_tokenizer" in called and "pretrain" in called, done.stderr
-    assert (project / "output/quick/sft_mini_deepseekv3/demo.json").exists()
+    assert (project / "output/quick/sft_mini_deepseekv3/demo.json").exists() and minutes_of(project) == {}
     assert demo(project)[1] == []  # and leaves the other alone
 
 
@@ -138,8 +172,12 @@ def test_a_change_repeats_its_stage_and_those_after_it(project, changed, again):
 def test_an_interrupted_training_stops_the_demo_and_resumes_the_next_time(project):
     done, called = demo(project, STOP="pretrain")
     assert done.returncode == 2 and called[-1] == "pretrain" and "same command again" in done.stderr
+    given = minutes_of(project)["pretrain"]
+    times = project / "output/demo_times.json"
+    times.write_text(json.dumps({**json.loads(times.read_text(encoding="utf-8")), "tokens": 300}), encoding="utf-8")
     done, called = demo(project)
     assert done.returncode == 0 and called == ["pretrain", "sft", "evaluate"]
+    assert minutes_of(project)["pretrain"] == given  # else it would be another run, and would not resume
 
 
 def test_fine_tuning_starts_from_the_run_that_the_stage_before_names(project):

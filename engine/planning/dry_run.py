@@ -128,8 +128,8 @@ def saved_bytes(
     return sum(size for address, size in kept.items() if address not in own)
 
 
-def evaluated_sequences(config: Any, plan: Plan, total_steps: int, val_data: Sequences | None) -> int:
-    """Sequences that all held-out evaluations of a run read together."""
+def evaluated_sequences(config: Any, plan: Plan, total_steps: int, val_data: Sequences | None, done: int = 0) -> int:
+    """Sequences that all held-out evaluations of a run read together, those after step `done`."""
     if val_data is None:
         return 0
     total = len(val_data)
@@ -137,8 +137,13 @@ def evaluated_sequences(config: Any, plan: Plan, total_steps: int, val_data: Seq
     def sequences(batches: int) -> int:
         return min(batches * plan.global_sequences or total, total)
 
-    times = (total_steps - 1) // config.eval_interval if config.eval_interval else 0
+    times = times_between(done, total_steps, config.eval_interval)
     return times * sequences(config.eval_batches) + sequences(config.eval_final_batches)
+
+
+def times_between(done: int, total_steps: int, interval: int) -> int:
+    """How often a run evaluates or samples after step `done` and before its last one, every `interval` steps."""
+    return max(0, (total_steps - 1) // interval - done // interval) if interval else 0
 
 
 def table(title: str, estimate: dict[str, Any], peak: HardwarePeak, device: torch.device) -> str:

@@ -13,6 +13,8 @@ from functools import cache
 
 import torch
 
+from utils.log import log
+
 # Published dense rates of bf16 and fp16 in TFLOPS, by a substring of the device's name; the first match counts.
 PUBLISHED = (
     ("GB200", 2500.0), ("B200", 2250.0), ("GH200", 989.4), ("H200", 989.4), ("H100 NVL", 835.5), ("H100 PCIe", 756.0),
@@ -25,15 +27,17 @@ PUBLISHED = (
 class HardwarePeak:
     """`flops`: the peak of one device of this run, in FLOPs per second; `source`: where the figure is from.
 
-    given: in TFLOPS, by the user; 0: published for the device at this precision, else measured now.
+    given: in TFLOPS, known from `source`; 0: published for the device at this precision, else measured now.
     """
 
-    def __init__(self, device: torch.device, precision: str, given: float = 0.0):
+    def __init__(self, device: torch.device, precision: str, given: float = 0.0, source: str = "--peak_tflops"):
+        self.device = device
+        self.precision = precision
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         rate = published(name, precision)
         if given:
             self.flops = given * 1e12
-            self.source = "--peak_tflops"
+            self.source = source
         elif rate is not None:
             self.flops = rate
             self.source = f"{name}, {kind(precision)}, dense, published"
@@ -45,8 +49,19 @@ class HardwarePeak:
         return f"{self.flops / 1e12:.3g} TFLOPS ({self.source})"
 
     def share(self, flops_per_token: float, tokens_per_s: float, devices: int) -> float:
-        """The MFU at `tokens_per_s` over all devices together."""
-        return flops_per_token * tokens_per_s / (self.flops * devices)
+        """The MFU at `tokens_per_s` over all devices together; at most 1, as a peak that is exceeded is replaced."""
+        reached = flops_per_token * tokens_per_s / devices
+        if reached > self.flops:
+            self._replace(reached)
+        return reached / self.flops
+
+    def _replace(self, reached: float) -> None:
+        """Measure again; where even that is below `reached`, this rate is the peak. Logs one line."""
+        old = str(self)
+        measured = measure_matmuls(self.device, self.precision)
+        self.flops = max(measured, reached)
+        self.source = f"{self.precision} matmul, measured again" if measured > reached else "the most reached here"
+        log(f"{reached / 1e12:.3g} TFLOPS per device are above the peak of {old}: 100% MFU is now {self}")
 
 
 def kind(precision: str) -> str:
@@ -63,6 +78,11 @@ def published(name: str, precision: str) -> float | None:
 
 @cache
 def matmul_rate(device: torch.device, precision: str) -> float:
+    """FLOPs per second of a matmul, measured once per process."""
+    return measure_matmuls(device, precision)
+
+
+def measure_matmuls(device: torch.device, precision: str) -> float:
     """FLOPs per second of the fastest of eight matmuls of two square matrices."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     size = 1024 if device.type == "cpu" else 8192

@@ -51,6 +51,7 @@ class RunDirectory:
 
     folder: Path
     checkpoint: Path | None = None  # the checkpoint to resume from
+    same: bool = False  # whether a run of the same fingerprint has begun there, with or without a checkpoint
     summary: dict[str, Any] | None = None  # summary.json of a run that has finished
 
 
@@ -125,7 +126,7 @@ def _explicit_resume(folder: Path, fingerprint: Fingerprint) -> RunDirectory:
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"--resume={folder}: no valid checkpoint there to resume from")
-    return RunDirectory(folder, checkpoint)
+    return RunDirectory(folder, checkpoint, same=other == fingerprint)
 
 
 def _find_same_run(first: Path, fingerprint: Fingerprint, resume: str) -> tuple[RunDirectory | None, list[str]]:
@@ -144,7 +145,7 @@ def _find_same_run(first: Path, fingerprint: Fingerprint, resume: str) -> tuple[
             return RunDirectory(folder, summary=summary), differences
         checkpoint = newest_checkpoint(folder)
         if checkpoint is not None or resume != "must":
-            return RunDirectory(folder, checkpoint), differences
+            return RunDirectory(folder, checkpoint, same=True), differences
     return None, differences
 
 
@@ -277,10 +278,10 @@ def write_run_files(
     tokenizer.save(folder / "tokenizer")
 
 
-def micro_batch_of(folder: Path) -> int:
-    """The sequences per micro-batch that the run in `folder` used; 0 when it is not in its config.yaml."""
-    size = load_yaml(folder / "config.yaml").get("max_batch_size")
-    return size if isinstance(size, int) else 0
+def resolved(folder: Path, name: str) -> int:
+    """An integer setting of the run in `folder`, as it was resolved; 0 when it is not in its config.yaml."""
+    value = load_yaml(folder / "config.yaml").get(name)
+    return value if isinstance(value, int) else 0
 
 
 def precision_of(folder: Path) -> str:

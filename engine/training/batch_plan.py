@@ -71,7 +71,12 @@ def plan_run(config: TrainConfig, sequences: int, seq_len: int) -> tuple[BatchPl
     wanted = config.max_tokens // seq_len if config.max_tokens else int(config.epochs * sequences)
     # half of the ramp's steps have a quarter of the batch and half of them a half: 3/8 on average
     steps = config.max_steps or max(1, int(wanted / (plan.global_sequences * (1 - 0.625 * config.batch_ramp_ratio))))
-    return replace(plan, ramp_steps=round(config.batch_ramp_ratio * steps)), steps
+    return ramped(plan, config, steps), steps
+
+
+def ramped(plan: BatchPlan, config: TrainConfig, steps: int) -> BatchPlan:
+    """The plan of a step with the ramp of a run of `steps` steps."""
+    return replace(plan, ramp_steps=round(config.batch_ramp_ratio * steps))
 
 
 def _largest_divisor(number: int, at_most: int) -> int:

@@ -1,5 +1,6 @@
 """The settings that every training stage shares; a stage adds its data paths by extending the class."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,14 @@ class TrainConfig:
     epochs: float = opt(1.0, "passes over the training data", gt=0, group="Length of the run")
     max_steps: int = opt(0, "optimizer steps, instead of epochs; 0: not set", ge=0)
     max_tokens: int = opt(0, "training tokens, instead of epochs; 0: not set", ge=0)
+    max_minutes: float = opt(
+        0.0,
+        "minutes that the command may take, instead of epochs: measured steps turn them into max_steps; a smaller "
+        "max_steps or max_tokens counts too; 0: not set",
+        neutral=True,  # the loop adds it to the run's fingerprint, in place of the steps
+        ge=0,
+        le=1e6,
+    )
     optimizer: str = opt(
         "muon",
         "muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all",
@@ -125,6 +134,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        self.started = time.monotonic()  # from here --max_minutes counts
         check_bounds(self)
         if self.min_lr > self.max_lr:
             raise UserError(f"--min_lr={self.min_lr} is above --max_lr={self.max_lr}: lower it")

@@ -12,11 +12,12 @@ from engine.distributed import process_group
 from engine.planning.batch_size import find_max_batch_size
 from engine.runs.run_folder import (
     choose_run_directory,
-    micro_batch_of,
     remove_if_empty_on_error,
+    resolved,
     run_fingerprint,
 )
 from engine.training.batch_plan import plan_run
+from engine.training.budget import resolve_minutes
 from engine.training.build import model_facts
 from engine.training.config import TrainConfig
 from engine.training.evaluate import characters_of
@@ -55,7 +56,8 @@ def train(
         **model_facts(model),
         "stage": stage,
         "global_batch_size": plan.global_sequences,
-        "steps": total_steps,
+        # the minutes become steps below, and a resumed run takes those of its config.yaml
+        **({"max_minutes": config.max_minutes} if config.max_minutes else {"steps": total_steps}),
         "data": train_data.file.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         **(facts or {}),
@@ -67,24 +69,27 @@ def train(
         log(f"{directory.folder} is finished: nothing to do (--resume=never trains again). Next: {next_command}")
         return directory.summary
 
-    # ---------------------------------------------------------------- 2. model, optimizer, and the state to resume from
+    # ---------------------------------------------------------------- 2. model and optimizer
     config.precision = run_precision(config, directory, model, device)  # resolved, for config.yaml
     place_model(config, model, device)
     step = TrainStep(model, config, device)
-    state = restore_state(directory.checkpoint, model, step)
 
-    # ---------------------------------------------------------------- 3. the micro-batch search and the dry run
+    # ---------------------------------------------------------------- 3. what is measured before the first step
+    # The results go to config.yaml, from which a resumed run takes them
     if not config.max_batch_size or config.dry_run:
-        model.before_step(0, total_steps)  # both run forward passes before the first step
-    if not config.max_batch_size:  # the result goes to config.yaml, from which a resumed run takes it
-        config.max_batch_size = (directory.checkpoint and micro_batch_of(directory.folder)) or find_max_batch_size(
-            plan.micro_sequences, model, step.optimizer, train_data, device, step.autocast
+        model.before_step(0, total_steps)  # both run forward passes
+    if not config.max_batch_size:
+        config.max_batch_size = (directory.checkpoint and resolved(directory.folder, "max_batch_size")) or (
+            find_max_batch_size(plan.micro_sequences, model, step.optimizer, train_data, device, step.autocast)
         )
-        plan, total_steps = plan_run(config, len(train_data), train_data.seq_len)
+    if config.max_minutes:
+        resolve_minutes(config, directory, model, step, tokenizer, train_data, val_data)
     if config.dry_run:
+        plan, total_steps = plan_run(config, len(train_data), train_data.seq_len)
         return estimate_run(config, stage, directory.folder, model, step, plan, total_steps, train_data, val_data)
 
     # ---------------------------------------------------------------- 4. the run
+    state = restore_state(directory.checkpoint, model, step)
     run = set_up(config, stage, model, step, state, tokenizer, train_data, val_data, directory, fingerprint)
     with (
         remove_if_empty_on_error(run.folder),

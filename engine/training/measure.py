@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.data.loader import StepLoader
+from engine.data.loader import StepBatches, StepLoader
 from engine.data.sequences import Sequences
 from engine.distributed import process_group
 from engine.planning import memory
@@ -24,6 +24,21 @@ from utils.log import log
 STEPS = 2  # the first one compiles and allocates the optimizer state; the second one is measured
 
 
+def take_step(
+    config: TrainConfig, model: BaseModel, step: TrainStep, work: StepBatches, index: int, total_steps: int
+) -> int:
+    """Take optimizer step `index` (0-based) as the loop does, without its logs; return its tokens on all processes."""
+    step.optimizer.set_lr(learning_rate(index, total_steps, config))
+    model.before_step(index, total_steps)
+    targets, tokens = process_group.sum_numbers([sum(work.targets), work.tokens])
+    values = step.accumulate(work, targets, config.seed, index)
+    norm = step.clip()
+    step.update(values["loss"].isfinite() & norm.isfinite())
+    with torch.no_grad():
+        model.after_step({name: value for name, value in values.items() if name != "loss"})
+    return int(tokens)
+
+
 def measure_step(
     config: TrainConfig, model: BaseModel, step: TrainStep, plan: BatchPlan, total_steps: int, data: Sequences
 ) -> MeasuredStep:
@@ -36,17 +51,10 @@ def measure_step(
         work = loader.make(index)
         memory.reset_peak_memory(step.device)
         started = time.perf_counter()
-        step.optimizer.set_lr(learning_rate(index, total_steps, config))
-        model.before_step(index, total_steps)
-        targets, tokens = process_group.sum_numbers([sum(work.targets), work.tokens])
-        values = step.accumulate(work, targets, config.seed, index)
-        norm = step.clip()
-        step.update(values["loss"].isfinite() & norm.isfinite())
-        with torch.no_grad():
-            model.after_step({name: value for name, value in values.items() if name != "loss"})
+        tokens = take_step(config, model, step, work, index, total_steps)
         synchronize(step.device)
         seconds = time.perf_counter() - started
-    return MeasuredStep(int(tokens), seconds, memory.peak_memory(step.device), activations)
+    return MeasuredStep(tokens, seconds, memory.peak_memory(step.device), activations)
 
 
 def estimate_run(

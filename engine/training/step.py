@@ -38,9 +38,7 @@ class TrainStep:
         self.device = device
         self.grad_clip = config.grad_clip
         self.precision = resolve_precision(config.precision, device, model)
-        self.optimizer = build_optimizer(model, config)
-        self.parameters: list[torch.nn.Parameter] = [p for g in self.optimizer.param_groups for p in g["params"]]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.reset(model, config)
         self.compiled = wants_compile(config, device)
         self.sharded = is_sharded(model)
         # fsdp.shard has compiled a sharded model layer by layer
@@ -51,6 +49,13 @@ class TrainStep:
         self.low_precision = LowPrecisionCopies(model.param_groups()["matrix"] if casts else [], self.dtype)
         model.z_loss = config.z_loss
         self._train_forward = checked(self.forward, type(model), config.z_loss)
+
+    def reset(self, model: BaseModel, config: TrainConfig) -> None:
+        """Go back to the first step of `model`: no optimizer state, no gradients, the initial loss scale."""
+        self.optimizer = build_optimizer(model, config)
+        self.parameters: list[torch.nn.Parameter] = [p for g in self.optimizer.param_groups for p in g["params"]]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.optimizer.zero_grad()
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
