@@ -121,6 +121,7 @@ def losses_see_the_past_only(tested: ModelUnderTest) -> None:
     Causes: a multi-token head at depth k that reads the embedding of token i + k + 1, its own answer, instead of i + k;
     a second head on a stream that has no causal mask.
     """
+    tested.needs_repeatable_backward()
     model, ids = tested.build(), tested.tokens(batch_size=1)
 
     def gradients(targets: Tensor) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
 """Does `forward` fulfil the contract: shapes, other_vars, determinism, nothing stored about a call?"""
 
+import random
+
 import torch
 from torch import Tensor
 
 from checks.harness import ModelUnderTest, NotApplicable, call, logits_of, next_tokens, require, require_close
-from checks.harness.snapshot import differences, snapshot
+from checks.harness.snapshot import differences, restore_settings, settings, snapshot, switches
 from model.basemodel import BaseModel
 
 
@@ -62,7 +64,8 @@ def loss_is_sum_of_terms(tested: ModelUnderTest) -> None:
         require(not missing, f"{', '.join(missing)} has lost its graph: a term of the loss must not be detached")
         listed = " + ".join(f"{k} {v.item():.4g}" for k, v in terms.items())
         require_close(sum(terms.values()), loss, f"{listed} against the loss {loss.item():.4g}", 1e-5)
-        _gradients_add_up(model, loss, terms)
+        if tested.backward_repeats:  # else gradients.backward_is_deterministic fails
+            _gradients_add_up(model, loss, terms)
 
 
 def _gradients_add_up(model: BaseModel, loss: Tensor, terms: dict[str, Tensor]) -> None:
@@ -181,7 +184,6 @@ def nothing_is_stored(tested: ModelUnderTest) -> None:
     model, ids = tested.build(), tested.tokens()
     before = snapshot(model)
     call(model.train(), ids, targets=next_tokens(ids))[1].backward()
-    require(all(module.training for module in model.modules()), "forward switches a module to eval mode")
     model.eval()
     drawn = []
     with torch.no_grad():
@@ -197,6 +199,37 @@ def nothing_is_stored(tested: ModelUnderTest) -> None:
             call(model, ids[:, :3], state=model.init_state(len(ids)))
     changed = differences(before, snapshot(model))
     require(not changed, f"forward leaves something on the module: {', '.join(changed[:6])}")
+
+
+def nothing_is_switched(tested: ModelUnderTest) -> None:
+    """A call leaves every switch as it was: which parameters learn, train and eval mode, hooks, settings of torch.
+
+    Measured: before and after calls in train and eval mode, with gradients on and off, without and with targets,
+    doc_ids and a state: requires_grad, `.grad`, the modes, the hooks and the parameters themselves, and torch's
+    gradient mode, default dtype and the like; in eval mode also the global random generators of torch and Python.
+    Causes: `requires_grad_(False)` or `.eval()` in forward; `torch.set_grad_enabled(...)` as a call instead of `with`;
+    `torch.set_default_dtype`; a hook or a parameter made in every call; noise drawn in eval mode and then not used.
+    """
+    ids, at_first = tested.tokens(), settings()
+    for train in (True, False):
+        for grad in (True, False):
+            model, mode = tested.build().train(train), "train" if train else "eval"
+            restore_settings(at_first)  # a first call, to find the gain of the weights, may have switched them
+            inputs: list[dict] = [{}, {"targets": next_tokens(ids)}]
+            if tested.Model.accepts("doc_ids"):
+                inputs.append({"targets": next_tokens(ids), "doc_ids": torch.zeros_like(ids)})
+            if tested.Model.accepts("state"):
+                inputs.append({"state": model.init_state(len(ids))})
+            for extra in inputs:
+                with torch.set_grad_enabled(grad):
+                    before, drawn = switches(model), (torch.get_rng_state(), random.getstate())
+                    call(model, ids, **extra)
+                    after = switches(model)
+                changed = [f"{k} from {before.get(k)} to {after.get(k)}" for k in differences(before, after)]
+                what = f"{mode} mode: a call with {' and '.join(extra) or 'input_ids alone'}"
+                require(not changed, f"{what} switches {'; '.join(changed[:4])}")
+                same = torch.equal(torch.get_rng_state(), drawn[0]) and random.getstate() == drawn[1]
+                require(train or same, f"{what} draws from the global random generator")
 
 
 @torch.no_grad()

@@ -1,50 +1,58 @@
 """Does every parameter learn, and is what it learns from the gradient of the loss?"""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from checks.harness import ModelUnderTest, NotApplicable, call, next_tokens, require, train_steps
+from checks.harness.derivative import Derivative
+from checks.harness.model_under_test import LONG, REPEATS
+from checks.harness.reached import dead_slices, gathered_gradients, reached_in_a_larger_model
 from model.basemodel import BaseModel
 
 BOUNDS = {"activations": (1.6, 100), "gradients": (2.2, 5000)}  # factors from layer to layer, and from first to last
-STEPS = 6  # after zero-initialised projections have left zero, the parameters behind them have a gradient too
 
 
 def every_parameter_learns(tested: ModelUnderTest) -> None:
-    """Every trainable parameter receives a finite gradient that is not zero; so does every expert, head and row of it.
+    """Every trainable parameter receives a finite gradient that is not zero; so does every slice of a table or a stack.
 
-    Measured: six optimizer steps from the author's initial weights on batches that hold every token of the vocabulary,
-    the gradients gathered. Slices of stacked weights, and rows and columns of linear maps (a tenth of them or more),
-    are judged on weights of unit gain as well, so that experts that the first steps rarely choose are not blamed.
+    Measured: optimizer steps from the author's initial weights, and from weights of unit gain, on batches that hold
+    every token of the vocabulary; the gradients of the same steps in float64, without epsilons: one that vanishes
+    there is rounding. Rows, columns, experts, heads and taps of all weights of two dimensions or more (a tenth of them
+    or more) must be reached from one of the two, and are given more steps while further ones are reached; what a
+    larger vocabulary and longer sequences reach is not blamed.
     Causes: a parameter that forward does not use; a `.detach()`, `no_grad`, `.item()` or argmax on the way; a routing
     bias that is a Parameter where a buffer is meant; two factors that both start at zero; a top-1 weight that is
     divided by itself; experts that are never reached; a `.data` access.
     """
-    initial = _gathered_gradients(tested, unit_gain=False)
-    unit_gain = _gathered_gradients(tested, unit_gain=True)
-    missing = [n for n, seen in initial.items() if seen is None]
+    initial = gathered_gradients(tested, unit_gain=False)
+    unit_gain = gathered_gradients(tested, unit_gain=True)
+    missing = [name for name, seen in initial.items() if seen is None]
     require(not missing, f"no gradient reaches {_names(missing)}")
-    natural = {n: seen for n, seen in initial.items() if seen is not None}
-    zero = [n for n, seen in natural.items() if not seen.any()]
+    pairs = [(name, seen, unit_gain[name]) for name, seen in initial.items() if seen is not None]
+    zero = [name for name, seen, _ in pairs if not seen.fp32.any()]
     require(not zero, f"the gradient of {_names(zero)} is always zero")
-    model = tested.build(unit_gain=False)
-    linear = {n + ".weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name, seen in natural.items():
-        more = unit_gain[name]
-        alive = seen if more is None else seen | more
-        if alive.ndim >= 3:
-            dead = (~alive.flatten(1).any(dim=1)).nonzero()[:, 0].tolist()
-            require(not dead, f"no gradient ever reaches {name}[{', '.join(map(str, dead[:6]))}]")
-        if name in linear and alive.shape[0] < tested.args.vocab_size:
-            for dim, what in ((1, "rows"), (0, "columns")):
-                dead = (~alive.any(dim=dim)).nonzero()[:, 0].tolist()
-                total = alive.shape[1 - dim]
+    for name, seen, more in pairs:
+        require(
+            not seen.vanishes() or (more is not None and not more.vanishes()),
+            f"the gradient of {name} vanishes: at most {seen.fp32.max():.2g} in fp32, which is rounding or the epsilon "
+            f"of a norm, and {seen.float64.max():.2g} in float64 without epsilons",
+            [
+                "a softmax over the keys or the vocabulary cancels it, as it does the bias of keys without positions",
+                "the norm after it cancels it: a scale, or for LayerNorm a constant",
+                "a weight that is divided by itself, such as that of one active expert",
+            ],
+        )
+    dead = {name: (dead_slices(seen, more), seen) for name, seen, more in pairs}
+    if any(found for found, _ in dead.values()):
+        larger = reached_in_a_larger_model(tested)
+        for name, (found, seen) in dead.items():
+            for slices in found:
                 require(
-                    10 * len(dead) < total or not dead,
-                    f"no gradient ever reaches the {what} {dead[:6]} of {name}, {len(dead)} of {total}",
+                    slices.is_reached_by(larger.get(name)),
+                    f"no gradient ever reaches {slices.text(name, seen.fp32.ndim)}",
                 )
 
 
@@ -52,97 +60,49 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _gathered_gradients(tested: ModelUnderTest, unit_gain: bool) -> dict[str, Tensor | None]:
-    """Return {parameter: which of its elements ever had a gradient}, None for a parameter without any."""
-    model = tested.build(unit_gain=unit_gain).train()
-    seen: dict[str, Tensor | None] = {n: None for n, p in model.named_parameters() if p.requires_grad}
-
-    def look(step: int) -> None:
-        for name, param in model.named_parameters():
-            if param.grad is not None and name in seen:
-                require(param.grad.isfinite().all(), f"the gradient of {name} is non-finite in step {step + 1}")
-                alive = param.grad != 0
-                before = seen[name]
-                seen[name] = alive if before is None else before | alive
-
-    batches = [_every_token(tested, step) for step in range(STEPS)]
-    train_steps(model, batches, lr=3e-3, after_backward=look)
-    return seen
-
-
-def _every_token(tested: ModelUnderTest, step: int) -> tuple[Tensor, Tensor]:
-    """Return 16 sequences of random tokens that hold, as far as they go, each token of the vocabulary."""
-    ids = tested.tokens(batch_size=16, seed=20 + step)
-    every = torch.arange(tested.args.vocab_size)[: ids.numel()]
-    ids.view(-1)[torch.randperm(ids.numel(), generator=torch.Generator().manual_seed(step))[: len(every)]] = every
-    return ids, next_tokens(ids)
-
-
 def agree_with_finite_differences(tested: ModelUnderTest) -> None:
     """The gradient of the task loss is its derivative: backward agrees with a small step.
 
-    Measured: for each parameter, the loss after small steps to both sides, along its gradient and along a random
-    direction, against the gradient; steps over a jump (another expert is chosen) are made smaller, and left out when
-    they still jump. A model whose gradients deliberately differ (straight-through rounding) declares it by the
-    class attribute `gradients_are_exact = False`.
-    Causes: a `.detach()` or `no_grad` on one of two paths, such as the residual stream or the routing weights; a custom
-    backward that is off by a factor; an in-place edit through `.data`; a value computed in numpy or by `.item()`.
+    Measured: in float64, the change of the loss after small steps to both sides against the gradient: along each
+    parameter over eight tokens, and along all at once over 293, beyond windows and chunks, in eval and train mode with
+    the same noise. Steps over a jump (another expert is chosen) are made smaller, and left out when they still jump.
+    The gradients of fp32 against those of float64. A model whose gradients deliberately differ (straight-through
+    rounding) declares it by the class attribute `gradients_are_exact = False`.
+    Causes: a `.detach()` or `no_grad` on one of two paths, such as the residual stream, the routing weights or the
+    state that one chunk hands to the next; a custom backward that is off by a factor, or right for one chunk only; an
+    in-place edit through `.data`; a value computed in numpy or by `.item()`.
     """
-    if not getattr(tested.Model, "gradients_are_exact", True):
+    if not tested.Model.gradients_are_exact:
         raise NotApplicable("the model declares gradients_are_exact = False")
-    # Few tokens: each may change its experts within a step, and a sum of many small jumps would look like a slope.
-    model, ids = tested.build(), tested.tokens(batch_size=1, length=min(8, tested.args.max_seq_len))
-    targets = next_tokens(ids)
-
-    def loss() -> Tensor:
-        return tested.task_loss(*call(model, ids, targets=targets)[1:])
-
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    grads = torch.autograd.grad(loss(), [p for _, p in named], allow_unused=True)
-    generator = torch.Generator().manual_seed(0)
-    every = max(1, len(named) // 100)
-    with torch.no_grad():
-        base = loss().item()
-        for (name, param), grad in list(zip(named, grads))[::every]:
-            grad = torch.zeros_like(param) if grad is None else grad
-            noise = torch.randn(param.shape, generator=generator)
-            along = [("its gradient", grad / grad.norm())] if grad.norm() > 1e-4 else []
-            for what, direction in [*along, ("a random direction", noise / noise.norm())]:
-                expected = (grad * direction).sum().item()
-                found = _slope(loss, base, param, direction, expected)
-                if found is not None:
-                    slope, noise_level = found
-                    allowed = 0.1 * max(abs(slope), abs(expected)) + noise_level
-                    require(
-                        abs(slope - expected) <= allowed,
-                        f"{name}: along {what} backward gives {expected:.4g}, a small "
-                        f"step changes the loss by {slope:.4g} per unit",
-                    )
+    tested.needs_repeatable_backward()
+    few = tested.tokens(batch_size=1, length=min(8, tested.args.max_seq_len))
+    short = Derivative(tested, tested.build, few, train=False)
+    short.require_fp32_agrees()
+    names = list(short.params)
+    for name in names[:: -max(1, len(names) // 100)]:
+        short.require_agrees([name], trials=1)
+    try:
+        build, length = tested.build_long, LONG - 7  # 293 is a prime: a multiple of no chunk
+        build()
+    except NotApplicable:
+        build, length = tested.build, tested.args.max_seq_len
+    for train in (False, True):
+        long = Derivative(tested, build, tested.tokens(batch_size=1, length=length), train)
+        long.require_fp32_agrees()
+        long.require_agrees(names, trials=2)
 
 
-def _slope(
-    loss: Callable[[], Tensor], base: float, param: Tensor, direction: Tensor, expected: float
-) -> tuple[float, float] | None:
-    """Return (central difference of the loss along `direction`, its uncertainty); None where the loss jumps."""
-    reach = 0.03 * max(param.norm().item(), 0.05 * param.numel() ** 0.5)
-    step = min(reach, 2e-2 / max(abs(expected), 1e-12))
-    original, slopes = param.clone(), []
-    for _ in range(6):
-        values = []
-        for sign in (1, -1):
-            param.copy_(original + sign * step * direction)
-            values.append(loss().item())
-        param.copy_(original)
-        slope = (values[0] - values[1]) / (2 * step)
-        rounding = 4e-6 * max(1.0, abs(base)) / step
-        curvature = abs(values[0] + values[1] - 2 * base) / (2 * step)
-        slopes.append(slope)
-        # Three steps of different size that agree, on a segment that is nearly straight: this is the slope.
-        if curvature < 0.3 * abs(slope) + rounding and len(slopes) > 2:
-            if all(abs(s - slope) < 0.03 * abs(slope) + rounding for s in slopes[-3:-1]):
-                return slope, rounding
-        step /= 2
-    return None
+def backward_is_deterministic(tested: ModelUnderTest) -> None:
+    """Two backward passes give the same gradient.
+
+    Measured: the gradient of the loss twice through one graph, and from a second forward pass with the same seed, in
+    eval and train mode. Checks that compare gradients do not apply where they differ.
+    Causes: a custom backward that draws noise, counts its calls or writes to the tensors it saved; recomputation with
+    other noise (`checkpoint(..., preserve_rng_state=False)`); noise of Python or numpy, which no seed of torch reaches;
+    a value kept on the module or in the file from call to call.
+    """
+    for what, difference in tested.backward_differences.items():
+        require(difference < REPEATS, f"{what}: the gradients differ by {difference:.2%}, so backward is random")
 
 
 def norms_per_layer(tested: ModelUnderTest) -> None:

@@ -120,6 +120,7 @@ def ignored_targets_have_no_gradient(tested: ModelUnderTest) -> None:
     alone.
     Causes: a mask applied to the loss but not to the auxiliary path; ignored targets clamped to class 0; a custom
     backward that forgets the mask or the division by the number of valid targets."""
+    tested.needs_repeatable_backward()
     model, ids = tested.build(), tested.tokens(batch_size=4)
     targets = next_tokens(ids)
     targets[2:] = -100

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from checks.harness import ModelUnderTest, NotApplicable, call, logits_of, next_tokens, require, require_close
-from checks.harness.tiny_args import ACTIVE_EXPERTS
-from model.basemodel import BaseModel
+from checks.harness.tiny_args import ACTIVE_EXPERTS, EXPERTS
+from model.basemodel import BaseModel, is_expert_load
 
 Gradients = Callable[[], list[Tensor | None]]  # of the weights of one expert
 KEY = "moe/load"
@@ -46,6 +46,39 @@ def loads_are_counted(tested: ModelUnderTest) -> None:
     )
     require((load >= 0).all() and torch.equal(load, load.round()), "loads are counts: integers, none negative")
     require_close(added, load, "loads of the sequences added up against the loads of the batch", 1e-4)
+
+
+@torch.no_grad()
+def loads_leave_padding_out(tested: ModelUnderTest) -> None:
+    """Padding, whose doc_ids are -1, adds nothing to any load: a routing bias would follow it.
+
+    Measured: two documents in a sequence with padding after them and a sequence of padding alone: the loads against
+    those of the documents without padding, and the same for more padding, and for other tokens in its place.
+    Causes: doc_ids that do not reach the experts; padding known by its token or by its targets; document 0 taken for
+    padding, or the mask of one sequence used for all.
+    """
+    tested.needs("doc_ids")
+    model, ids = tested.build().train(), tested.tokens(batch_size=2)
+    end, total = max(2, ids.shape[1] // 2), ids.shape[1]
+    doc_ids = torch.zeros_like(ids)
+    doc_ids[:, end // 2 :] = 1
+    doc_ids[0, end:], doc_ids[1] = -1, -1
+
+    def loads(ids: Tensor, doc_ids: Tensor | None) -> dict[str, Tensor]:
+        targets = next_tokens(ids) if doc_ids is None else next_tokens(ids).masked_fill(doc_ids < 0, -100)
+        other_vars = call(model, ids, targets=targets, doc_ids=doc_ids)[2]
+        if KEY not in other_vars:
+            raise NotApplicable(f"other_vars has no {KEY!r}")
+        return {key: value.float() for key, value in other_vars.items() if is_expert_load(key, value)}
+
+    padded = loads(ids, doc_ids)
+    alone = loads(ids[:1, : end // 2], None)[KEY] + loads(ids[:1, end // 2 : end], None)[KEY]
+    require_close(padded[KEY], alone, f"{KEY} of {end} tokens with {2 * total - end} of padding, against without", 1e-4)
+    other = ids.masked_scatter(doc_ids < 0, tested.tokens(batch_size=2, seed=9))
+    less = slice(0, max(end + 1, total - 3))  # and not less than one token of padding
+    require_close(loads(other, doc_ids)[KEY], padded[KEY], f"{KEY} with other tokens in place of padding", 1e-4)
+    for key, load in loads(ids[:, less], doc_ids[:, less]).items():
+        require_close(padded[key], load, f"{key} with more padding, against less", 1e-4)
 
 
 def loads_are_true(tested: ModelUnderTest) -> None:
@@ -121,9 +154,13 @@ def routers_have_a_task_gradient(tested: ModelUnderTest) -> None:
     Causes: weights that are detached, or taken after argmax or topk of something detached; one active expert whose
     weight is divided by itself and always 1; experts mixed without their weights.
     """
+    tested.needs_repeatable_backward()
     model, ids = tested.build().train(), tested.tokens(batch_size=8)
-    n_experts = _load(model, ids).shape[1]
     _, loss, other_vars = call(model, ids, targets=next_tokens(ids))
+    named_so = (getattr(tested.args, name) for name in EXPERTS if hasattr(tested.args, name))
+    n_experts = other_vars[KEY].shape[-1] if KEY in other_vars else next(named_so, 0)
+    if not n_experts:
+        raise NotApplicable(f"other_vars has no {KEY!r}")
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim >= 2]
     grads = torch.autograd.grad(tested.task_loss(loss, other_vars), [p for _, p in named], allow_unused=True)
     rms = {n: 0.0 if g is None else g.square().mean().sqrt().item() for (n, _), g in zip(named, grads)}

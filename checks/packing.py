@@ -108,6 +108,7 @@ def losses_stay_in_the_document(tested: ModelUnderTest) -> None:
     head that gets no doc_ids.
     """
     tested.needs("doc_ids")
+    tested.needs_repeatable_backward()
     model, ids = tested.build(), tested.tokens(batch_size=1)
     boundary = ids.shape[1] // 2
     doc_ids, targets = _documents(ids, [[boundary]]), next_tokens(ids)

@@ -93,10 +93,10 @@ def large_weights_stay_finite(tested: ModelUnderTest) -> None:
 def compiled_equals_eager(tested: ModelUnderTest) -> None:
     """torch.compile gives the same loss and gradients, and does not recompile in every step.
 
-    Measured: six training steps on different data with the backend "aot_eager" (what the compiler traces and
-    differentiates, without generating code), hooks called; the graphs compiled in each step are counted. First with
-    fixed shapes, as the trainer compiles; where experts are gathered in a loop, whose sizes the data decides, shapes
-    that vary are allowed, and then not every one of the last steps may compile.
+    Measured: six training steps on different data with the backend "aot_eager_decomp_partition" (the trainer's compiler
+    traces, differentiates and decomposes in this way; no code is generated), hooks called; the graphs compiled in each
+    step are counted. First with fixed shapes, as the trainer compiles; where experts are gathered in a loop, whose
+    sizes the data decides, shapes that vary are allowed, and then not every one of the last steps may compile.
     Causes: a Python number on the module, or taken from a tensor (`.item()`, `.tolist()`), that changes every step; a
     branch on the values of a tensor; a list that grows; an in-place edit that the tracer cannot see.
     """
@@ -118,7 +118,7 @@ def _graphs_after_each_step(tested: ModelUnderTest, dynamic: bool | None, steps:
 
     def backend(module: torch.fx.GraphModule, inputs: list) -> Callable:
         graphs.append(module)
-        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+        return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(module, inputs)
 
     eager, model = tested.build().train(), tested.build().train()
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)

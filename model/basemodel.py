@@ -79,8 +79,8 @@ class BaseModel(nn.Module):
         `loss/z`, the z-loss, required when `self.z_loss` is set; a balance loss has balance, aux or load in its name.
         All else is detached and logged: 0-d as a scalar, 1-d and 2-d as a histogram per layer.
         Reserved: `moe/load` (L, E), and 2-d `.../load...` for further experts: tokens per expert, without padding.
-        Forward never writes to its inputs and stores nothing about a call on the module. Training in bf16 holds the
-        group "matrix" of `param_groups` in bf16: where autocast is off, use `weight.float()`.
+        Forward never writes to its inputs, stores nothing about a call on the module, and switches no mode. Training in
+        bf16 holds the group "matrix" of `param_groups` in bf16: where autocast is off, use `weight.float()`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(self, input_ids, targets=None)")
 

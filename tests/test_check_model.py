@@ -13,11 +13,13 @@ import torch
 
 import check_model
 from checks import CHECKS, FAST, ModelUnderTest
-from checks.harness.runner import first_sentence, usual_causes
+from checks.harness.float64 import Float64
+from checks.harness.runner import first_sentence, open_classes, run_check, usual_causes
 from checks.harness.tiny_args import tiny_args
 from model import ModelError
 from model.new import new_file
 from tests.mutants.right import RightModel, RightModelArgs, with_defaults
+from tests.mutants.wrong_contract import SetsTheDefaultType
 from tests.support.make_tokenizer import make_tokenizer
 from tests.support.models import BASE_MODEL
 from tests.support.paths import ROOT
@@ -180,14 +182,56 @@ def test_the_tiny_args_of_the_author_are_used():
 
 
 def test_checks_leave_the_random_generator_alone():
-    from checks.harness.runner import run_check
-
     tested = ModelUnderTest.of(RightModel, RightModelArgs)
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)
     run_check(tested, "gradients.every_parameter_learns")
     assert torch.equal(torch.rand(3), want)
+
+
+def test_settings_of_torch_that_a_model_switches_are_restored():
+    tested, _ = open_classes(SetsTheDefaultType, RightModelArgs)
+    result = run_check(tested, "contract.nothing_is_switched")
+    assert result.status == "fail" and "torch.get_default_dtype from torch.float32 to torch.float64" in result.detail
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+
+
+# ------------------------------------------------------------------- float64
+
+
+def test_all_is_computed_in_float64_whatever_a_model_asks_for():
+    before, low = torch.rand(3, 4), torch.rand(4, 5, dtype=torch.float64)
+    with Float64():
+        results = [
+            before @ low,  # made outside of the block
+            low.float(),
+            low.to(torch.bfloat16),
+            low.softmax(dim=-1, dtype=torch.float32),
+            low.new_zeros(2, dtype=torch.float16),
+            torch.ones(2),
+            torch.arange(3, dtype=torch.float32),
+            torch.cat((before, low.T[:3])),
+        ]
+        assert torch.view_as_complex(low[:, :2].float().contiguous()).dtype == torch.complex128
+        assert before.int().dtype == torch.int32
+    assert {x.dtype for x in results} == {torch.float64}
+    with pytest.raises(ZeroDivisionError), Float64():
+        1 / 0  # noqa: B018
+    assert torch.rand(1).dtype == torch.float32
+
+
+def test_without_epsilons_a_norm_cancels_a_scale():
+    x = torch.rand(5, 8, dtype=torch.float64)
+
+    def gradient(norm, **options):
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        with Float64(**options):
+            return torch.autograd.grad((norm(scale * x) * x).sum(), scale)[0].abs().item()
+
+    by_hand = lambda x: x * (x.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt()  # noqa: E731
+    for norm in (by_hand, torch.nn.RMSNorm(8, eps=1e-6).double(), torch.nn.LayerNorm(8).double()):
+        assert gradient(norm) > 1e-8 and gradient(norm, without_epsilons=True) < 1e-11
 
 
 # ------------------------------------------------------------------- python -m model.new

@@ -15,6 +15,7 @@ from checks.harness.tiny_args import tiny_args
 from model import get_model_and_args
 from model.basemodel import BaseModel, BaseModelArgs
 
+REPEATS = 1e-5  # the relative difference that two backward passes may have
 LONG = 300  # tokens of a sequence that reaches beyond the usual chunks, and beyond the integers that bf16 can hold
 
 
@@ -184,6 +185,43 @@ class ModelUnderTest:
         if not self.Model.accepts(parameter):
             raise NotApplicable(f"forward does not accept {parameter}")
 
+    def larger(self) -> "ModelUnderTest":
+        """Return the same with ten times the vocabulary and `LONG` tokens: for what tiny sizes cannot reach."""
+        other = copy.copy(self)
+        for name in ("_gain", "_task_key", "backward_differences"):
+            other.__dict__.pop(name, None)
+        other.args = self.changed_args(vocab_size=10 * self.args.vocab_size, max_seq_len=LONG)
+        return other
+
+    @cached_property
+    def backward_differences(self) -> dict[str, float]:
+        """How far two backward passes differ: {which two: norm of the difference, relative to that of the gradient}."""
+        ids, out = self.tokens(), {}
+        for train in (False, True):
+            model = self.build().train(train)
+            mode = "train mode" if train else "eval mode"
+            torch.manual_seed(0)
+            loss = call(model, ids, targets=next_tokens(ids))[1]
+            if not loss.requires_grad:  # contract.loss_exactly_with_targets fails
+                continue
+            first = _backward(model, loss)
+            if self.Model.gradients_are_exact:  # a stochastic estimate may draw again
+                out[f"{mode}, two backward passes of one forward pass"] = _difference(_backward(model, loss), first)
+            torch.manual_seed(0)
+            again = _backward(model, call(model, ids, targets=next_tokens(ids))[1])
+            out[f"{mode}, two forward and backward passes with the same seed"] = _difference(again, first)
+        return out
+
+    @property
+    def backward_repeats(self) -> bool:
+        """Whether two backward passes give the same, so that gradients can be compared."""
+        return all(difference < REPEATS for difference in self.backward_differences.values())
+
+    def needs_repeatable_backward(self) -> None:
+        """Skip a check that compares gradients where two backward passes differ."""
+        if not self.backward_repeats:
+            raise NotApplicable("two backward passes differ: see gradients.backward_is_deterministic")
+
     def task_loss(self, loss: Tensor, other_vars: dict[str, Tensor]) -> Tensor:
         """Return the cross-entropy among the terms of the loss: `loss/ce`, or the term that comes nearest to it."""
         return loss if self._task_key is None else other_vars.get(self._task_key, loss)
@@ -198,6 +236,18 @@ class ModelUnderTest:
                 return "loss/ce"
             want = negative_log_likelihood(logits_of(model, ids), next_tokens(ids)).mean()
         return min([None, *terms], key=lambda k: abs((loss if k is None else terms[k]).item() - want.item()))
+
+
+def _backward(model: BaseModel, loss: Tensor) -> Tensor:
+    """Return the gradient of all parameters as one vector; the graph is kept."""
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad]
+    return torch.cat([grad.flatten().double() for grad in grads])
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return ((one - other).norm() / other.norm().clamp(min=1e-30)).item()
 
 
 def _set_gain(model: BaseModel, gain: float) -> None:

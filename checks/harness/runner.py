@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from checks import CHECKS, FAST, CheckFailed, ModelUnderTest, NotApplicable
+from checks.harness.snapshot import restore_settings, settings
 from model import BaseModel, get_model_and_args
 from utils.errors import UserError
 
@@ -65,7 +66,7 @@ def run_check(tested: ModelUnderTest, name: str) -> Result:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """One thread (a second one slows tiny matrices down), a fixed seed, no warnings; all restored at the end."""
-    threads = torch.get_num_threads()
+    before = settings()
     torch.set_num_threads(1)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -73,7 +74,7 @@ def _undisturbed() -> Iterator[None]:
             torch.manual_seed(0)
             yield
     finally:
-        torch.set_num_threads(threads)
+        restore_settings(before)
 
 
 def open_registered(name: str, switches: dict | None = None) -> tuple[ModelUnderTest | None, Result]:

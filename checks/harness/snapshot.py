@@ -1,11 +1,57 @@
-"""What a module holds besides its parameters, in a form that can be compared later."""
+"""What a module holds besides its parameters, and how it and torch are set, in a form that can be compared later."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 SKIPPED = {"_parameters", "_buffers", "_modules", "training"}
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {  # of torch: how to read and to set them
+    "torch.is_grad_enabled": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch.get_default_dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch.get_default_device": (torch.get_default_device, torch.set_default_device),
+    "torch.get_float32_matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "torch.are_deterministic_algorithms_enabled": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+    "torch.is_anomaly_enabled": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    "torch.get_num_threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch.is_autocast_enabled": (
+        partial(torch.is_autocast_enabled, "cpu"),
+        partial(torch.set_autocast_enabled, "cpu"),
+    ),
+}
+
+
+def settings() -> dict[str, Any]:
+    """Return the settings of torch that hold for all models."""
+    return {name: read() for name, (read, _) in SETTINGS.items()}
+
+
+def restore_settings(before: dict[str, Any]) -> None:
+    """Set those that differ back to what they were."""
+    for name, (read, write) in SETTINGS.items():
+        if read() != before[name]:
+            write(before[name])
+
+
+def switches(model: nn.Module) -> dict[str, Any]:
+    """Return {what: value} of all that a call may not switch: modes, hooks, which tensors learn, settings of torch."""
+    out = settings()
+    for name, module in model.named_modules():
+        hooks = [value for key, value in vars(module).items() if "hook" in key and isinstance(value, dict)]
+        out[f"{name}.training".lstrip(".")] = module.training
+        out[f"the number of hooks of {name or 'the model'}"] = sum(map(len, hooks))
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            full = f"{name}.{key}".lstrip(".")
+            out[f"{full}.requires_grad"] = tensor is not None and tensor.requires_grad
+            if key in module._parameters:
+                out[f"{full} (the tensor itself)"] = hex(id(tensor))
+                out[f"{full}.grad is None"] = tensor is None or tensor.grad is None
+    return out
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from model.basemodel import BaseModel, BaseModelArgs
 # Uneven where a mix-up of two sizes should show. A value is only ever lowered: what the author switched off (0, None)
 # or set to one stays as it is.
 LAYERS = dict.fromkeys(("n_layers", "n_layer", "num_layers", "num_hidden_layers", "depth", "n_blocks"), 3)
+EXPERTS = ("n_routed_experts", "n_experts", "num_experts", "num_local_experts")
 ACTIVE_EXPERTS = ("n_activated_experts", "n_active_experts", "num_experts_per_tok", "n_experts_per_tok", "top_k")
 SMALL = {
     "vocab_size": 97, "max_seq_len": 24, **LAYERS,
@@ -25,7 +26,7 @@ SMALL = {
     **dict.fromkeys(("inter_dim", "intermediate_size", "ffn_dim", "d_ff", "ff_dim", "mlp_dim", "hidden_dim"), 48),
     "n_dense_layers": 1, "moe_inter_dim": 20, "moe_intermediate_size": 20, "expert_dim": 20,
     "q_lora_rank": 20, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6,
-    **dict.fromkeys(("n_routed_experts", "n_experts", "num_experts", "num_local_experts"), 6),
+    **dict.fromkeys(EXPERTS, 6),
     **dict.fromkeys(ACTIVE_EXPERTS, 2),
     "n_shared_experts": 1, "n_expert_groups": 3, "n_limited_groups": 2,
     **dict.fromkeys(("window_size", "sliding_window", "window", "chunk_size"), 8),

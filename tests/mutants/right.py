@@ -10,6 +10,7 @@ from model.basemodel import BaseModel, BaseModelArgs
 from model.layers import RMSNorm, rotate, token_positions
 
 WRONG = {}  # {class name: (Model, ModelArgs, the check that must catch it)}
+SLOW_MUTANTS = set()  # names of those whose check takes seconds; the quick tests have faster ones of the same kind
 UNUSUAL = {}  # {class name: (Model, ModelArgs)}
 
 
@@ -40,12 +41,14 @@ def with_defaults(ModelArgs, **defaults):
     return make_dataclass(ModelArgs.__name__, fields, bases=(ModelArgs,))
 
 
-def mutant(caught_by, ModelArgs=None):
-    """Register a model with one bug, and the check that must catch it."""
+def mutant(caught_by, ModelArgs=None, slow=False):
+    """Register a model with one bug, and the check that must catch it. slow: for the slow tests."""
 
     def register(Model):
         assert Model.__name__ not in WRONG, f"two models are called {Model.__name__}"
         WRONG[Model.__name__] = (Model, ModelArgs or Model.Args, caught_by)
+        if slow:
+            SLOW_MUTANTS.add(Model.__name__)
         return Model
 
     return register
@@ -131,7 +134,7 @@ class MoE(nn.Module):
     def make_bias(self):
         self.register_buffer("routing_bias", torch.zeros(self.args.n_routed_experts))
 
-    def forward(self, x):
+    def forward(self, x, doc_ids=None):
         tokens = x.flatten(0, 1)  # (N, D)
         scores = self.score(tokens)  # (N, E)
         chosen = self.choose(scores.detach())  # (N, A)
@@ -139,9 +142,15 @@ class MoE(nn.Module):
         out = torch.zeros_like(tokens)
         for expert in range(self.args.n_routed_experts):
             token, slot = (chosen == expert).nonzero(as_tuple=True)
-            h = F.silu(tokens[token] @ self.up_proj[expert].T) @ self.down_proj[expert].T
+            h = self.expert(tokens[token], expert)
             out = out.index_add(0, token, (h * weights[token, slot, None]).to(out.dtype))
-        return out.view_as(x), self.count(chosen, scores), self.balance(scores, chosen)
+        return out.view_as(x), self.count(self.without_padding(chosen, doc_ids), scores), self.balance(scores, chosen)
+
+    def expert(self, tokens, number):
+        return F.silu(tokens @ self.up_proj[number].T) @ self.down_proj[number].T
+
+    def without_padding(self, chosen, doc_ids):
+        return chosen if doc_ids is None else chosen[doc_ids.flatten() >= 0]
 
     def score(self, tokens):
         return self.router(tokens).float().sigmoid()
@@ -175,7 +184,8 @@ class Block(nn.Module):
 
     def forward(self, x, positions, state, doc_ids):
         x = x + self.attn(self.attn_norm(x), positions, state, doc_ids)
-        out = self.ffn(self.ffn_norm(x))
+        h = self.ffn_norm(x)
+        out = self.ffn(h, doc_ids) if isinstance(self.ffn, MoE) else self.ffn(h)
         out, *reports = out if isinstance(out, tuple) else (out,)
         return (x + out, *reports)
 

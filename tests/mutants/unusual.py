@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.basemodel import BaseModel, BaseModelArgs
 from model.layers import RMSNorm, lm_loss
@@ -42,16 +43,15 @@ class NoPositions(RightModel):
 
 @unusual
 class LearnedPositions(RightModel):
-    """GPT-2's: a table, biases, positions that start again at each document."""
+    """GPT-2's: a table, a bias of queries (a softmax cancels that of keys), positions from 0 in each document."""
 
     class Attention(Attention):
         def __init__(self, args, layer):
             super().__init__(args, layer)
             self.q_bias = nn.Parameter(torch.zeros(args.head_dim))
-            self.k_bias = nn.Parameter(torch.zeros(args.head_dim))
 
         def mix(self, q, k, v, visible):
-            return super().mix(q + self.q_bias, k + self.k_bias, v, visible)
+            return super().mix(q + self.q_bias, k, v, visible)
 
         def turn(self, x, positions):
             return x
@@ -164,7 +164,7 @@ class OneExpert(MoEModel):
             del self.routing_bias, self.up_proj, self.down_proj
             self.experts = nn.ModuleList(FeedForward(args) for _ in range(args.n_routed_experts))
 
-        def forward(self, x):
+        def forward(self, x, doc_ids=None):
             scores = self.router(x).float().softmax(dim=-1)
             weight, chosen = scores.max(dim=-1)
             out = torch.zeros_like(x)
@@ -173,7 +173,8 @@ class OneExpert(MoEModel):
                 if here.any():
                     out[here] = (expert(x[here]) * weight[here][:, None]).to(out.dtype)
             flat = chosen.flatten()[:, None]
-            return out, self.count(flat, scores), self.balance(scores.flatten(0, 1), flat)
+            load = self.count(self.without_padding(flat, doc_ids), scores)
+            return out, load, self.balance(scores.flatten(0, 1), flat)
 
     def after_step(self, other_vars):
         pass
@@ -240,7 +241,7 @@ class GatedRecurrence(nn.Module):
 
     def forward(self, x, positions, state, doc_ids):
         q, k, v = self.qkv_proj(x).float().unflatten(-1, (3, self.args.n_heads, -1)).unbind(dim=2)  # (B, T, H, K)
-        decay = (self.decay_proj(x).float() + 2).sigmoid()  # (B, T, H)
+        decay = self.decay(x)  # (B, T, H)
         if doc_ids is not None:  # a new document starts from nothing
             first = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))
             decay = decay.masked_fill(first[..., None], 0.0)
@@ -249,11 +250,18 @@ class GatedRecurrence(nn.Module):
             memory = x.new_zeros(len(x), self.args.n_heads, self.args.head_dim, self.args.head_dim).float()
         out = []
         for t in range(x.shape[1]):
+            memory = self.carry(memory, t)
             memory = decay[:, t, :, None, None] * memory + k[:, t, :, :, None] * v[:, t, :, None, :]
             out.append((q[:, t, :, :, None] * memory).sum(dim=-2))
         if state is not None:
             state.layers[self.layer]["memory"] = memory
         return self.o_proj(self.norm(torch.stack(out, dim=1)).flatten(-2).to(x.dtype))
+
+    def decay(self, x):
+        return (self.decay_proj(x).float() + 2).sigmoid()
+
+    def carry(self, memory, t):
+        return memory
 
 
 @unusual
@@ -287,3 +295,129 @@ class ChunkedLoss(RightModel):
             return self.lm_head(hidden), None, other_vars
         loss = lm_loss(hidden, self.lm_head.weight, targets)
         return None, loss, {"loss/ce": loss}
+
+
+class ChunkedRecurrence(GatedRecurrence):
+    """The same in chunks of 64 tokens, all tokens of one at once; decoding and packed documents go token by token."""
+
+    def forward(self, x, positions, state, doc_ids):
+        if state is not None or doc_ids is not None:
+            return super().forward(x, positions, state, doc_ids)
+        q, k, v = self.qkv_proj(x).float().unflatten(-1, (3, self.args.n_heads, -1)).unbind(dim=2)  # (B, T, H, K)
+        log_decay = -F.softplus(-self.decay_proj(x).float() - 2)  # of what is `decay` above
+        memory = x.new_zeros(len(x), self.args.n_heads, self.args.head_dim, self.args.head_dim).float()
+        out = []
+        for start in range(0, x.shape[1], 64):
+            rows = slice(start, start + 64)
+            with torch.autocast(x.device.type, enabled=False):
+                mixed, memory = self.chunk(q[:, rows], k[:, rows], v[:, rows], log_decay[:, rows], memory)
+            out.append(mixed)
+        return self.o_proj(self.norm(torch.cat(out, dim=1)).flatten(-2).to(x.dtype))
+
+    def chunk(self, q, k, v, log_decay, memory):
+        total = log_decay.cumsum(dim=1)  # (B, C, H)
+        causal = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()[..., None]
+        left = (total[:, :, None] - total[:, None]).masked_fill(~causal, float("-inf")).exp()  # (B, C, C, H)
+        out = torch.einsum("bthk,bshk,btsh,bshv->bthv", q, k, left, v)
+        out = out + torch.einsum("bthk,bth,bhkv->bthv", q, total.exp(), memory)
+        end = total[:, -1:]
+        new = torch.einsum("bshk,bsh,bshv->bhkv", k, (end - total).exp(), v)
+        return out, end.exp()[:, 0, :, None, None] * memory + new
+
+
+@unusual
+class Chunked(RightModel):
+    Attention = ChunkedRecurrence
+
+
+@unusual
+class SmallGradients(RightModel):
+    """A scale that starts at 1e-6 (CaiT), gates that start closed, a key bias that rotates (Qwen2), normed queries."""
+
+    class Attention(Attention):
+        def __init__(self, args, layer):
+            super().__init__(args, layer)
+            self.k_proj = nn.Linear(args.dim, args.n_kv_heads * args.head_dim)
+
+        def turn(self, x, positions):
+            return super().turn(F.rms_norm(x, (self.args.head_dim,)), positions)
+
+    class Block(Block):
+        def __init__(self, model, args, layer):
+            super().__init__(model, args, layer)
+            self.scale = nn.Parameter(torch.full((args.dim,), 1e-6))
+            self.gate = nn.Linear(args.dim, 1)
+
+        def forward(self, x, positions, state, doc_ids):
+            x = x + self.scale * self.attn(self.attn_norm(x), positions, state, doc_ids)
+            h = self.ffn_norm(x)
+            return (x + self.ffn(h) * self.gate(h).sigmoid(),)
+
+    def init_weights(self):
+        super().init_weights()
+        for layer in self.layers:
+            nn.init.constant_(layer.gate.bias, -12.0)
+
+
+@unusual
+class Tables(RightModel):
+    """Tables of which tiny sizes reach a part: padded to 64s, of hashed pairs, of the logarithm of distances."""
+
+    PAIRS, NEAR, FAR, BUCKETS = 4099, 8, 128, 16
+
+    class Attention(Attention):
+        def __init__(self, args, layer):
+            super().__init__(args, layer)
+            self.distances = nn.Embedding(Tables.BUCKETS, args.n_heads)
+
+        def weights(self, scores):
+            t = torch.arange(scores.shape[-1], device=scores.device)
+            distance = (t[:, None] - t).clamp(min=0)
+            steps = (distance.clamp(min=1) / Tables.NEAR).log() / torch.tensor(Tables.FAR / Tables.NEAR).log()
+            far = Tables.NEAR + (steps * (Tables.BUCKETS - Tables.NEAR)).long()
+            bucket = torch.where(distance < Tables.NEAR, distance, far.clamp(max=Tables.BUCKETS - 1))
+            return super().weights(scores + self.distances(bucket).permute(2, 0, 1))
+
+    def make_more(self):
+        padded = -(-self.args.vocab_size // 64) * 64
+        self.tok_embed = nn.Embedding(padded, self.args.dim)
+        self.lm_head = nn.Linear(self.args.dim, padded, bias=False)
+        self.pairs = nn.Embedding(self.PAIRS, self.args.dim)
+
+    def forward(self, input_ids, targets=None, doc_ids=None):
+        return super().forward(input_ids, targets, None, doc_ids)
+
+    def embed(self, input_ids, positions, targets, doc_ids):
+        before = F.pad(input_ids[:, :-1], (1, 0))
+        if doc_ids is not None:
+            before = before * F.pad(doc_ids[:, 1:] == doc_ids[:, :-1], (1, 0))
+        return self.tok_embed(input_ids) + self.pairs((before * 7919 + input_ids * 104729) % self.PAIRS)
+
+    def head(self, x, state):
+        return super().head(x, state)[..., : self.args.vocab_size]
+
+
+@unusual
+class RecomputesAndFreezes(RightModel):
+    """Dropout in a recomputed feed-forward, a frozen map that stays in eval mode, gradients off for a moment."""
+
+    class FFN(FeedForward):
+        def forward(self, x):
+            return checkpoint(self.drop, x, use_reentrant=False) if self.training else super().forward(x)
+
+        def drop(self, x):
+            return F.dropout(super().forward(x), 0.1)
+
+    def make_more(self):
+        self.frozen = nn.Sequential(nn.Linear(self.args.dim, self.args.dim, bias=False), nn.Dropout(0.5))
+        self.frozen.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def head(self, x, state):
+        with torch.no_grad():
+            share = torch.full((), 0.1)
+        return super().head(x + share * self.frozen(x), state)

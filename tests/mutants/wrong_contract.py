@@ -1,5 +1,6 @@
 """Forward that returns the wrong form, stores something, writes to its inputs, or is random in eval mode."""
 
+import random
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .right import Attention, FeedForward, MoE, MoEModel, RightModel, RightModelArgs, mutant
+
+SWITCHES = "contract.nothing_is_switched"
 
 
 class Overridden(RightModel):
@@ -132,6 +135,79 @@ class GrowsAList(RightModel):
     def head(self, x, state):
         self.norms.append(x.norm().item())
         return super().head(x, state)
+
+
+@mutant(SWITCHES)
+class FreezesItsTable(RightModel):
+    def embed(self, input_ids, positions, targets, doc_ids):
+        self.tok_embed.weight.requires_grad_(False)
+        return super().embed(input_ids, positions, targets, doc_ids)
+
+
+@mutant(SWITCHES)
+class ThawsItsTableWithTargets(RightModel):
+    def make_more(self):
+        self.frozen = nn.Embedding(self.args.vocab_size, self.args.dim).requires_grad_(False)
+
+    def embed(self, input_ids, positions, targets, doc_ids):
+        self.frozen.requires_grad_(targets is not None)
+        return self.tok_embed(input_ids) + self.frozen(input_ids)
+
+
+@mutant(SWITCHES)
+class PutsItsNormInEvalMode(RightModel):
+    def head(self, x, state):
+        self.norm.eval()
+        return super().head(x, state)
+
+
+@mutant(SWITCHES)
+class LeavesEvalMode(RightModel):
+    def head(self, x, state):
+        self.lm_head.train()
+        return super().head(x, state)
+
+
+@mutant(SWITCHES)
+class SwitchesGradientsOn(RightModel):
+    def head(self, x, state):
+        torch.set_grad_enabled(True)
+        return super().head(x, state)
+
+
+@mutant(SWITCHES)
+class SetsTheDefaultType(RightModel):
+    def head(self, x, state):
+        torch.set_default_dtype(torch.float64)
+        return super().head(x, state)
+
+
+@mutant(SWITCHES)
+class RegistersAHookInEveryCall(RightModel):
+    def head(self, x, state):
+        self.norm.register_forward_hook(lambda *call: None)
+        return super().head(x, state)
+
+
+@mutant(SWITCHES)
+class ReplacesAParameterInForward(RightModel):
+    def head(self, x, state):
+        self.norm.weight = nn.Parameter(self.norm.weight.detach().clone())
+        return super().head(x, state)
+
+
+@mutant(SWITCHES)
+class DrawsNoiseThatItDoesNotUse(RightModel):
+    def head(self, x, state):
+        noise = torch.randn_like(x)
+        return super().head(x + noise if self.training else x, state)
+
+
+@mutant(SWITCHES)
+class DrawsFromPythonInEvalMode(RightModel):
+    def head(self, x, state):
+        dropped = random.random() < 0.1
+        return super().head(0.9 * x if dropped and self.training else x, state)
 
 
 @mutant("contract.longer_than_max_seq_len")

@@ -108,7 +108,7 @@ class OverflowsInHalf(RightModel):
         return super().head(x, state).half().mul(3e4).float() / 3e4
 
 
-@mutant("precision.compiled_equals_eager")
+@mutant("precision.compiled_equals_eager", slow=True)
 class DependsOnTheStep(RightModel):
     step = 0
 
@@ -133,6 +133,33 @@ class LoadsCountTheBestOnly(MoEModel):
     class FFN(MoE):
         def count(self, chosen, scores):
             return super().count(chosen[:, :1], scores)
+
+
+@mutant("moe.loads_leave_padding_out")
+class LoadsCountPadding(MoEModel):
+    class FFN(MoE):
+        def without_padding(self, chosen, doc_ids):
+            return chosen
+
+
+@mutant("moe.loads_leave_padding_out")
+class TakesDocumentZeroForPadding(MoEModel):
+    class FFN(MoE):
+        def without_padding(self, chosen, doc_ids):
+            return chosen if doc_ids is None else chosen[doc_ids.flatten() > 0]
+
+
+@mutant("moe.loads_leave_padding_out")
+class PaddingOfTheFirstSequenceForAll(MoEModel):
+    class FFN(MoE):
+        def without_padding(self, chosen, doc_ids):
+            return chosen if doc_ids is None else chosen[doc_ids[:1].expand_as(doc_ids).flatten() >= 0]
+
+
+@mutant("moe.loads_leave_padding_out")
+class CountsPaddingInOneLayer(MoEModel):
+    def make_more(self):
+        self.layers[-1].ffn.without_padding = lambda chosen, doc_ids: chosen
 
 
 @mutant("moe.loads_are_true")

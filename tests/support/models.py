@@ -7,6 +7,7 @@ CHAT_MODEL = "mini_llama3"  # of the small run that answers
 
 MOE_CHECKS = {
     "moe.loads_are_counted",
+    "moe.loads_leave_padding_out",
     "moe.loads_are_true",
     "moe.routers_have_a_task_gradient",
     "moe.bias_update_evens_the_load",
