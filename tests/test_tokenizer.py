@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -108,8 +110,72 @@ def test_training_is_deterministic():
 def test_the_same_file_as_the_trainer_of_tokenizers(vocab_size, min_frequency, split_han):
     random_ = random.Random(3)
     texts = [*HOSTILE, *SENTENCES * 5, *(random_text(random_, random_.randrange(60)) for _ in range(300))] * 2
+    texts.append("".join(random_.choice(SENTENCES) for _ in range(3000)))  # a document in several pieces
     reference = tokenizer_training.reference(texts, vocab_size, min_frequency, split_han)
     assert train(iter(texts), vocab_size, min_frequency, split_han).to_str() == reference.to_str()
+
+
+def long_texts():
+    """Documents of several pieces: prose, code, Chinese on one line, numbers, HTML, and all of it mixed."""
+    random_ = random.Random(11)
+    yield "\n".join(Path(path).read_text(encoding="utf-8") for path in ("README.zh-CN.md", "serve.py"))
+    for sentences, glue in (
+        (SENTENCES, (" ", "\n", "")),
+        (SENTENCES[:2], ("",)),
+        ([*HOSTILE, *SENTENCES], ("", "，", "  ")),
+    ):
+        yield "".join(random_.choice(sentences) + random_.choice(glue) for _ in range(1200))
+    yield "".join(f"<td> {random_.randrange(10**6)}</td>,{random_.random()}\t" for _ in range(400))
+
+
+def counted_words(folder, texts):
+    path = folder / "words.txt"
+    train_bpe.write_words(iter(texts), train_bpe.training_pre_tokenizer(False), path)
+    return Counter(path.read_text(encoding="utf-8").split())
+
+
+def test_a_long_document_has_the_words_it_has_in_one_piece(tmp_path, monkeypatch):
+    texts = list(long_texts())
+    pieces = [list(train_bpe.split_text(text)) for text in texts]
+    assert ["".join(each) for each in pieces] == texts and min(map(len, pieces)) > 1
+    assert max(len(piece) for each in pieces for piece in each) <= train_bpe.PIECE_CHARACTERS
+    ours = counted_words(tmp_path, texts)
+    at_every_place = [text[a:b] for text in texts for a, b in itertools.pairwise(
+        [0, *(match.start() for match in train_bpe._WORD_ENDS.finditer(text)), len(text)]
+    )]  # fmt: skip
+    monkeypatch.setattr(train_bpe, "PIECE_CHARACTERS", 10**9)
+    assert ours == counted_words(tmp_path, texts)
+    assert len(at_every_place) > 2000 and ours == counted_words(tmp_path, at_every_place)
+
+
+@pytest.mark.parametrize(
+    "text", ("床前明月光疑是地上霜" * 4000, "abcdefgh" * 5000, "-" * 40000, "ไทย" * 9000, "🙂" * 9000)
+)
+def test_a_word_without_end_is_split(tmp_path, text):
+    """Its training would take the square of its length in time."""
+    words = counted_words(tmp_path, [text])
+    assert max(map(len, words)) == train_bpe.WORD_BYTES
+    size = sum(len(word) * count for word, count in words.items()) - 256  # of which are the bytes of the alphabet
+    assert size == len(text.encode())
+    assert train(iter([text]), 300).get_vocab_size() <= 300
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_of_text_without_punctuation(tmp_path):
+    """A million characters in one document take what --help says."""
+    random_ = random.Random(1)
+    words = ["".join(chr(random_.randrange(0x4E00, 0x9FA6)) for _ in range(2)) for _ in range(20000)]
+    text = "".join(random_.choices(words, k=500_000))
+    path = write_lines(tmp_path / "my.jsonl", [{"text": text[: 10**6]}, *({"text": word * 9} for word in words[:200])])
+    code = (  # VmHWM: ru_maxrss would begin with the memory of this process
+        "import re, sys, train_tokenizer\ntrain_tokenizer.main(sys.argv[1:])\n"
+        "print('peak', int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) >> 10)"
+    )
+    flags = [f"--sources={path}", "--vocab_size=8000", f"--tokenizer_path={tmp_path / 'out'}"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+    assert done.returncode == 0 and "round trip exact" in done.stdout, done.stderr
+    assert int(done.stdout.split("peak ")[1]) <= 250
 
 
 def test_a_full_disk_while_counting_is_one_line(monkeypatch):

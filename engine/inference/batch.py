@@ -62,8 +62,10 @@ class CachedBatch:
         with self.threads.running(ids.numel()):
             return self.model(ids, state=state)[0] if self.decode_step is None else self.decode_step(ids, state)
 
-    def append(self, first: int, lengths: list[int], ids: torch.Tensor) -> torch.Tensor:
-        """Append `ids` (B, T) to the slots from `first` on, which hold `lengths` tokens: the last logits (B, V).
+    def append(self, first: int, lengths: list[int], ids: torch.Tensor, all_logits: bool = False) -> torch.Tensor:
+        """Append `ids` (B, T) to the slots from `first` on, which hold `lengths` tokens.
+
+        Returns the last logits (B, V) or, with `all_logits`, those of every new token (B, T, V).
 
         A slice of slots is a set of views, which the model updates in place. A tensor that a layer replaces instead,
         as a recurrence may, is copied back.
@@ -72,15 +74,15 @@ class CachedBatch:
         slots = slice(first, first + len(ids))
         if len(ids) == len(state.pos):  # all slots: no views needed
             state.max_pos = max(lengths)
-            state.last_only = True
+            state.last_only = not all_logits
             logits = self.forward(ids, state)
             state.advance(ids.shape[1])
-            return logits[:, -1]
+            return logits if all_logits else logits[:, -1]
         *layers, of_model = [
             {name: tensor[slots] for name, tensor in held.items()} for held in [*state.layers, state.model]
         ]
         views = [dict(view) for view in [*layers, of_model]]
-        part = State(state.pos[slots], state.max_len, layers, max(lengths), last_only=True, model=of_model)
+        part = State(state.pos[slots], state.max_len, layers, max(lengths), last_only=not all_logits, model=of_model)
         logits = self.forward(ids, part)
         part.advance(ids.shape[1])
         state.pos[slots] = part.pos
@@ -92,7 +94,7 @@ class CachedBatch:
                     if name not in held:
                         held[name] = tensor.new_full((len(state.pos), *tensor.shape[1:]), state.empty.get(name, 0))
                     held[name][slots] = tensor
-        return logits[:, -1]
+        return logits if all_logits else logits[:, -1]
 
 
 class RecomputeBatch:
@@ -116,7 +118,7 @@ class RecomputeBatch:
     def swap(self, a: int, b: int) -> None:
         self.ids[[a, b]] = self.ids[[b, a]]
 
-    def append(self, first: int, lengths: list[int], ids: torch.Tensor) -> torch.Tensor:
+    def append(self, first: int, lengths: list[int], ids: torch.Tensor, all_logits: bool = False) -> torch.Tensor:
         """Append `ids` (B, T) as `CachedBatch.append` does."""
         texts = self.ids[first : first + len(ids)]
         device = ids.device
@@ -125,4 +127,5 @@ class RecomputeBatch:
         read = texts[:, : max(lengths) + ids.shape[1]]
         with self.threads.running(read.numel()):
             logits = self.model(read)[0]  # (B, T, V)
-        return logits[torch.arange(len(ids), device=device), at[:, -1]]
+        logits = logits[torch.arange(len(ids), device=device)[:, None], at if all_logits else at[:, -1:]]
+        return logits if all_logits else logits[:, -1]

@@ -16,8 +16,9 @@ Logprobs = tuple[float, dict[int, float]]  # of the token, and {id: log-probabil
 class Request:
     """The prompt `ids` and the settings; then `tokens`, the answer so far without the stop token.
 
-    `text` needs a tokenizer, `logprobs` need `top_logprobs`. `finish` is how the answer ended, and is None before.
-    Another thread may read the fields at any time: each is consistent in itself, and `finish` is set last.
+    With max_new_tokens 0 the prompt is only read. `text` needs a tokenizer, `logprobs` need `top_logprobs`. `finish` is
+    how the answer ended, and is None before. Another thread may read the fields at any time: each is consistent in
+    itself, and `finish` is set last.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Request:
         tokenizer: Tokenizer | None = None,
         stop: Iterable[str] = (),
         top_logprobs: int | None = None,
+        score_prompt: bool = False,
         deadline: float | None = None,
         notify: Callable[[], object] = lambda: None,
     ) -> None:
@@ -36,10 +38,13 @@ class Request:
         self.max_new_tokens = max_new_tokens
         self.stop_ids = stop_ids
         self.top_logprobs = top_logprobs  # None: no log-probabilities; else the number of alternatives per token
+        self.score_prompt = score_prompt  # the tokens of the prompt get log-probabilities, too
         self.deadline = deadline  # in time.monotonic(); the answer ends there
         self.notify = notify  # called in the scheduler's thread after every step that extended or ended the answer
         self.tokens: list[int] = []
         self.logprobs: list[Logprobs] = []
+        self.prompt_logprobs: list[Logprobs] = []  # of the prompt's second token and all after it
+        self.stop_token: tuple[int, Logprobs | None] | None = None  # that ended the answer; it is not one of `tokens`
         self.cached_tokens = 0  # tokens of the prompt that its slot had read already
         # "stop" (by the model or a stop string), "length", "cancelled", "deadline" or "error"
         self.finish: str | None = None
@@ -65,7 +70,7 @@ class Request:
     def start(self, limit: int, vocab_size: int, device: torch.device | str) -> None:
         """Prepare for an answer of at most `limit` tokens."""
         self.limit = limit
-        self.uniforms: list[float] = self._sampling.uniforms(limit).tolist()
+        self.uniforms: list[float] = self._sampling.uniforms(max(limit, 1)).tolist()
         self._seen = None
         self._counts = None
         if self.settings.has_penalties():
@@ -90,7 +95,11 @@ class Request:
                 "choose an earlier checkpoint or --precision=fp32",
             )
             return
+        if self.limit == 0:
+            self.end("length")
+            return
         if token in self.stop_ids:
+            self.stop_token = token, logprob
             self.end("stop")
             return
         if logprob is not None:

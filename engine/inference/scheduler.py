@@ -1,5 +1,6 @@
 """Continuous batching: requests enter and leave a running batch at any step, and none depends on the others."""
 
+import math
 import threading
 from collections import deque
 from itertools import groupby
@@ -14,6 +15,7 @@ from utils.errors import UserError
 
 MARGIN = 16  # tokens of a slot behind the longest answer, for drafts that are rejected
 PREFILL_TOKENS = 4096  # of prompts per step: bounds how long running requests wait for a prefill
+SCORED_TOKENS = 512  # of a prompt per forward pass when its log-probabilities are asked for: bounds the logits' memory
 
 
 class QueueFull(Exception):
@@ -24,11 +26,11 @@ class PromptTooLong(UserError):
     """The prompt leaves no room for a token of the answer."""
 
 
-def max_completion_tokens(model: BaseModel, ids: list[int], max_new_tokens: int) -> int:
+def max_completion_tokens(model: BaseModel, ids: list[int], max_new_tokens: int, at_least: int = 1) -> int:
     """Return how many tokens may follow the prompt `ids`: the only length check.
 
-    UserError for an empty prompt, an id outside the vocabulary, or max_new_tokens below 1; PromptTooLong for a prompt
-    that fills max_seq_len.
+    at_least: tokens that must fit behind the prompt; 0 for one that is only read. UserError for an empty prompt, an id
+    outside the vocabulary, or fewer max_new_tokens; PromptTooLong for a prompt that fills max_seq_len.
     """
     vocab_size = model.args.vocab_size
     max_seq_len = model.args.max_seq_len
@@ -39,13 +41,13 @@ def max_completion_tokens(model: BaseModel, ids: list[int], max_new_tokens: int)
             f"the prompt has a token id outside the model's vocabulary of {vocab_size}: "
             "use the tokenizer that is in the run folder"
         )
-    if len(ids) >= max_seq_len:
+    if len(ids) + at_least > max_seq_len:
         raise PromptTooLong(
             f"the prompt has {len(ids)} tokens and the model takes {max_seq_len}, prompt and answer together: "
             "shorten the prompt, or train with a larger --max_seq_len"
         )
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1: change it")
+    if max_new_tokens < at_least:
+        raise UserError(f"max_new_tokens={max_new_tokens} must be at least {at_least}: change it")
     return min(max_new_tokens, max_seq_len - len(ids))
 
 
@@ -93,7 +95,8 @@ class Scheduler:
     def add(self, *requests: Request) -> None:
         """Queue requests, all or none. UserError for a prompt that cannot be answered, QueueFull."""
         for request in requests:
-            limit = max_completion_tokens(self.model, request.ids, request.max_new_tokens)
+            at_least = 0 if request.max_new_tokens == 0 else 1
+            limit = max_completion_tokens(self.model, request.ids, request.max_new_tokens, at_least)
             request.start(limit, self.model.args.vocab_size, self.device)
         with self._lock:
             if self.max_queue is not None and len(self.waiting) + len(requests) > self.max_queue:
@@ -179,12 +182,30 @@ class Scheduler:
         """
         first = len(self.running) - len(admitted)
         logits = []
-        for count, group in groupby(admitted, _uncached):
-            new = [request.ids[-count:] for request in group]
-            logits.append(self._forward(first, new))
-            self.prefilled_tokens += count * len(new)
-            first += len(new)
+        for (count, scored), group in groupby(admitted, lambda request: (_uncached(request), request.score_prompt)):
+            requests = list(group)
+            if scored:
+                logits += [self._score(first + index, request) for index, request in enumerate(requests)]
+            else:
+                logits.append(self._forward(first, [request.ids[-count:] for request in requests]))
+            self.prefilled_tokens += count * len(requests)
+            first += len(requests)
         return logits
+
+    def _score(self, index: int, request: Request) -> torch.Tensor:
+        """Read one prompt and record the log-probabilities of its tokens; returns its last logits (1, V).
+
+        They are NaN if any of its logits was: the request then ends as one whose answer has non-finite logits.
+        """
+        ids = torch.tensor(request.ids, device=self.device)
+        n_top = request.top_logprobs or 0
+        for start in range(0, len(ids), SCORED_TOKENS):
+            piece = request.ids[start : start + SCORED_TOKENS]
+            logits = self._forward(index, [piece], all_logits=True)[0]  # (T, V)
+            following = ids[start + 1 : start + 1 + len(piece)]
+            request.prompt_logprobs += token_logprobs(logits[: len(following)], following, [n_top] * len(following))
+        is_nan = any(math.isnan(own) for own, _ in request.prompt_logprobs)
+        return torch.full_like(logits[-1:], math.nan) if is_nan else logits[-1:]
 
     def _next(self, at_most: int) -> list[Request]:
         """Take up to `at_most` waiting requests from the queue, within PREFILL_TOKENS."""
@@ -199,11 +220,13 @@ class Scheduler:
     def _find_slot(self, free: list[Slot], request: Request) -> Slot:
         """Return the slot with the longest cached prefix of the prompt, else the least recently used one, emptied.
 
-        The prompt must begin with all tokens of the slot: a recurrent state cannot go back to an earlier token.
+        The prompt must begin with all tokens of the slot: a recurrent state cannot go back to an earlier token. One
+        whose own log-probabilities are asked for is read in full.
         """
         ids = request.ids
         n_tokens = min(len(ids) + request.max_new_tokens + MARGIN, self.batch.max_len)
-        matching = [slot for slot in free if len(slot.ids) < len(ids) and slot.ids == ids[: len(slot.ids)]]
+        known = [] if request.score_prompt else free
+        matching = [slot for slot in known if len(slot.ids) < len(ids) and slot.ids == ids[: len(slot.ids)]]
         best = max(matching, key=lambda slot: len(slot.ids), default=None)
         if best is None or not best.ids or not self.batch.has_room(n_tokens):
             best = min(free, key=lambda slot: slot.last_used)
@@ -214,11 +237,11 @@ class Scheduler:
     def _clear(self, index: int, n_tokens: int) -> None:
         self.batch.clear(index, n_tokens)
 
-    def _forward(self, first: int, new: list[list[int]]) -> torch.Tensor:
-        """Append equally many tokens to each of the slots from `first` on: logits (B, V)."""
+    def _forward(self, first: int, new: list[list[int]], all_logits: bool = False) -> torch.Tensor:
+        """Append equally many tokens to each of the slots from `first` on: logits (B, V), or (B, T, V) of all."""
         slots = self.slots[first : first + len(new)]
         lengths = [len(slot.ids) for slot in slots]
-        logits = self.batch.append(first, lengths, torch.tensor(new, device=self.device))
+        logits = self.batch.append(first, lengths, torch.tensor(new, device=self.device), all_logits)
         for slot, ids in zip(slots, new, strict=True):
             slot.ids += ids
         return logits
@@ -283,8 +306,16 @@ def _logprobs(requests: list[Request], logits: torch.Tensor, tokens: torch.Tenso
     if not asking:
         return {}
     index = torch.tensor(list(asking), device=logits.device)
-    own, top, ids = log_probabilities(logits[index], tokens[index].clamp(min=0), max(asking.values()))
-    return {
-        i: (own_logprob, dict(list(zip(top_ids, logs))[:n_top]))
-        for (i, n_top), own_logprob, top_ids, logs in zip(asking.items(), own.tolist(), ids.tolist(), top.tolist())
-    }
+    found = token_logprobs(logits[index], tokens[index].clamp(min=0), [*asking.values()])
+    return dict(zip(asking, found, strict=True))
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, n_tops: list[int]) -> list[Logprobs]:
+    """Return the log-probabilities of tokens (N,) by their logits (N, V), with that many alternatives of each."""
+    if not n_tops:
+        return []
+    own, top, ids = log_probabilities(logits, tokens, max(n_tops))
+    return [
+        (own_logprob, dict(list(zip(top_ids, logs))[:n_top]))
+        for n_top, own_logprob, top_ids, logs in zip(n_tops, own.tolist(), ids.tolist(), top.tolist(), strict=True)
+    ]

@@ -64,9 +64,29 @@ class Endpoints:
     async def complete(self, body: CompletionRequest) -> Response:
         self.check_model_name(body.model)
         prompts = body.prompts()
+        n_added = 0  # tokens that are put before a text
         if isinstance(prompts[0], str):
+            before = self.chat_model.text_ids("")
+            n_added = len(before)
+            self.check_echo(body, before)
             prompts = await asyncio.to_thread(lambda: [self.chat_model.text_ids(text) for text in body.prompts()])
-        return self.respond(body, COMPLETION_FORMAT, prompts)
+        return self.respond(body, COMPLETION_FORMAT, prompts, n_added if body.echo else None)
+
+    def check_echo(self, body: CompletionRequest, before: list[int]) -> None:
+        """ApiError for a text whose log-probabilities are asked for and that spells out the tokens put before it.
+
+        A client that decodes its own token ids sends them so, and would read the figures of other tokens.
+        """
+        if not before or not body.echo or body.n_top_logprobs() is None:
+            return
+        name = b"".join(map(self.chat_model.tokenizer.token_bytes, before)).decode()
+        if any(text.startswith(name) for text in body.prompts()):
+            raise ApiError(
+                400,
+                f"prompt: begins with {name}, which is ordinary text here; the server puts the token of that name "
+                "before a text: leave it out, or send token ids",
+                param="prompt",
+            )
 
     def check_model_name(self, name: str | None) -> None:
         if name not in (None, self.name):
@@ -77,21 +97,31 @@ class Endpoints:
                 "model",
             )
 
-    def respond(self, body: GenerationRequest, format: Format, prompts: list[list[int]]) -> CompletionResponse:
-        """The response to prompts of token ids, `body.n` choices each."""
+    def respond(
+        self, body: GenerationRequest, format: Format, prompts: list[list[int]], echo_from: int | None = None
+    ) -> CompletionResponse:
+        """The response to prompts of token ids, `body.n` choices each; echo_from: as in `CompletionResponse`."""
         options = self.options
-        if len(prompts) * body.n_choices() > options.max_queue:
-            raise ApiError(400, f"this server takes at most {options.max_queue} answers at once: ask for fewer")
+        n_answers = len(prompts) * body.n_choices()
+        if n_answers > options.max_queue:
+            raise ApiError(
+                400,
+                f"this server takes at most {options.max_queue} answers at once, not {n_answers}: ask for fewer, or "
+                "start it with a larger --max_queue",
+            )
+        max_new_tokens = body.max_new_tokens()
+        n_top = body.n_top_logprobs()
         sampling = Sampling(**options.sampling() | body.sampling())
         requests = [
             new_request(
                 self.chat_model.tokenizer,
                 ids,
-                body.max_new_tokens() or options.max_new_tokens,
+                options.max_new_tokens if max_new_tokens is None else max_new_tokens,
                 sampling.offset_seed(choice),
                 stop=body.stop_strings(),
                 text=True,
-                top_logprobs=body.n_top_logprobs(),
+                top_logprobs=n_top,
+                score_prompt=echo_from is not None and n_top is not None,
             )
             for ids in prompts
             for choice in range(body.n_choices())
@@ -106,6 +136,7 @@ class Endpoints:
             timeout=options.request_timeout,
             stream=bool(body.stream),
             include_usage=body.include_usage(),
+            echo_from=echo_from,
         )
 
 

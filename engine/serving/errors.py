@@ -14,8 +14,15 @@ from utils.errors import UserError
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 HTTP_MESSAGES = {
+    400: "the body is no JSON in UTF-8, or is nested too deeply",
     404: "there is nothing at this address: the API's paths begin with /v1/",
     405: "this address does not take this method",
+}
+BODY_MESSAGES = {  # errors about the body as a whole
+    "missing": "the body is empty: send a JSON object",
+    "dict_type": "the body is no JSON object",
+    "model_attributes_type": "the body is no JSON object",
+    "model_type": "the body is no JSON object",
 }
 
 
@@ -81,9 +88,13 @@ def _from_http_exception(error: HTTPException) -> ApiError:
 def _from_validation_error(error: RequestValidationError) -> ApiError:
     """The first mistake in a body. The value is not repeated: it may be anything, of any size."""
     first = error.errors()[0]
+    details = first.get("ctx", {})
     if first["type"] == "json_invalid":
-        return ApiError(400, "the body is no JSON")
-    # `loc` also holds the union members that were tried, such as "constrained-str".
+        return ApiError(400, f"the body is no JSON: {details['error']} at character {first['loc'][-1]}")
+    if len(first["loc"]) == 1 and first["type"] in BODY_MESSAGES:
+        return ApiError(400, BODY_MESSAGES[first["type"]])
+    # `loc` also holds the tags of the union members that were tried, which are no identifiers.
     parts = [part for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+    parts += [details["field"]] if first["type"] == "field" else []
     field = ".".join(map(str, parts)) or None
     return ApiError(400, f"{field or 'body'}: {first['msg'].removeprefix('Value error, ')}", param=field)

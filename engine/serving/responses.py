@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from engine.inference.request import Request
+from engine.inference.detokenizer import StreamDetokenizer
+from engine.inference.request import Logprobs, Request
 from engine.inference.scheduler import QueueFull
 from engine.inference.worker import BatchWorker
 from engine.serving.errors import ApiError, busy
@@ -42,8 +43,8 @@ class TokenEntry(NamedTuple):
     """A token with its log-probability, as the model computed it."""
 
     token: bytes
-    logprob: float
-    top: list[tuple[bytes, float]]  # the alternatives, likeliest first
+    logprob: float | None  # None: nothing comes before the token
+    top: list[tuple[bytes, float]] | None  # the alternatives, likeliest first
     text_offset: int  # characters of the text before this token
 
 
@@ -56,40 +57,70 @@ class Delta(NamedTuple):
 
 
 class DeltaTracker:
-    """Yields the deltas of one request: new text, and the tokens that are part of it."""
+    """Yields the deltas of one request: new text, and the tokens that are part of it.
 
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+    echo_from: the prompt from this token on comes first; None: it does not.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, echo_from: int | None = None) -> None:
         assert request.detokenizer is not None
         self.request = request
         self.detokenizer = request.detokenizer
         self.tokenizer = tokenizer
+        self.echo_from = echo_from
+        self.is_echoed = echo_from is None
+        self.offset = 0  # characters of the echoed prompt
         self.chars = 0
         self.tokens = 0
 
     def next(self) -> Delta:
         finish = self.request.finish  # read first: all that is read after it is complete
-        text = self.request.text[self.chars :]
-        self.chars += len(text)
+        wants_logprobs = self.request.top_logprobs is not None
+        if not self.request.tokens and not finish:  # the prompt may not have been read
+            return Delta("", [] if wants_logprobs else None, None)
+        text, entries = self._echo()
+        new = self.request.text[self.chars :]
+        self.chars += len(new)
         first = self.tokens
         if finish and not self.detokenizer.stopped:
             self.tokens = len(self.detokenizer.starts)
         else:
             self.tokens = bisect_left(self.detokenizer.starts, self.chars)
-        entries = None
-        if self.request.top_logprobs is not None:
-            entries = [self._entry(index) for index in range(first, self.tokens)]
-        if finish is None:
-            return Delta(text, entries, None)
-        return Delta(text, entries, "stop" if finish == "stop" else "length")
+        if wants_logprobs:
+            entries += [self._answer_entry(index) for index in range(first, self.tokens)]
+            if finish and self.echo_from is not None and self.request.stop_token is not None:
+                entries.append(self._entry(*self.request.stop_token, self.chars))
+        ended: FinishReason | None = None if finish is None else "stop" if finish == "stop" else "length"
+        return Delta(text + new, entries if wants_logprobs else None, ended)
 
-    def _entry(self, index: int) -> TokenEntry:
-        logprob, top = self.request.logprobs[index]
-        return TokenEntry(
-            self.tokenizer.token_bytes(self.request.tokens[index]),
-            json_logprob(logprob),
-            [(self.tokenizer.token_bytes(token), json_logprob(value)) for token, value in top.items()],
-            self.detokenizer.starts[index],
-        )
+    def _echo(self) -> tuple[str, list[TokenEntry]]:
+        """The text and the tokens of the prompt, once; the first token has nothing before it."""
+        if self.is_echoed:
+            return "", []
+        self.is_echoed = True
+        ids = self.request.ids[self.echo_from :]
+        detokenizer = StreamDetokenizer(self.tokenizer)
+        for token in ids:
+            detokenizer.push(token)
+        detokenizer.close()
+        entries = []
+        if self.request.top_logprobs is not None:
+            known = [None, *self.request.prompt_logprobs[len(self.request.ids) - len(ids) :]]
+            entries = [self._entry(*each) for each in zip(ids, known, detokenizer.starts)]  # fewer if it was cancelled
+        self.offset = len(detokenizer.text)
+        return detokenizer.text, entries
+
+    def _answer_entry(self, index: int) -> TokenEntry:
+        request = self.request
+        return self._entry(request.tokens[index], request.logprobs[index], self.detokenizer.starts[index])
+
+    def _entry(self, token: int, logprobs: Logprobs | None, start: int) -> TokenEntry:
+        token_bytes = self.tokenizer.token_bytes
+        if logprobs is None:
+            return TokenEntry(token_bytes(token), None, None, self.offset + start)
+        own, top = logprobs
+        alternatives = [(token_bytes(other), json_logprob(value)) for other, value in top.items()]
+        return TokenEntry(token_bytes(token), json_logprob(own), alternatives, self.offset + start)
 
 
 def json_logprob(logprob: float) -> float:
@@ -106,13 +137,14 @@ def token_text(token: bytes) -> str:
 
 
 def chat_logprobs(entries: list[TokenEntry]) -> ChatLogprobs:
-    def fields(token: bytes, logprob: float) -> dict[str, Any]:
+    def fields(token: bytes, logprob: float | None) -> dict[str, Any]:
         return {"token": token_text(token), "logprob": logprob, "bytes": list(token)}
 
     return ChatLogprobs(
         content=[
             TokenLogprob(
-                **fields(entry.token, entry.logprob), top_logprobs=[TopLogprob(**fields(*pair)) for pair in entry.top]
+                **fields(entry.token, entry.logprob),
+                top_logprobs=[TopLogprob(**fields(*pair)) for pair in entry.top or ()],
             )
             for entry in entries
         ]
@@ -123,9 +155,19 @@ def completion_logprobs(entries: list[TokenEntry]) -> CompletionLogprobs:
     return CompletionLogprobs(
         tokens=[token_text(entry.token) for entry in entries],
         token_logprobs=[entry.logprob for entry in entries],
-        top_logprobs=[{token_text(token): logprob for token, logprob in entry.top} for entry in entries],
+        top_logprobs=[top_by_text(entry) for entry in entries],
         text_offset=[entry.text_offset for entry in entries],
     )
+
+
+def top_by_text(entry: TokenEntry) -> dict[str, float] | None:
+    """The alternatives and, if it is none of them, the token itself; of those with one text, the likeliest."""
+    if entry.top is None or entry.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for token, logprob in [*entry.top, (entry.token, entry.logprob)]:
+        found.setdefault(token_text(token), logprob)
+    return found
 
 
 def first_chat_chunk(index: int) -> ChatChoice:
@@ -196,7 +238,9 @@ class CompletionResponse(Response):
         timeout: float,
         stream: bool = False,
         include_usage: bool = False,
+        echo_from: int | None = None,
     ) -> None:
+        """echo_from: of each prompt, the tokens from this one on come before the answer; None: none do."""
         self.background = None
         self.requests = requests
         self.format = format
@@ -205,7 +249,7 @@ class CompletionResponse(Response):
         self.timeout = timeout  # seconds until the deadline of the requests
         self.stream = stream
         self.include_usage = include_usage
-        self.trackers = [DeltaTracker(request, tokenizer) for request in requests]
+        self.trackers = [DeltaTracker(request, tokenizer, echo_from) for request in requests]
         self.head: dict[str, Any] = {
             "id": format.id_prefix + secrets.token_hex(12),
             "object": format.chunk_object if stream else format.object,

@@ -1,7 +1,7 @@
 """Compression of a tokenizer on held-out text, compared with two well-known tokenizers where they are installed."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ COLUMNS = (
     "fallbacks",
     "round trip",
 )
+
+BATCH_CHARACTERS = 200_000  # of texts that are encoded at once: a token takes about 100 bytes
 
 
 @dataclass
@@ -76,11 +78,27 @@ def known_tokenizers() -> list[MeasuredTokenizer]:
     return found
 
 
+def batches(texts: list[str]) -> Iterator[list[str]]:
+    """Yield the texts, as many at once as have BATCH_CHARACTERS, but at least one."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        if batch and characters + len(text) > BATCH_CHARACTERS:
+            yield batch
+            batch = []
+            characters = 0
+        batch.append(text)
+        characters += len(text)
+    if batch:
+        yield batch
+
+
 def check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
     """UserError when a text is not equal to its decoded ids."""
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        if tokenizer.decode(ids) != text:
-            raise UserError(f"round trip failed on {text[:40]!r}: the tokenizer is not lossless, report this")
+    for batch in batches(texts):
+        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            if tokenizer.decode(ids) != text:
+                raise UserError(f"round trip failed on {text[:40]!r}: the tokenizer is not lossless, report this")
 
 
 def write_report(tokenizers: list[MeasuredTokenizer], texts: list[str], path: Path, about: str) -> str:
@@ -90,10 +108,15 @@ def write_report(tokenizers: list[MeasuredTokenizer], texts: list[str], path: Pa
     rows = []
     lines = []
     for tokenizer in tokenizers:
-        encoded = tokenizer.encode(texts)
-        tokens = max(1, sum(map(len, encoded)))
-        fallback = sum(i in tokenizer.fallback for ids in encoded for i in ids) / tokens
-        exact = sum(tokenizer.decode(ids) == text for text, ids in zip(texts, encoded, strict=True)) / len(texts)
+        tokens = fallbacks = n_exact = 0
+        for batch in batches(texts):
+            encoded = tokenizer.encode(batch)
+            tokens += sum(map(len, encoded))
+            fallbacks += sum(i in tokenizer.fallback for ids in encoded for i in ids)
+            n_exact += sum(tokenizer.decode(ids) == text for text, ids in zip(batch, encoded, strict=True))
+        tokens = max(1, tokens)
+        fallback = fallbacks / tokens
+        exact = n_exact / len(texts)
         rows.append(
             f"| {tokenizer.name} | {tokenizer.vocab_size} | {size / tokens:.3f} | {characters / tokens:.3f} "
             f"| {tokens / len(texts):.1f} | {fallback:.2%} | {exact:.2%} |"

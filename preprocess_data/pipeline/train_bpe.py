@@ -1,5 +1,6 @@
 """Byte-level BPE training on a stream of documents, and the tokenizer folder that transformers loads as it is."""
 
+import re
 import tempfile
 import threading
 from collections import deque
@@ -35,6 +36,17 @@ _SPLITS = (
 # digits: small models count better with them.
 DIGIT = r"\p{N}"
 HAN = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
+
+# A long text is split in pieces: the pre-tokenizer needs 260 bytes of memory per character of a text. Between two of
+# them is one of these places, where a word ends in any case: behind a digit, a line end or a letter, before what begins
+# another word.
+PIECE_CHARACTERS = 10_000
+_WORD_ENDS = re.compile(
+    r"(?<=[0-9])|(?<=\n)(?=[A-Za-z0-9一-龥])|(?<=[A-Za-z一-龥])(?=[ \n，。、；：？！“”（）《》])", re.ASCII
+)
+# Longer words are split: the time of training grows with the square of their length. Text without punctuation and
+# spaces is one word, as is a line of one repeated character. Other text has no such words, so nothing changes.
+WORD_BYTES = 3000
 
 
 def pre_tokenizer(*extra_splits: str) -> pre_tokenizers.PreTokenizer:
@@ -101,7 +113,23 @@ def write_words(texts: Iterator[str], split: pre_tokenizers.PreTokenizer, path: 
         # alphabet a word contains no space.
         print(*sorted(pre_tokenizers.ByteLevel.alphabet()), file=file)
         for text in texts:
-            print(*(word for word, _ in split.pre_tokenize_str(text)), file=file)
+            for piece in split_text(text):
+                words = (word for word, _ in split.pre_tokenize_str(piece))
+                print(
+                    *(word[at : at + WORD_BYTES] for word in words for at in range(0, len(word), WORD_BYTES)), file=file
+                )
+
+
+def split_text(text: str) -> Iterator[str]:
+    """Yield the pieces of a long text, between words where there are any."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = start + PIECE_CHARACTERS
+        for match in _WORD_ENDS.finditer(text, start + PIECE_CHARACTERS // 2, end):
+            end = match.start()
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def save(backend: Backend, folder: Path) -> Tokenizer:
