@@ -89,6 +89,7 @@ class Endpoints:
                 ids,
                 body.max_new_tokens() or options.max_new_tokens,
                 sampling.offset_seed(choice),
+                self.chat_model.stop_ids,
                 stop=body.stop_strings(),
                 text=True,
                 top_logprobs=body.n_top_logprobs(),
