@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import DecodeStream
 
 from utils.atomic import copy_file, write_text
 from utils.chat_template import CHAT_TEMPLATE
@@ -42,8 +41,10 @@ class Tokenizer:
     An answer ends at `end_ids`, and that of a model which was trained on our chats at `stop_ids`.
     """
 
-    def __init__(self, path: Path, backend: Backend, completed: ForeignTokenizer | None = None):
-        """completed: its roles, prefix and ends; None: those of a tokenizer made here."""
+    def __init__(
+        self, path: Path, backend: Backend, completed: ForeignTokenizer | None = None, ends: list[int] | None = None
+    ):
+        """completed: its roles, prefix and ends; None: those of a tokenizer made here, whose ends may be others."""
         self.path = path
         self.backend = backend
         self.backend.encode_special_tokens = True  # this library's name for encoding them as ordinary text
@@ -56,7 +57,8 @@ class Tokenizer:
         self.pad_id = self._special_id(self.roles["pad"] or self.roles["eos"])
         self.im_start_id, self.im_end_id, self.think_id, self.end_think_id = map(self._special_id, CHAT_TOKENS)
         own_ends = {self.eos_id, self.im_end_id}
-        self.end_ids = own_ends if completed is None else set(completed.ends)
+        ends = completed.ends if completed else ends
+        self.end_ids = own_ends if ends is None else set(ends)
         self.stop_ids = self.end_ids | own_ends
         self.is_ours = completed is None
         self._completed = completed
@@ -149,7 +151,7 @@ class Tokenizer:
         """{name: text} of the files beside tokenizer.json."""
         prefix = [self.backend.id_to_token(i) for i in self.prefix_ids]
         files = side_files(self.roles, None if prefix == [self.roles["bos"]] else prefix, self._completed is not None)
-        if self._completed:
+        if self._completed or self.end_ids != {self.eos_id, self.im_end_id}:
             files["generation_config.json"] = json.dumps({"eos_token_id": sorted(self.end_ids)}) + "\n"
         return files
 
@@ -190,6 +192,12 @@ def load_tokenizer(folder: str | Path, weights: dict[str, Any] | None = None) ->
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if not path.is_file():
+        for other in ("tokenizer.model", "vocab.json", "vocab.txt"):
+            if (folder / other).is_file():
+                raise UserError(
+                    f"{folder} has {other} and no tokenizer.json: write that with transformers, "
+                    "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+                )
         raise UserError(f"no tokenizer in {folder}: run python train_tokenizer.py, or pass --tokenizer_path")
     require_content(path)
     try:
@@ -201,7 +209,8 @@ def load_tokenizer(folder: str | Path, weights: dict[str, Any] | None = None) ->
         raise UserError(f"{path} cannot be read ({reason}): fetch it again, or train a tokenizer") from None
     settings = read_optional(folder / "tokenizer_config.json")
     if _is_ours(backend, settings, folder):
-        return Tokenizer(folder, backend)
+        has_ends = (folder / "generation_config.json").is_file()
+        return Tokenizer(folder, backend, ends=find_ends(folder, {}) if has_ends else None)
     if COMPLETED in settings:
         roles = {role: token_text(settings, f"{role}_token", folder / "tokenizer_config.json") for role in ROLES}
         text = path.read_bytes().decode()
@@ -239,24 +248,34 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # Where the text of a token depends on those before it, the library decodes it with them.
-        self._stream = None if tokenizer.is_byte_level else DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._length = 0  # of the text so far
+        # Where the vocabulary is not byte-level, the text of a token depends on the tokens before it.
+        self._window: list[int] = []
+        self._read = 0  # tokens of the window whose text was returned
+        self._length = 0  # characters of those
 
     def push(self, token_id: int) -> str:
         """The text that this token completes: no, one or several characters."""
-        if self._stream is not None:
-            self._ids.append(token_id)
-            piece = self._stream.step(self._tokenizer.backend, token_id) or ""
-            self._length += len(piece)
-            return piece
         if token_id in self._tokenizer.special_ids:
             return ""
+        if not self._tokenizer.is_byte_level:
+            return self._push_window(token_id)
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def _push_window(self, token_id: int) -> str:
+        self._window.append(token_id)
+        token = self._tokenizer.backend.id_to_token(token_id) or ""
+        text = self._tokenizer.decode(self._window)
+        if BYTE_FALLBACK.fullmatch(token) or text.endswith("\ufffd"):  # bytes are decoded when all of them are there
+            return ""
+        piece = text[self._length :]
+        if piece:
+            self._window = self._window[self._read :]
+            self._read = len(self._window)
+            self._length = len(self._tokenizer.decode(self._window))
+        return piece
 
     def flush(self) -> str:
         """The rest at the end: U+FFFD when the bytes end inside a character."""
-        if self._stream is not None:
-            return self._tokenizer.decode(self._ids)[self._length :]
+        if self._window:
+            return self._tokenizer.decode(self._window)[self._length :]
         return self._decoder.decode(b"", final=True)

@@ -72,7 +72,6 @@ def import_hf(source: Path, run: Path, max_seq_len: int = 0) -> None:
     assert Model.hf_layout is not None
     # a checkpoint of others counts as a base model: it has not been trained on our chat template
     stage = str(written_here(config).get("stage", BASE))
-    config.setdefault("eos_token_id", Model.hf_layout.absent.get("eos_token_id"))
     tokenizer = read_tokenizer(source, config)
     weights: Mapping[str, torch.Tensor] = Weights(source)
     vocab_size = Model.hf_layout.model_args(config).vocab_size

@@ -52,7 +52,6 @@ def layout(args_class):
             "topk_group": 1,
             "num_nextn_predict_layers": 0,
             "tie_word_embeddings": False,
-            "eos_token_id": 1,
         },
         names=names,
         more=lambda args: {"num_key_value_heads": args.n_heads, "q_lora_rank": args.q_lora_rank or None},

@@ -55,7 +55,7 @@ class Layout:
     fixed: dict = field(default_factory=dict)  # key: the one value that this architecture has
     absent: dict = field(
         default_factory=dict
-    )  # key: its default where config.json lacks it, a value or a function of the config; also that of eos_token_id
+    )  # key: its default where config.json lacks it, a value or a function of the config
     rows: Callable = lambda args: {}
     copies: Callable = lambda args: {}
     more: Callable = lambda args: {}

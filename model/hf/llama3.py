@@ -38,7 +38,6 @@ def layout(args_class):
             "num_key_value_heads": lambda config: config["num_attention_heads"],
             "head_dim": lambda config: config["hidden_size"] // max(1, config["num_attention_heads"]),
             "tie_word_embeddings": False,
-            "eos_token_id": 2,
         },
         names=lambda args: NAMES,
         more=no_more,
