@@ -47,21 +47,21 @@ def complete_tokenizer(
     config = read_optional(folder / "config.json") if weights is None else weights
     roles = _find_roles(folder, backend, settings, config)
     ends = find_ends(folder, config)
-    if roles["eos"] is None:
-        roles["eos"] = next(filter(None, map(backend.id_to_token, ends)), END)
-        _make_special(backend, roles["eos"])
+    end = roles["eos"] or next(filter(None, map(backend.id_to_token, ends)), END)
+    roles["eos"] = end
+    _make_special(backend, end)
     if weights is None:
-        ends = sorted({backend.token_to_id(roles["eos"]), *ends})
+        ends = sorted({_id_of(backend, end), *ends})
     prefix = find_prefix(backend)
     replace = weights is None and (len(prefix) != 1 or has_suffix(backend))
     if replace:
-        prefix = [roles["bos"] or roles["eos"]]
-    kept = {text for text in roles.values() if text} | {backend.id_to_token(i) for i in ends} | set(prefix)
+        prefix = [roles["bos"] or end]
+    kept = set(filter(None, (*roles.values(), *map(backend.id_to_token, ends), *prefix)))
     slots = _add_chat_tokens(backend, kept)
     data = json.loads(backend.to_str())
     _rename(data, slots)
     if replace:
-        data["post_processor"] = prefix_template([(text, backend.token_to_id(text)) for text in prefix])
+        data["post_processor"] = prefix_template([(text, _id_of(backend, text)) for text in prefix])
     return ForeignTokenizer(json.dumps(data, ensure_ascii=False), roles, prefix, ends)
 
 
@@ -193,6 +193,12 @@ def _find_roles(
     for text in filter(None, roles.values()):
         _make_special(backend, text)
     return roles
+
+
+def _id_of(backend: Backend, text: str) -> int:
+    token_id = backend.token_to_id(text)
+    assert token_id is not None
+    return token_id
 
 
 def _make_special(backend: Backend, text: str) -> None:

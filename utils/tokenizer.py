@@ -149,7 +149,7 @@ class Tokenizer:
 
     def side_files(self) -> dict[str, str]:
         """{name: text} of the files beside tokenizer.json."""
-        prefix = [self.backend.id_to_token(i) for i in self.prefix_ids]
+        prefix = [str(self.backend.id_to_token(i)) for i in self.prefix_ids]
         files = side_files(self.roles, None if prefix == [self.roles["bos"]] else prefix, self._completed is not None)
         if self._completed or self.end_ids != {self.eos_id, self.im_end_id}:
             files["generation_config.json"] = json.dumps({"eos_token_id": sorted(self.end_ids)}) + "\n"

@@ -13,8 +13,7 @@ from utils.errors import require
 class RopeArgs:
     """Rotary scaling to contexts longer than in training; a mixin for a model's arguments.
 
-    Pairs are slowed down by `rope_factor`, so that a longer sequence has no unseen angle: all (linear), or those of low
-    frequency (llama3, yarn).
+    Pairs, all or those of low frequency, are slowed down by `rope_factor`: a longer sequence has no unseen angle.
     """
 
     rope_type: str = "default"  # default: as trained; linear: all pairs; llama3: Llama 3.1's ramp; yarn: YaRN's ramp
@@ -32,12 +31,10 @@ class RopeArgs:
         kind, factor = self.rope_type, self.rope_factor
         known = ("default", "linear", "llama3", "yarn")
         require(kind in known, f"rope_type={kind}: choose default, linear, llama3 or yarn")
-        scaled = kind != "default"
-        require(scaled or factor == 1, f"rope_factor={factor} needs a scaling method: rope_type=linear, llama3 or yarn")
         require(factor >= 1, f"rope_factor={factor} must be at least 1: change it")
+        require(kind != "default" or factor == 1, f"rope_factor={factor} needs a scaling method: set rope_type")
         ramp = kind in ("llama3", "yarn")
-        has_length = self.rope_original_max_seq_len > 0
-        require(has_length or not ramp, f"rope_type={kind} needs rope_original_max_seq_len, the tokens trained on")
+        require(not ramp or self.rope_original_max_seq_len > 0, f"rope_type={kind} needs rope_original_max_seq_len")
         low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
         slow, fast = getattr(self, f"rope_{low}"), getattr(self, f"rope_{high}")
         require(not ramp or 0 < slow < fast, f"rope_{low}={slow} must lie between 0 and rope_{high}={fast}")
@@ -80,10 +77,8 @@ def token_positions(input_ids, state=None):
 def rope_frequencies(head_dim, theta, scaling=None):
     """Return the angle per token of each pair (K/2,), float64: theta^(-2j/K), scaled by `scaling`."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    if scaling is None or scaling.rope_type == "default":
-        return frequencies
-    if scaling.rope_type == "linear":  # position interpolation (Chen et al. 2023, equation 4)
-        return frequencies / scaling.rope_factor
+    if scaling is None or scaling.rope_type in ("default", "linear"):  # linear: Chen et al. 2023, equation 4
+        return frequencies / (scaling.rope_factor if scaling else 1.0)
     length = scaling.rope_original_max_seq_len
     if scaling.rope_type == "llama3":  # linear in the turns (Meta's llama-models, apply_scaling of Llama 3.1)
         turns = length * frequencies / (2 * math.pi)
