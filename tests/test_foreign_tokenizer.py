@@ -32,7 +32,7 @@ transformers.logging.set_verbosity_error()
 
 END = "<|endoftext|>"
 OWN = {"bos": "<bos>", "unk": "<unk>", "pad": "<pad>"}
-# Each of the three roles is the end's token, one of its own, or nobody's; and two in which they share another one.
+# Each of the three roles has the token of the end, one of its own, or none; then two with another shared token.
 SHARED = [
     dict(zip(OWN, combination))
     for combination in itertools.product(*((END, token, None) for token in OWN.values()))

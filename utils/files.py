@@ -23,7 +23,7 @@ def load_json(path: str | Path, advice: str) -> dict[str, Any]:
 
 
 def require_content(path: Path) -> None:
-    """Raise UserError for a git-lfs pointer, which stands where the file itself has not been fetched."""
+    """Raise UserError for a git-lfs pointer, which is there until the file itself has been fetched."""
     try:
         with open(path, "rb") as file:
             beginning = file.read(64)

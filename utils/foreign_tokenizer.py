@@ -21,12 +21,12 @@ ROLES = ("unk", "bos", "eos", "pad")
 END = "</s>"  # for a tokenizer without an end
 RESERVED = re.compile(r"[<\[].*(reserved|place.?holder|unused|extra_id|dummy).*\d.*[>\]]", re.IGNORECASE)
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-FETCH = "fetch the file again, or save the tokenizer anew with transformers"
+FETCH = "fetch the file again, or save the tokenizer with transformers once more"
 
 
 @dataclass(frozen=True)
 class ForeignTokenizer:
-    """A tokenizer of others, completed. prefix: what stands before a prompt. ends: ids that end an answer."""
+    """A tokenizer of others, completed. prefix: the tokens before a prompt. ends: ids that end an answer."""
 
     text: str  # tokenizer.json
     roles: dict[str, str | None]
@@ -73,7 +73,7 @@ def find_prefix(backend: Backend) -> list[str]:
 
 
 def has_suffix(backend: Backend) -> bool:
-    """Return whether a special token stands after an encoded text."""
+    """Return whether a special token is put after an encoded text."""
     return backend.encode("a").special_tokens_mask[-1:] == [1]
 
 
@@ -126,7 +126,7 @@ def _ids(settings: dict[str, Any], key: str, path: Path) -> list[int]:
 
 
 def _add_declared_tokens(folder: Path, backend: Backend, settings: dict[str, Any]) -> dict[str, Any]:
-    """Add the tokens that files beside tokenizer.json declare; returns the settings of all these files.
+    """Add the tokens that the files next to tokenizer.json declare; returns the settings of all these files.
 
     In the order of transformers, so that each gets the same id.
     """

@@ -148,7 +148,7 @@ class Tokenizer:
             write_text(folder / name, text)
 
     def side_files(self) -> dict[str, str]:
-        """{name: text} of the files beside tokenizer.json."""
+        """{name: text} of the files next to tokenizer.json."""
         prefix = [str(self.backend.id_to_token(i)) for i in self.prefix_ids]
         files = side_files(self.roles, None if prefix == [self.roles["bos"]] else prefix, self._completed is not None)
         if self._completed or self.end_ids != {self.eos_id, self.im_end_id}:

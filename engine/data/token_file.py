@@ -111,8 +111,8 @@ class TokenFile:
         """Whether a document begins at each of `tokens` (N,), which are those from position `first` on; and whether
         the token carries no loss for it.
 
-        Where the beginning may also be an end or a token of a text, .docs.npy tells. Without that, each one begins a
-        document and ends the one before, which is learned.
+        Where that token is also the end, or may occur in a text, the starts are read from .docs.npy. Without it, each
+        one begins a document and ends the one before, which is learned.
         """
         begins = tokens == self.bos_id
         if self.bos_is_unique:
