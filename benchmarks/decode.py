@@ -69,7 +69,7 @@ POSITIONS = (64, 512, 1024, 2048, 4000)
 NEXT = torch.tensor([[5]])  # the token of a decode step there
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
-TOKENIZER: Any = SimpleNamespace(eos_id=None, im_end_id=None)
+TOKENIZER: Any = SimpleNamespace(stop_ids=())
 
 Answer = Callable[[list[list[int]], int], list[list[int]]]  # prompts, number of tokens -> answers
 Logits = Callable[[list[int]], torch.Tensor]  # a prompt -> the logits of its last token (V,), fp32

@@ -179,6 +179,6 @@ class BaseModel(nn.Module):
         return layout.to_hf(self)
 
     @classmethod
-    def from_hf(cls, config, tensors):
+    def from_hf(cls, config, tensors, max_seq_len=0):
         """Return a model of a published config and {name: tensor}; ModelError names what is missing or left over."""
-        return layout.from_hf(cls, config, tensors)
+        return layout.from_hf(cls, config, tensors, max_seq_len)

@@ -72,7 +72,7 @@ def test_generation_ends_at_a_stop_string():
 class SimpleLetters:
     """A tokenizer whose ids are letters."""
 
-    eos_id, im_end_id, special_ids = 2, 5, ()
+    stop_ids, special_ids, is_byte_level = (2, 5), (), True
 
     def __init__(self, byte):
         self.byte = byte

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from tests.support.models import SHIPPED, TINY, sizes_of
 from tests.support.token_files import stage_files
 from utils.chat_template import encode_chat
 from utils.errors import UserError
-from utils.tokenizer import SPECIAL_TOKENS, StreamDecoder
+from utils.foreign_tokenizer import CHAT_TOKENS
+from utils.tokenizer import StreamDecoder, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -256,13 +258,9 @@ def test_a_checkpoint_of_others(kind, special, tmp_path):
     export.main(["--run", str(tmp_path / "run"), "--to", "hf", str(exported)])
     again = transformers.AutoTokenizer.from_pretrained(exported)
     assert again.apply_chat_template(CHAT, return_dict=False) == encode_chat(tokenizer, CHAT)[0]
-    assert again.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [
-        tokenizer.unk_id,
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        tokenizer.pad_id,
-        *new,
-    ]
+    assert again.convert_tokens_to_ids(list(CHAT_TOKENS)) == new
+    assert (again.bos_token_id, again.eos_token_id) == (256, 257)
+    assert again(text, split_special_tokens=True).input_ids == ids
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes
@@ -313,6 +311,107 @@ def test_what_cannot_be_imported_is_one_line(run, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path / "no_tokenizer")
     assert "no tokenizer.json" in error_of("--from", "hf", tmp_path / "no_tokenizer", "--out", tmp_path / "out")
+
+
+POINTER = "version https://git-lfs.example/spec/v1\noid sha256:0123\nsize 1234567\n"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("tokenizer.json", POINTER, "git-lfs pointer"),
+        ("tokenizer.json", "{", "cannot be read"),
+        ("tokenizer_config.json", "{", "cannot be read"),
+        ("generation_config.json", "[]", "no JSON object"),
+        ("config.json", POINTER, "git-lfs pointer"),
+        ("config.json", "{", "cannot be read"),
+        ("config.json", "null", "no JSON object"),
+        ("config.json", '{"architectures": 7}', "no model here reads 7"),
+        ("config.json", '{"architectures": []}', "an unnamed architecture"),
+        ("config.json", '{"architectures": "LlamaForCausalLM", "mini_llm": 3}', "has no vocab_size"),
+        ("model.safetensors", POINTER, "git-lfs pointer"),
+        ("model.safetensors", "", "cannot be read"),
+        ("model.safetensors", "x" * 100, "cannot be read"),
+        (INDEX, "{}", "has no weight_map"),
+        (INDEX, '{"weight_map": []}', "has no weight_map"),
+        (INDEX, '{"weight_map": {}}', "has no weight_map"),
+        (INDEX, '{"weight_map": {"a": 1}}', "has no weight_map"),
+        (INDEX, '{"weight_map": {"a": "b.safetensors"}}', "has no b.safetensors"),
+        (INDEX, POINTER, "git-lfs pointer"),
+    ],
+)
+def test_a_damaged_file_is_one_line_and_leaves_nothing_behind(run, name, content, message, tmp_path):
+    _, folder = run
+    copy = changed(folder, tmp_path / "copy")
+    (copy / name).write_text(content)
+    found = error_of("--from", "hf", copy, "--out", tmp_path / "new" / "out")
+    assert message in found and [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_head_of_another_size_than_config_json_says_is_one_line(run, tmp_path):
+    _, folder = run
+    copy = changed(folder, tmp_path / "copy", {"vocab_size": 20})
+    assert "config.json has vocab_size=20" in error_of("--from", "hf", copy, "--out", tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------- AutoTokenizer
+
+
+def test_auto_tokenizer_begins_a_text_as_our_commands_do(run, tmp_path):
+    summary, folder = run
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = load_run(summary["run"]).tokenizer
+    with open_chat_model(summary["run"], "cpu") as model:
+        for text in ("abc", " x 月", "\n"):
+            assert theirs(text).input_ids == model.text_ids(text) == [ours.bos_id, *ours.encode(text)]
+    assert theirs(["a", "b"]).input_ids == [ours.encode_prompt("a"), ours.encode_prompt("b")]
+    rendered = theirs.apply_chat_template(CHAT, return_dict=False)
+    assert rendered.count(ours.bos_id) == 1
+
+    export.main(["--from", "hf", str(folder), "--out", str(tmp_path / "run")])
+    assert digest(tmp_path / "run/tokenizer/tokenizer.json") == digest(Path(summary["run"], "tokenizer/tokenizer.json"))
+    assert load_tokenizer(folder).prefix_ids == [ours.bos_id]  # the export itself can be trained with
+
+
+def test_the_exported_chat_template_takes_content_parts(run):
+    theirs = transformers.AutoTokenizer.from_pretrained(run[1])
+
+    def ids(*contents):
+        roles = ("user", "assistant", "user")
+        chat = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+        return theirs.apply_chat_template(chat, return_dict=False)
+
+    def part(text):
+        return {"type": "text", "text": text}
+
+    assert ids([part("a "), part("月")], "b") == ids("a 月", "b")
+    assert ids([part(" a")], [part("b")], "c") == ids("a", "b", "c")
+    assert ids("a", None) == ids("a", "") == ids("a", [])
+    with pytest.raises(Exception, match="a part of a content is text, not image"):
+        ids([part("a"), {"type": "image", "image": "x.png"}])
+
+
+def test_exports_and_imports_made_earlier_are_read_as_before(run, tmp_path):
+    """Folders without a post-processor, with the template of then, and with tokens that import renamed."""
+    summary, folder = run
+    earlier = changed(folder, tmp_path / "earlier")
+    shutil.copy(Path(summary["run"], "tokenizer/tokenizer.json"), earlier)  # no post-processor
+    (earlier / "chat_template.jinja").write_text("{{- bos_token }}")
+    export.main(["--from", "hf", str(earlier), "--out", str(tmp_path / "run")])
+    ours = load_run(summary["run"]).tokenizer
+    again = load_run(tmp_path / "run").tokenizer
+    assert again.fingerprint == ours.fingerprint
+    assert (again.prefix_ids, again.end_ids, again.stop_ids) == (ours.prefix_ids, ours.end_ids, ours.stop_ids)
+    assert again.end_ids == {ours.eos_id, ours.im_end_id}
+
+    names = ["<s>", "</s>", "<pad>", "<unk>", *CHAT_TOKENS]  # what import made of <|begin_of_text|>, ...
+    (tmp_path / "renamed").mkdir()
+    foreign_tokenizer(tmp_path / "renamed", names)
+    (tmp_path / "renamed/tokenizer_config.json").unlink()
+    renamed = load_tokenizer(tmp_path / "renamed")
+    assert (renamed.bos_id, renamed.eos_id, renamed.pad_id, renamed.im_end_id) == (256, 257, 258, 261)
+    assert renamed.prefix_ids == [256] and renamed.end_ids == renamed.stop_ids == {257, 261} and renamed.is_ours
 
 
 def test_invalid_commands_are_one_line(run, tmp_path):

@@ -20,7 +20,9 @@ from tests.support.texts import HOSTILE, SENTENCES
 from utils.chat_template import encode_chat
 from utils.errors import UserError
 
-TOKENIZER = SimpleNamespace(bos_id=1, pad_id=3, vocab_size=1 << 20, fingerprint="f", path="tokenizer")
+TOKENIZER = SimpleNamespace(
+    bos_id=1, bos_is_unique=True, pad_id=3, vocab_size=1 << 20, fingerprint="f", path="tokenizer"
+)
 FIRST = 100  # the token at place p of a file is FIRST + p: which one it is can be read off its id
 
 

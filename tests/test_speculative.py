@@ -128,7 +128,9 @@ def test_unsupported_speculation_is_one_line():
 
 
 def chat_model(name, speculative=""):
-    tokenizer = SimpleNamespace(eos_id=-2, im_end_id=-2, special_ids=(), token_bytes=lambda token: b"%d " % token)
+    tokenizer = SimpleNamespace(
+        stop_ids=(), special_ids=(), is_byte_level=True, token_bytes=lambda token: b"%d " % token
+    )
     run = SimpleNamespace(model=build(name), tokenizer=tokenizer, config={"stage": "sft"})
     chat = ChatModel(run, speculative=speculative)
     chat.prompt_ids = lambda ids, max_new_tokens: (ids, 0)  # ids in place of messages

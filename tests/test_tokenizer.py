@@ -54,7 +54,7 @@ def test_batch_equals_one_by_one(tokenizer):
 
 def test_special_tokens_come_first_and_text_never_becomes_one(tokenizer):
     ids = [
-        tokenizer.unk_id,
+        tokenizer.role_id("unk"),
         tokenizer.bos_id,
         tokenizer.eos_id,
         tokenizer.pad_id,

@@ -1,9 +1,11 @@
 """Our models are the published ones: logits, loss, gradients and greedy text, against transformers."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine.inference.generate import generate
 from model import ModelError, get_model_and_args
@@ -179,10 +181,83 @@ def test_rope_scaling_reaches_beyond_the_training():
         assert rope_amplitude(args) == pytest.approx(amplitude, rel=1e-6)
 
 
+ROPE = [
+    {"type": "linear", "factor": 4.0},
+    {"rope_type": "linear", "factor": 1},
+    {"type": "dynamic", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 1.0},
+    {"rope_type": "default", "factor": 1.0},
+    {"rope_type": "yarn", "factor": 1.0},
+    {"rope_type": "yarn", "factor": 4.0},  # no original length: it is max_position_embeddings
+    {"type": "yarn", "factor": 4, "beta_fast": 16, "rope_theta": 5000},
+    {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 20},  # the factor is the quotient
+    {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7, "mscale_all_dim": 0.9, "original_max_position_embeddings": 16},
+    {"rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1, "high_freq_factor": 4},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    None,
+]
+
+
+@pytest.mark.parametrize("name", [LLAMA, DEEPSEEK])
+def test_max_seq_len_changes_nothing_but_the_length(name, tmp_path):
+    """Every kind of rotary scaling, by config.json as others write it; the logits are transformers' in each case."""
+    model = build(random_args(name, 0, max_seq_len=40))
+    write(model, tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    tensors = load_file(tmp_path / "model.safetensors")
+    ids = torch.randint(model.args.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    seen = set()
+    for scaling, outer in [*((scaling, {}) for scaling in ROPE), (ROPE[6], {"original_max_position_embeddings": 10})]:
+        config = {**written, "rope_scaling": scaling, **outer}
+        path.write_text(json.dumps(config))
+        with torch.no_grad():
+            want = load(tmp_path)[0](ids).logits
+            for max_seq_len in (0, 24, 40, 100):
+                imported = type(model).from_hf(config, tensors, max_seq_len)
+                assert imported.args.max_seq_len == (min(40, max_seq_len) if max_seq_len else 40)
+                assert (imported(ids)[0] - want).abs().max() < 1e-5, (scaling, max_seq_len)
+        seen.add(round(want.sum().item(), 3))
+        config, again = imported.to_hf()
+        assert torch.equal(type(model).from_hf(config, again)(ids)[0], imported(ids)[0])
+    assert len(seen) >= 7  # the scalings matter
+
+
 @pytest.mark.parametrize(
     "fields,message",
     [
-        ({"rope_type": "linear"}, "choose default, llama3 or yarn"),
+        ({"rope_scaling": [1]}, "rope_scaling=\\[1\\]"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear'"),
+        ({"rope_scaling": {"type": ["linear"]}}, "known are"),
+        ({"rope_scaling": {"type": "linear"}}, "without a factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2'.*a finite number"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 9.5}}, "an integer"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4'"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan"),
+        ({"hidden_size": "32"}, "hidden_size='32'.*an integer"),
+        ({"hidden_size": 32.0}, "hidden_size=32.0"),
+        ({"num_hidden_layers": [2]}, "num_hidden_layers=\\[2\\]"),
+        ({"num_attention_heads": 0}, "n_heads=0 must be at least 1"),
+        ({"vocab_size": None}, "no vocab_size"),
+        ({"vocab_size": True}, "vocab_size=True"),
+        ({"max_position_embeddings": -1}, "must be at least 1"),
+        ({"rms_norm_eps": {}}, "rms_norm_eps={}"),
+        ({"tie_word_embeddings": "yes"}, "true or false"),
+    ],
+)
+@pytest.mark.parametrize("name", [LLAMA, DEEPSEEK])
+def test_a_wrong_type_in_config_json_is_one_line(name, fields, message):
+    layout = get_model_and_args(name)[0].hf_layout
+    with pytest.raises(ModelError, match=message) as error:
+        layout.model_args({**layout.config(random_args(name, 0)), **fields})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"rope_type": "ntk"}, "choose default, linear, llama3 or yarn"),
+        ({"rope_type": "linear", "rope_factor": 0.5}, "at least 1"),
         ({"rope_factor": 2.0}, "needs a scaling method"),
         ({"rope_type": "yarn", "rope_factor": 4.0}, "needs rope_original_max_seq_len"),
         ({"rope_type": "yarn", "rope_factor": 0.5, "rope_original_max_seq_len": 9}, "at least 1"),

@@ -22,7 +22,12 @@ CHAT_TEMPLATE = (
     "{%- if message.role not in ['system', 'user', 'assistant'] %}"
     "{{- raise_exception('a role is system, user or assistant, not ' ~ message.role) }}"
     "{%- endif %}"
-    "{%- set content = message.content %}"
+    "{%- set own = message.content is string or not message.content %}"
+    "{%- set parts = [{'type': 'text', 'text': message.content or ''}] if own else message.content %}"
+    "{%- for part in parts if part.type != 'text' %}"
+    "{{- raise_exception('a part of a content is text, not ' ~ part.type) }}"
+    "{%- endfor %}"
+    "{%- set content = parts | map(attribute='text') | join %}"
     "{%- set text = content | trim %}"
     "{%- set indent = content.split(text)[0].replace('\\r', '\\n').split('\\n')[-1] if text else '' %}"
     "{{- '<|im_start|>' ~ message.role ~ '\\n' ~ indent ~ text ~ '<|im_end|>\\n' }}"
@@ -34,7 +39,7 @@ CHAT_TEMPLATE = (
 class ChatTokenizer(Protocol):
     """What the template needs of a tokenizer; `utils.tokenizer.Tokenizer` has it."""
 
-    bos_id: int
+    prefix_ids: list[int]  # what a chat begins with: <s>, or nothing
     im_start_id: int
     im_end_id: int
 
@@ -91,8 +96,8 @@ def _assemble(
 ) -> tuple[list[int], list[int]]:
     """Ids and mask; encoded: the ids of the role and of the content of each message in turn."""
     newline = tokenizer.encode("\n")
-    ids = [tokenizer.bos_id]
-    mask = [0]
+    ids = [*tokenizer.prefix_ids]
+    mask = [0] * len(ids)
     for message, role, content in zip(messages, encoded[::2], encoded[1::2], strict=True):
         learned = int(has_loss(message))
         ids += [tokenizer.im_start_id, *role, *content, tokenizer.im_end_id, *newline]

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from engine.data.sequences import IGNORE, Sequences, empty_sequence
+from engine.data.sequences import IGNORE, PADDING, Sequences, empty_sequence
 from engine.data.shuffle import shuffled
 
 
@@ -35,7 +35,7 @@ class StepSizes(Protocol):
 
 
 def collate(
-    sequences: list[dict[str, np.ndarray]], with_doc_ids: bool, pad_id: int, pin: bool = False, trim: bool = False
+    sequences: list[dict[str, np.ndarray]], with_doc_ids: bool, pin: bool = False, trim: bool = False
 ) -> dict[str, torch.Tensor]:
     """Stack sequences into the keyword arguments of forward, each (B, T).
 
@@ -45,7 +45,7 @@ def collate(
     keys = ("input_ids", "targets", "doc_ids") if with_doc_ids else ("input_ids", "targets")
     arrays = {key: np.stack([sequence[key] for sequence in sequences]) for key in keys}  # (B, T)
     if trim and not with_doc_ids:
-        used = np.flatnonzero((arrays["input_ids"] != pad_id).any(axis=0))
+        used = np.flatnonzero(np.any([sequence["doc_ids"] != PADDING for sequence in sequences], axis=0))
         width = -(-(used[-1] + 1) // 16) * 16 if len(used) else 16
         arrays = {key: np.ascontiguousarray(array[:, :width]) for key, array in arrays.items()}
     batch = {key: torch.from_numpy(array) for key, array in arrays.items()}
@@ -100,13 +100,12 @@ class StepLoader:
         """This rank's micro-batches of `step`, a function of (seed, step) alone."""
         indices, epoch = self.step_sequences(step)
         size = self.plan.micro_sequences_at(step)
-        pad_id = self.data.file.pad_id
         batches, targets, tokens = [], [], 0
         for start in range(self.rank * size, len(indices), self.world_size * size):
             sequences = [self.data.sequence(int(i)) for i in indices[start : start + size]]
-            batches.append(collate(sequences, self.data.with_doc_ids, pad_id, self.pin, self.trim))
+            batches.append(collate(sequences, self.data.with_doc_ids, self.pin, self.trim))
             targets.append(sum(int((sequence["targets"] != IGNORE).sum()) for sequence in sequences))
-            tokens += sum(int((sequence["input_ids"] != pad_id).sum()) for sequence in sequences)
+            tokens += sum(int((sequence["doc_ids"] != PADDING).sum()) for sequence in sequences)
         return StepBatches(batches, indices.tolist(), epoch, targets, tokens)
 
     def _fill(self) -> None:
@@ -153,4 +152,4 @@ def held_out_batches(
         start = first + rank * batch_size
         chosen = [data.sequence(int(i)) for i in order[start : start + batch_size]]
         chosen += [empty_sequence(data.seq_len, data.file.pad_id)] * (batch_size - len(chosen))
-        yield collate(chosen, data.with_doc_ids, data.file.pad_id, trim=trim)
+        yield collate(chosen, data.with_doc_ids, trim=trim)

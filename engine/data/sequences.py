@@ -48,12 +48,14 @@ class WindowSequences:
         return -(-(len(self.file.tokens) - 1) // self.seq_len)
 
     def sequence(self, index: int) -> dict[str, np.ndarray]:
-        tokens = self.file.read(slice(index * self.seq_len, (index + 1) * self.seq_len + 1))
+        first = index * self.seq_len
+        tokens = self.file.read(slice(first, first + self.seq_len + 1))
+        begins, no_loss = self.file.begins(first, tokens)
         sequence = empty_sequence(self.seq_len, self.file.pad_id)
         n = len(tokens) - 1  # shorter than T only in the last sequence
         sequence["input_ids"][:n] = tokens[:-1]
-        sequence["targets"][:n] = np.where(tokens[1:] == self.file.bos_id, IGNORE, tokens[1:])
-        sequence["doc_ids"][:n] = np.cumsum(tokens[:-1] == self.file.bos_id)
+        sequence["targets"][:n] = np.where(no_loss[1:], IGNORE, tokens[1:])
+        sequence["doc_ids"][:n] = np.cumsum(begins[:-1])
         return sequence
 
 

@@ -27,6 +27,7 @@ class TokenFile:
         self.path = Path(path)
         self.bos_id: int = tokenizer.bos_id
         self.pad_id: int = tokenizer.pad_id
+        self.bos_is_unique: bool = tokenizer.bos_is_unique
         self.vocab_size: int = tokenizer.vocab_size
         if not self.path.is_file():
             raise UserError(f"no data file {self.path}: make it with `{make_with}`, or give the path of another")
@@ -50,6 +51,7 @@ class TokenFile:
         if self.mask is not None and len(self.mask) != len(self.tokens):
             raise UserError(f"{mask_path} and {self.path} differ in length: make them again with `{make_with}`")
         self._docs_path: Path | None = docs_path if docs_path.is_file() else None
+        self._starts: np.ndarray | None = None
 
     def _read_meta(self, path: Path, tokenizer: Any) -> dict[str, Any]:
         if not path.is_file():
@@ -104,6 +106,25 @@ class TokenFile:
         if (np.diff(starts) < 0).any() or starts[-1] > len(self.tokens):
             raise UserError(f"{self._docs_path} does not fit {self.path}: preprocess the data again")
         return np.concatenate([starts, [len(self.tokens)]])
+
+    def begins(self, first: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whether a document begins at each of `tokens` (N,), which are those from position `first` on; and whether
+        the token carries no loss for it.
+
+        Where that token is also the end, or may occur in a text, the starts are read from .docs.npy. Without it, each
+        one begins a document and ends the one before, which is learned.
+        """
+        begins = tokens == self.bos_id
+        if self.bos_is_unique:
+            return begins, begins
+        if self._docs_path is None:
+            return begins, np.zeros_like(begins)
+        if self._starts is None:
+            self._starts = self.documents()[:-1]
+        inside = slice(*np.searchsorted(self._starts, (first, first + len(tokens))))
+        begins = np.zeros_like(begins)
+        begins[self._starts[inside] - first] = True
+        return begins, begins
 
     def _find_starts(self) -> np.ndarray:
         """Positions of the <s> tokens; reads the file in large blocks, because the map has no readahead."""

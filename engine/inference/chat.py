@@ -133,9 +133,14 @@ class ChatModel:
         """Whether the model reports the load of its experts (engine/inference/inspect.py)."""
         return inspect.reports_expert_load(self.model)
 
+    @property
+    def stop_ids(self) -> set[int]:
+        """Return the ids that end an answer; a base model has not been trained on those of our chats."""
+        return self.tokenizer.end_ids if self.is_base else self.tokenizer.stop_ids
+
     def text_ids(self, text: str) -> list[int]:
         """Return the prompt of a text that the model is to continue: `<s>` and the text."""
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        return self.tokenizer.encode_prompt(text)
 
     def prompt_ids(self, messages: list[dict[str, str]], max_new_tokens: int | None = None) -> tuple[list[int], int]:
         """Return the prompt of messages [{"role", "content"}, ...] and the number of messages left out.
@@ -156,7 +161,7 @@ class ChatModel:
         """
         ids, dropped = self.prompt_ids(messages, max_new_tokens)
         max_completion_tokens(self.model, ids, max_new_tokens)
-        request = new_request(self.tokenizer, ids, max_new_tokens, Sampling(**sampling), text=True)
+        request = new_request(self.tokenizer, ids, max_new_tokens, Sampling(**sampling), self.stop_ids, text=True)
         return Generation(self, request, dropped)
 
 

@@ -74,7 +74,7 @@ def new_request(
 
     text: detokenize the answer, as stop strings do in any case. options: further arguments of `Request`.
     """
-    stop_ids = {tokenizer.eos_id, tokenizer.im_end_id} if stop_ids is None else set(stop_ids)
+    stop_ids = set(tokenizer.stop_ids if stop_ids is None else stop_ids)
     return Request(ids, max_new_tokens, sampling, stop_ids, tokenizer if text or stop else None, stop, **options)
 
 

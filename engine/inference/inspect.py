@@ -42,9 +42,10 @@ def token_details(
 def split_reasoning(tokenizer: Tokenizer, tokens: list[int], starts: list[int], text: str) -> tuple[str, str]:
     """Split an answer at <think> and </think> into (reasoning, reply).
 
-    They are single tokens without text; a model whose training data held them as text writes them as text.
+    They are single tokens without text; a model whose training data held them as text writes them as text, and so does
+    one with a tokenizer to which they are text.
     """
-    if tokenizer.think_id in tokens or tokenizer.end_think_id in tokens:
+    if tokenizer.think_id in tokenizer.special_ids and {tokenizer.think_id, tokenizer.end_think_id} & {*tokens}:
         begin = starts[tokens.index(tokenizer.think_id)] if tokenizer.think_id in tokens else 0
         end = starts[tokens.index(tokenizer.end_think_id)] if tokenizer.end_think_id in tokens else len(text)
         return text[begin:end].strip(), (text[:begin] + text[end:]).strip()

@@ -14,9 +14,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from engine.interchange.hf_checkpoint import ExtendedWeights, Weights, architecture_for, read_json
+from engine.interchange.hf_checkpoint import ExtendedWeights, Weights, architecture_for, read_json, written_here
 from engine.interchange.model_card import model_card
-from engine.interchange.tokenizers import add_side_files, adopt_tokenizer
+from engine.interchange.tokenizers import read_tokenizer, restore_tokenizer, write_tokenizer
 from engine.runs.checkpoint import save_checkpoint
 from engine.runs.registry import load_run
 from engine.runs.run_folder import git_revision
@@ -28,27 +28,35 @@ from utils.log import format_count, log
 from utils.tokenizer import load_tokenizer
 from utils.version import VERSION
 
+BASE = "pretrain"  # the stage of a model that has seen no conversation
+
 
 def export_hf(run: Path, folder: Path) -> None:
     """Write the newest weights of a run in the layout of transformers.
 
     UserError: no such run, a folder that exists. ModelError: an architecture without a published layout.
     """
+    require_new(folder)
+    loaded = load_run(run)
+    model = loaded.model
+    tokenizer = loaded.tokenizer
+    stage = loaded.config.get("stage", "pretrain")
+    config, tensors = model.to_hf()
+    if stage != BASE and not tokenizer.is_byte_level:
+        raise UserError(
+            f"{run} is a chat model whose tokenizer is not byte-level: AutoTokenizer would encode its chats otherwise; "
+            "export the base model, or train with a byte-level tokenizer"
+        )
+    ids = {f"{role}_token_id": tokenizer.role_id(role) for role in ("bos", "eos", "pad")}
+    config |= ids | {"mini_llm": {"model_name": loaded.config["model_name"], "stage": stage}}
+    ends = tokenizer.end_ids if stage == BASE else tokenizer.stop_ids
+    generation = ids | {"eos_token_id": sorted(ends) or None}
+    summary = read_json(Path(run) / "summary.json") if (Path(run) / "summary.json").is_file() else {}
     with new_directory(folder) as directory:
-        loaded = load_run(run)
-        model = loaded.model
-        tokenizer = loaded.tokenizer
-        stage = loaded.config.get("stage", "pretrain")
-        config, tensors = model.to_hf()
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        config |= ids | {"mini_llm": {"model_name": loaded.config["model_name"], "stage": stage}}
-        generation = ids | {"eos_token_id": [tokenizer.eos_id, tokenizer.im_end_id]}
+        write_tokenizer(tokenizer, directory)
         write_text(directory / "config.json", to_json(config))
         write_text(directory / "generation_config.json", to_json(generation))
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        tokenizer.save(directory)
-        add_side_files(directory)
-        summary = read_json(Path(run) / "summary.json") if (Path(run) / "summary.json").is_file() else {}
         write_text(directory / "README.md", model_card(folder.name, stage, model, config, summary))
     log(f"{run} is now in {folder}: {len(tensors)} tensors, {format_count(model.num_params()['total'])} parameters")
 
@@ -58,22 +66,23 @@ def import_hf(source: Path, run: Path, max_seq_len: int = 0) -> None:
 
     UserError or ModelError: no such checkpoint, an architecture without a model here, a tensor that does not fit.
     """
+    require_new(run)
     config = read_json(source / "config.json")
     name, Model = architecture_for(config)
     assert Model.hf_layout is not None
     # a checkpoint of others counts as a base model: it has not been trained on our chat template
-    stage = (config.get("mini_llm") or {}).get("stage", "pretrain")
-    if max_seq_len:
-        config["max_position_embeddings"] = min(max_seq_len, config.get("max_position_embeddings", max_seq_len))
+    stage = str(written_here(config).get("stage", BASE))
+    tokenizer = read_tokenizer(source, config)
+    weights: Mapping[str, torch.Tensor] = Weights(source)
+    vocab_size = Model.hf_layout.model_args(config).vocab_size
+    new_rows = tokenizer.vocab_size - vocab_size
+    if new_rows > 0:
+        config["vocab_size"] = tokenizer.vocab_size
+        weights = ExtendedWeights(weights, Model.hf_layout.vocab_names(config), vocab_size, new_rows)
+        log(f"{new_rows} tokens are new: their embeddings start as the mean of all")
+    model = Model.from_hf(config, weights, max_seq_len)
     with new_directory(run) as directory:
-        weights: Mapping[str, torch.Tensor] = Weights(source)
-        vocab_size = config.get("vocab_size", 0)
-        needed = adopt_tokenizer(source, directory / "tokenizer", config)
-        if needed > vocab_size:
-            config["vocab_size"] = needed
-            weights = ExtendedWeights(weights, Model.hf_layout.vocab_names(config), needed)
-            log(f"{needed - vocab_size} special tokens are new: their embeddings start as the mean of all")
-        model = Model.from_hf(config, weights)
+        restore_tokenizer(tokenizer, directory / "tokenizer")
         write_imported_run(directory, model, name, stage, source)
     counts = model.num_params()
     log(f"{source} is now the run {run}: {name}, {format_count(counts['total'])} parameters")
@@ -115,14 +124,18 @@ def write_imported_run(directory: Path, model: BaseModel, name: str, stage: str,
     save_checkpoint(directory / "final", model, None, {"step": 0}, metadata)
 
 
+def require_new(target: Path) -> None:
+    """Raise UserError for a folder that exists and is not empty, before anything is read."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists: give a new folder, or remove it")
+
+
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """Yield a hidden directory to fill, which becomes `target` when the block ends, or is removed after an error.
 
-    UserError: `target` exists and is not an empty directory, or it cannot be written.
+    UserError: `target` cannot be written.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists: give a new folder, or remove it")
     try:
         with atomic_directory(target.absolute()) as directory:
             yield directory

@@ -10,12 +10,14 @@ from safetensors import SafetensorError, safe_open
 from model import get_model_and_args, list_models
 from model.basemodel import BaseModel
 from utils.errors import UserError
-from utils.files import load_json
+from utils.files import load_json, require_content
+
+INDEX = "model.safetensors.index.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; UserError when the file is missing or holds none."""
-    return load_json(path, "give the folder of a published checkpoint")
+    return load_json(path, "give the folder of a complete checkpoint, or fetch the file again")
 
 
 def architecture_for(config: dict[str, Any]) -> tuple[str, type[BaseModel]]:
@@ -25,26 +27,33 @@ def architecture_for(config: dict[str, Any]) -> tuple[str, type[BaseModel]]:
     fitting = {name: Model for name, Model in published.items() if Model.hf_layout.reads(config)}
     if not fitting:
         known = ", ".join(sorted(Model.hf_layout.architecture for Model in published.values()))
+        names = config.get("architectures")
+        wanted = names[0] if isinstance(names, list) and names else names
         raise UserError(
-            f"no model here reads {(config.get('architectures') or ['an unnamed architecture'])[0]}: "
+            f"no model here reads {wanted or config.get('model_type') or 'an unnamed architecture'}: "
             f"known are {known} (docs/interchange.md shows how to add one)"
         )
-    writer = (config.get("mini_llm") or {}).get("model_name")
-    name = str(writer) if writer in fitting else min(fitting)
+    writer = written_here(config).get("model_name")
+    name = writer if isinstance(writer, str) and writer in fitting else min(fitting)
     return name, fitting[name]
+
+
+def written_here(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what our export notes in a config.json ({"model_name", "stage"}); {} for a checkpoint of others."""
+    note = config.get("mini_llm")
+    return note if isinstance(note, dict) else {}
 
 
 class Weights(Mapping[str, torch.Tensor]):
     """{name: tensor} of a folder's safetensors; each tensor is read on access."""
 
     def __init__(self, folder: Path):
-        index = folder / "model.safetensors.index.json"
-        files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
         self._file_of: dict[str, Any] = {}
-        for name in files:
+        for name in weight_files(folder):
             path = folder / Path(name).name
             if not path.is_file():
                 raise UserError(f"{folder} has no {path.name}: only complete checkpoints in safetensors are read")
+            require_content(path)
             try:
                 file = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
@@ -61,20 +70,42 @@ class Weights(Mapping[str, torch.Tensor]):
         return len(self._file_of)
 
 
-class ExtendedWeights(Mapping[str, torch.Tensor]):
-    """The same weights, with the tensors `names` extended to `vocab_size` rows; each new row is the mean of all."""
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the safetensors of a folder, by its index if it has one; UserError for a damaged index."""
+    index = folder / INDEX
+    if not index.is_file():
+        return ["model.safetensors"]
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise UserError(
+            f'{index} has no weight_map, which gives the file of each tensor ("weight_map": {{tensor: file}}): '
+            "fetch it again, or remove it where model.safetensors is the only file"
+        )
+    return sorted(set(files.values()))
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], names: set[str], vocab_size: int):
+
+class ExtendedWeights(Mapping[str, torch.Tensor]):
+    """The same weights, with `new_rows` more rows in the tensors `names`, which have `vocab_size`: the mean of those.
+
+    UserError for one that has another number of rows.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], names: set[str], vocab_size: int, new_rows: int):
         self._weights = weights
         self._names = names
         self._vocab_size = vocab_size
+        self._new_rows = new_rows
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._weights[name]
         if name not in self._names:
             return tensor
+        if tensor.dim() != 2 or len(tensor) != self._vocab_size:
+            raise UserError(
+                f"{name} is {tuple(tensor.shape)}, and config.json has vocab_size={self._vocab_size}: correct that"
+            )
         mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
-        return torch.cat((tensor, mean.expand(self._vocab_size - len(tensor), -1)))
+        return torch.cat((tensor, mean.expand(self._new_rows, -1)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -31,7 +31,7 @@ def model_card(name: str, stage: str, model: BaseModel, config: dict[str, Any], 
             'add_generation_prompt=True, return_tensors="pt", return_dict=False)'
         )
         if chat
-        else 'ids = tokenizer("<s>Hello", return_tensors="pt", add_special_tokens=False).input_ids'
+        else 'ids = tokenizer("Hello", return_tensors="pt").input_ids'
     )
     return f"""---
 library_name: transformers

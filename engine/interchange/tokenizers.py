@@ -1,99 +1,63 @@
-"""The tokenizer of a published checkpoint, extended by the special tokens of this project.
-
-Every id keeps its text. A role that the tokenizer has under another name, such as its beginning-of-sequence token, is
-renamed. The chat tokens take reserved ids that were never trained, or new ids after all others.
-"""
+"""The tokenizer of a checkpoint folder: read with the checkpoint, and written so that AutoTokenizer agrees with us."""
 
 import json
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer as Backend
+
 from utils.atomic import write_text
 from utils.errors import UserError
-from utils.tokenizer import BYTE_OF, FILES, SPECIAL_TOKENS, side_files
+from utils.foreign_tokenizer import find_prefix, prefix_template
+from utils.tokenizer import Tokenizer, load_tokenizer
 
-ROLES = {"<s>": "bos", "</s>": "eos", "<pad>": "pad", "<unk>": "unk"}
-RESERVED = re.compile(r"reserved|place.?holder|unused|extra_id|dummy", re.IGNORECASE)
+NONE = '"post_processor": null'
 
 
-def adopt_tokenizer(source: Path, target: Path, config: dict[str, Any]) -> int:
-    """Write the tokenizer of the checkpoint folder `source` to `target`, and return the vocabulary size it needs.
+def read_tokenizer(source: Path, config: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer of a checkpoint folder; UserError when there is none, or it is not byte-level.
 
-    config: its config.json. UserError when there is no tokenizer.json, or it is not byte-level.
+    config: its config.json.
     """
-    path = source / "tokenizer.json"
-    if not path.is_file():
+    if not (source / "tokenizer.json").is_file():
         raise UserError(f"{source} has no tokenizer.json: put the one of the model there")
-    target.mkdir(parents=True, exist_ok=True)
-    data = json.loads(path.read_text(encoding="utf-8"))
-    known = {token["content"] for token in data["added_tokens"]}
-    if known.issuperset(SPECIAL_TOKENS):  # one of ours
-        for name in FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+    tokenizer = load_tokenizer(source, config)
+    if not tokenizer.is_byte_level:
+        raise UserError(f"{source / 'tokenizer.json'} is not a byte-level tokenizer, and only those can be read here")
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the tokenizer's files so that AutoTokenizer begins a text as our commands do.
+
+    Tokenizers trained here leave that to the commands. Import takes it back, so that the fingerprint, which token files
+    and runs know, does not change.
+    """
+    tokenizer.save(folder)
+    path = folder / "tokenizer.json"
+    backend = Backend.from_file(str(path))
+    prefix = [str(backend.id_to_token(i)) for i in tokenizer.prefix_ids]
+    if find_prefix(backend) == prefix:
+        return
+    text = path.read_bytes().decode()
+    if NONE in text:
+        write_text(path, text.replace(NONE, _beginning(tokenizer), 1))
     else:
-        if "ByteLevel" not in json.dumps(data.get("decoder")):
-            raise UserError(f"{path} is not a byte-level tokenizer, and only those can be read here")
-        _rename(data, _assign_ids(data, _read_roles(source, config)))
-        write_text(target / "tokenizer.json", json.dumps(data, ensure_ascii=False))
-    add_side_files(target)
-    return 1 + max(*data["model"]["vocab"].values(), *(token["id"] for token in data["added_tokens"]))
+        data = json.loads(text)
+        data["post_processor"] = prefix_template(list(zip(prefix, tokenizer.prefix_ids)))
+        write_text(path, json.dumps(data, ensure_ascii=False))
 
 
-def add_side_files(folder: Path) -> None:
-    """Write the files that transformers reads next to tokenizer.json, those that are missing."""
-    for name, text in side_files().items():
-        if not (folder / name).is_file():
-            write_text(folder / name, text)
+def restore_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the tokenizer's files into a run folder, as they were before `write_tokenizer`."""
+    tokenizer.save(folder)
+    path = folder / "tokenizer.json"
+    text = path.read_bytes().decode()
+    if tokenizer.is_ours and _beginning(tokenizer) in text:
+        write_text(path, text.replace(_beginning(tokenizer), NONE, 1))
 
 
-def _read_roles(source: Path, config: dict[str, Any]) -> dict[str, str | int | None]:
-    """Return {our token: the text or the id of theirs} for the roles that the checkpoint's files name."""
-    path = source / "tokenizer_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    roles = {}
-    for ours, role in ROLES.items():
-        theirs = named.get(f"{role}_token", config.get(f"{role}_token_id"))
-        theirs = theirs.get("content") if isinstance(theirs, dict) else theirs
-        roles[ours] = theirs[0] if isinstance(theirs, list) else theirs
-    return roles
-
-
-def _assign_ids(data: dict[str, Any], roles: dict[str, str | int | None]) -> dict[str, int]:
-    """Return {special token of ours that is missing: the id it gets}."""
-    added = {token["content"]: token["id"] for token in data["added_tokens"]}
-    vocab = data["model"]["vocab"]
-    taken = {added[token] for token in SPECIAL_TOKENS if token in added}
-    reserved = [i for text, i in sorted(added.items(), key=lambda item: item[1]) if RESERVED.search(text)]
-    next_id = 1 + max(*vocab.values(), *added.values(), -1)
-    assigned = {}
-    for token in SPECIAL_TOKENS:
-        if token in added:
-            continue
-        theirs = roles.get(token)
-        id_ = theirs if isinstance(theirs, int) else added.get(theirs, vocab.get(theirs, vocab.get(token)))
-        if id_ is None or id_ in taken:
-            id_ = next((i for i in reserved if i not in taken), None)
-        if id_ is None:
-            id_ = next_id
-            next_id += 1
-        assigned[token] = id_
-        taken.add(id_)
-    return assigned
-
-
-def _rename(data: dict[str, Any], assigned: dict[str, int]) -> None:
-    """Give the `assigned` ids our texts, as special tokens, in the parsed tokenizer.json."""
-    names = {i: token for token, i in assigned.items()}
-    vocab = data["model"]["vocab"]
-    data["model"]["vocab"] = {names.get(i, text): i for text, i in vocab.items()}
-    kept = [token for token in data["added_tokens"] if token["id"] not in names]
-    for token in kept:  # a token with characters outside the byte alphabet must not reach the byte-level decoder
-        token["special"] |= token["content"] in SPECIAL_TOKENS or (
-            bool(token["content"].strip()) and not BYTE_OF.keys() >= set(token["content"])
-        )
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    kept += [{"id": i, "content": text, **plain, "special": True} for i, text in names.items()]
-    data["added_tokens"] = sorted(kept, key=lambda token: token["id"])
+def _beginning(tokenizer: Tokenizer) -> str:
+    """The line of tokenizer.json that puts the prefix before every text."""
+    tokens = [(str(tokenizer.backend.id_to_token(i)), i) for i in tokenizer.prefix_ids]
+    return f'"post_processor": {json.dumps(prefix_template(tokens), ensure_ascii=False)}'

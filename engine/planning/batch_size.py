@@ -45,7 +45,7 @@ def find_max_batch_size(
 
     def bytes_for(count: int) -> int:
         sequences = [data.sequence(i % len(data)) for i in range(count)]
-        batch = collate(sequences, data.with_doc_ids, data.file.pad_id)
+        batch = collate(sequences, data.with_doc_ids)
         memory.reset_peak_memory(device)
         with autocast():
             _, loss, _ = model(**to_device(batch, device))

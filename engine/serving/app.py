@@ -118,6 +118,7 @@ class Endpoints:
                 ids,
                 options.max_new_tokens if max_new_tokens is None else max_new_tokens,
                 sampling.offset_seed(choice),
+                self.chat_model.stop_ids,
                 stop=body.stop_strings(),
                 text=True,
                 top_logprobs=n_top,

@@ -3,9 +3,11 @@
 `hf_layout` of a model is its `Layout`; `to_hf` and `from_hf` of BaseModel apply it. docs/interchange.md shows how.
 """
 
+import math
 import re
+import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,6 +16,7 @@ from utils.errors import ModelError
 
 SCALING = {  # our argument: the key of config.json's rope_scaling, for each kind
     "default": {},
+    "linear": {"rope_factor": "factor"},
     "llama3": {
         "rope_factor": "factor",
         "rope_original_max_seq_len": "original_max_position_embeddings",
@@ -29,6 +32,7 @@ SCALING = {  # our argument: the key of config.json's rope_scaling, for each kin
         "rope_mscale_all_dim": "mscale_all_dim",
     },
 }
+TYPES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ class Layout:
 
     def reads(self, config):
         """Return whether a config.json is of this architecture."""
-        return self.architecture in (config.get("architectures") or ()) or config.get("model_type") == self.model_type
+        names = config.get("architectures")
+        names = names if isinstance(names, list) else [names]
+        return self.architecture in names or config.get("model_type") == self.model_type
 
     # ---------------------------------------------------------------- config.json
 
@@ -84,15 +90,17 @@ class Layout:
                 raise ModelError(
                     f"config.json has {key}={config[key]}, and our {self.architecture} supports {value} only"
                 )
+        kinds = typing.get_type_hints(self.args)
         values = {}
-        for ours, theirs in self.fields.items():
-            value = config.get(theirs)
-            if value is None and theirs not in self.absent:
+        for ours, theirs in {**self.fields, **{name: name for name in self.only_ours}}.items():
+            if config.get(theirs) is not None:
+                values[ours] = _typed(config, theirs, kinds[ours])
+            elif theirs not in self.absent and ours not in self.only_ours:
                 raise ModelError(f"config.json has no {theirs}: it is not a complete {self.architecture}")
-            if value is None:
-                value = self.absent[theirs](config) if callable(self.absent[theirs]) else self.absent[theirs]
-            values[ours] = value
-        values |= {name: config[name] for name in self.only_ours if name in config}
+        for ours, theirs in self.fields.items():
+            if ours not in values:
+                value = self.absent[theirs]
+                values[ours] = value(config) if callable(value) else value
         if issubclass(self.args, RopeArgs):
             values |= _read_rope(config)
         return self.args(**values)
@@ -168,13 +176,15 @@ def to_hf(model):
     return layout.config(model.args), layout.tensors(model)
 
 
-def from_hf(Model, config, tensors):
+def from_hf(Model, config, tensors, max_seq_len=0):
     """Return a `Model` built from a published config and {name: tensor}, a mapping that may read lazily.
 
-    Raises `ModelError` that names what the architecture does not support, or the tensor that is missing or left over.
+    max_seq_len above 0 shortens the tables of positions and nothing else. Raises `ModelError` that names what the
+    architecture does not support, or the tensor that is missing or left over.
     """
     layout = layout_of(Model)
-    model = Model(layout.model_args(layout.present(config, tensors)))
+    args = layout.model_args(layout.present(config, tensors))
+    model = Model(replace(args, max_seq_len=min(max_seq_len, args.max_seq_len)) if max_seq_len else args)
     layout.load(model, tensors)
     return model
 
@@ -210,23 +220,53 @@ def _take(tensors, unread, name):
     return tensors[name]
 
 
+def _typed(config, key, kind, where="config.json"):
+    """The value of `key`; `ModelError` unless it is of the type `kind` (an int may stand for a float)."""
+    value = config[key]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind in TYPES and (type(value) is not kind or (kind is float and not math.isfinite(value))):
+        raise ModelError(f"{where} has {key}={value!r}, and it must be {TYPES[kind]}: correct it")
+    return value
+
+
 def _read_rope(config):
     """Our rotary arguments for a config.json, of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in SCALING:
-        raise ModelError(f"config.json scales rotary positions by {kind}: known are {', '.join(SCALING)}")
-    part = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if part != 1.0 or not scaling.get("truncate", True):
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        raise ModelError(f"config.json has rope_scaling={scaling!r}, and it must be an object or null: correct it")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "dynamic":  # acts on sequences beyond max_position_embeddings only, and no model here has those
+        kind = "default"
+    if not isinstance(kind, str) or kind not in SCALING:
+        raise ModelError(f"config.json scales rotary positions by {kind}: known are {', '.join(SCALING)}, dynamic")
+    part = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if part not in (None, 1) or not scaling.get("truncate", True):
         raise ModelError("config.json has rotary positions of another kind (partial_rotary_factor or truncate)")
-    values = {"rope_type": kind, "rope_theta": float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))}
+    hints = typing.get_type_hints(RopeArgs)
+    theta = {"rope_theta": 10000.0, **_present(config, "rope_theta"), **_present(scaling, "rope_theta")}
+    values = {"rope_type": kind, "rope_theta": _typed(theta, "rope_theta", float)}
     for ours, theirs in SCALING[kind].items():
         if scaling.get(theirs) is not None:
-            values[ours] = scaling[theirs]
-    if kind != "default":
+            values[ours] = _typed(scaling, theirs, hints[ours], "config.json's rope_scaling")
+    if kind == "default":
+        return values
+    if "rope_original_max_seq_len" in SCALING[kind]:
+        length = "original_max_position_embeddings"
+        if config.get(length) is not None:  # has precedence, as in transformers
+            values["rope_original_max_seq_len"] = _typed(config, length, int)
         values.setdefault("rope_original_max_seq_len", config["max_position_embeddings"])
+    if kind == "yarn":
+        values.setdefault("rope_factor", config["max_position_embeddings"] / values["rope_original_max_seq_len"])
+    elif "rope_factor" not in values:
+        raise ModelError(f"config.json scales rotary positions by {kind} without a factor: add it to rope_scaling")
+    if kind == "yarn" and scaling.get("attention_factor") is not None:
+        given = _typed(scaling, "attention_factor", float, "config.json's rope_scaling")
         own = rope_amplitude(RopeArgs(**{name: value for name, value in values.items() if name != "rope_theta"}))
-        given = scaling.get("attention_factor")
-        if kind == "yarn" and given is not None and abs(given - own) > 1e-6:
+        if abs(given - own) > 1e-6:
             raise ModelError(f"config.json has attention_factor={given}, and its factor and mscale give {own:.6g}")
     return values
+
+
+def _present(config, key):
+    return {} if config.get(key) is None else {key: config[key]}

@@ -36,7 +36,7 @@ def layout(args_class):
         fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
         absent={
             "num_key_value_heads": lambda config: config["num_attention_heads"],
-            "head_dim": lambda config: config["hidden_size"] // config["num_attention_heads"],
+            "head_dim": lambda config: config["hidden_size"] // max(1, config["num_attention_heads"]),
             "tie_word_embeddings": False,
         },
         names=lambda args: NAMES,

@@ -13,10 +13,10 @@ from utils.errors import require
 class RopeArgs:
     """Rotary scaling to contexts longer than in training; a mixin for a model's arguments.
 
-    Low-frequency pairs are slowed down by `rope_factor`, so that a longer sequence has no unseen angle; others are not.
+    Pairs, all or those of low frequency, are slowed down by `rope_factor`: a longer sequence has no unseen angle.
     """
 
-    rope_type: str = "default"  # default: as trained; llama3: Llama 3.1's ramp; yarn: YaRN's ramp
+    rope_type: str = "default"  # default: as trained; linear: all pairs; llama3: Llama 3.1's ramp; yarn: YaRN's ramp
     rope_factor: float = 1.0  # s, how many times longer
     rope_original_max_seq_len: int = 0  # tokens, the context length in training; llama3 and yarn need it
     rope_low_freq_factor: float = 1.0  # llama3: pairs with fewer turns in the original length are slowed down fully
@@ -29,15 +29,15 @@ class RopeArgs:
     def check_rope(self):
         """Raise `ModelError` unless the fields above fit together; call it in `__post_init__`."""
         kind, factor = self.rope_type, self.rope_factor
-        require(kind in ("default", "llama3", "yarn"), f"rope_type={kind}: choose default, llama3 or yarn")
-        stretched = kind != "default"
-        require(stretched or factor == 1, f"rope_factor={factor} needs a scaling method: rope_type=llama3 or yarn")
+        known = ("default", "linear", "llama3", "yarn")
+        require(kind in known, f"rope_type={kind}: choose default, linear, llama3 or yarn")
         require(factor >= 1, f"rope_factor={factor} must be at least 1: change it")
-        known = self.rope_original_max_seq_len > 0
-        require(known or not stretched, f"rope_type={kind} needs rope_original_max_seq_len, the tokens trained on")
+        require(kind != "default" or factor == 1, f"rope_factor={factor} needs a scaling method: set rope_type")
+        ramp = kind in ("llama3", "yarn")
+        require(not ramp or self.rope_original_max_seq_len > 0, f"rope_type={kind} needs rope_original_max_seq_len")
         low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
         slow, fast = getattr(self, f"rope_{low}"), getattr(self, f"rope_{high}")
-        require(not stretched or 0 < slow < fast, f"rope_{low}={slow} must lie between 0 and rope_{high}={fast}")
+        require(not ramp or 0 < slow < fast, f"rope_{low}={slow} must lie between 0 and rope_{high}={fast}")
 
 
 class Rotary(nn.Module):
@@ -77,8 +77,8 @@ def token_positions(input_ids, state=None):
 def rope_frequencies(head_dim, theta, scaling=None):
     """Return the angle per token of each pair (K/2,), float64: theta^(-2j/K), scaled by `scaling`."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    if scaling is None or scaling.rope_type == "default":
-        return frequencies
+    if scaling is None or scaling.rope_type in ("default", "linear"):  # linear: Chen et al. 2023, equation 4
+        return frequencies / (scaling.rope_factor if scaling else 1.0)
     length = scaling.rope_original_max_seq_len
     if scaling.rope_type == "llama3":  # linear in the turns (Meta's llama-models, apply_scaling of Llama 3.1)
         turns = length * frequencies / (2 * math.pi)

@@ -38,9 +38,13 @@ class FastTokenizer(Tokenizer):
     """
 
     def __init__(self, reference: Tokenizer):
-        super().__init__(reference.path, reference.backend)
+        vars(self).update(vars(reference))
+        if self.bos_id == self.eos_id:
+            raise ValueError("one token begins and ends its documents")
+        if self.text_tokens:
+            raise ValueError("it has added tokens that are text")
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        settings = json.loads((self.path / "tokenizer.json").read_text(encoding="utf-8"))
+        settings = json.loads(self.backend.to_str())
         names = {self.bos_id: _BOS, self.eos_id: _EOS}
         settings["added_tokens"] = [{"id": i, "content": name, **plain} for i, name in names.items()]
         settings["truncation"] = settings["padding"] = settings["post_processor"] = None
