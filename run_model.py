@@ -73,7 +73,7 @@ def load_cached(path: str, modified: float, device: str, precision: str) -> "Cha
     """`modified` is in the key: a run that has trained further is loaded again. Two browsers are answered at once."""
     from engine.inference.chat import open_chat_model
 
-    return open_chat_model(path, device, precision, slots=2)
+    return open_chat_model(path, device, precision, "auto", slots=2)
 
 
 main()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import utils.openmp  # noqa: F401  before PyTorch is loaded
 from engine.inference.options import ChatOptions
 from engine.serving.options import LOCAL_HOSTS
-from utils.config import opt, parse
+from utils.config import SWITCH, opt, parse
 from utils.errors import UserError, run_script
 from utils.log import log
 
@@ -32,7 +32,11 @@ class ServeConfig(ChatOptions):
     api_key: str = opt(
         "", f"key that clients must send ({KEY_VARIABLE} in the environment keeps it out of the process list)"
     )
-    compile: bool = opt(False, "compile the decode step: minutes at the start, then faster")
+    compile: str = opt(
+        "auto",
+        "the decode step: auto compiles it while it answers, true before the first, a minute; kept on disk",
+        choices=SWITCH,
+    )
     max_batch_size: int = opt(8, "slots: requests that run at once; each takes memory for max_seq_len", ge=1, le=4096)
     max_queue: int = opt(64, "requests that may wait for a slot; the next one gets status 429", ge=1, le=10**6)
     request_timeout: float = opt(

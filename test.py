@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 
 import utils.openmp  # noqa: F401  before PyTorch is loaded
 from engine.inference.options import SAMPLING, ChatOptions, check_speculative_name
-from utils.config import convert, opt, parse
+from utils.config import SWITCH, convert, opt, parse
 from utils.errors import UserError, run_script
 from utils.logo import print_logo
 from utils.terminal import line_history, paint, prompt, strip_control_chars, use_utf8
@@ -42,7 +42,11 @@ class TestConfig(ChatOptions):
     run: str = opt("", "run folder (empty: the newest in output_path, fine-tuned before base)", path=True)
     prompt: str = opt("", "answer this, print nothing else, and end")
     system: str = opt("", "system prompt of a chat")
-    compile: bool = opt(False, "compile the decode step: half a minute to two at the start, then faster")
+    compile: str = opt(
+        "auto",
+        "the decode step: auto compiles it while it answers, true before the first, half a minute; kept on disk",
+        choices=SWITCH,
+    )
     speculative: str = opt(
         "", "speculative decoding, same answer: draft uses the model's own draft module, ngram copies from the text"
     )
@@ -62,7 +66,8 @@ def main() -> None:
     from engine.inference.chat import choose_run, open_chat_model
 
     path = config.run or choose_run(config.output_path)
-    with open_chat_model(path, config.device, config.precision, config.compile, config.speculative) as chat_model:
+    compile = "cached" if one_shot and config.compile == "auto" else config.compile  # one answer is no reason to build
+    with open_chat_model(path, config.device, config.precision, compile, config.speculative) as chat_model:
         session = Session(chat_model, config)
         if one_shot:
             session.ask(one_shot)

@@ -2,8 +2,9 @@
 
     python benchmarks/first_token.py --run output/sft_MODEL
 
-The processes take turns, so that a slow minute affects all: Python alone, Python that imports torch, and test.py until
-its first byte on a pipe. Writes benchmarks/results/first_token.json, and prints the medians.
+The processes take turns, so that a slow minute affects all: Python alone, Python that imports torch, test.py until its
+first byte on a pipe, and a chat until it decodes by the compiled step that an earlier process left on disk (built first
+where it is not). Writes benchmarks/results/first_token.json, and prints the medians.
 """
 
 import importlib.metadata
@@ -24,6 +25,16 @@ sys.path.insert(0, str(ROOT))
 from utils.config import opt, parse  # noqa: E402
 from utils.errors import run_script  # noqa: E402
 
+COMPILED = """
+import sys, time
+from engine.inference.chat import choose_run, make_decode_step
+from engine.runs.registry import load_run
+run = load_run(sys.argv[1] or choose_run("output"))
+step = make_decode_step(run, "fp32", sys.argv[2], slots=1)
+while getattr(step, "missing", ()):
+    time.sleep(0.01)
+print(type(step).__name__)
+"""
 VERSIONS = ("torch", "tokenizers", "safetensors")
 
 
@@ -40,6 +51,9 @@ def main() -> None:
     config = parse(Config)
     answer = ["test.py", f"--prompt={config.prompt}", "--device=cpu", *([f"--run={config.run}"] if config.run else [])]
     words = {"python": ["-c", "print(1)"], "torch": ["-c", "import torch; print(1)"], "first_token": answer}
+    build = [sys.executable, "-c", COMPILED, config.run, "true"]
+    if subprocess.run(build, cwd=ROOT, capture_output=True, text=True).stdout.strip() == "CompilingStep":
+        words["compiled"] = ["-c", COMPILED, config.run, "cached"]
     seconds: dict[str, list[float]] = {name: [] for name in words}
     for _ in range(config.repeats):
         for name, arguments in words.items():
@@ -62,7 +76,8 @@ def main() -> None:
     Path(config.results).write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
     print(
         f"first token after {medians['first_token']:.2f} s: {medians['torch']:.2f} s to import torch, "
-        f"{medians['rest']:.2f} s for the rest (medians of {config.repeats})"
+        f"{medians['rest']:.2f} s for the rest (medians of {config.repeats}); "
+        + (f"compiled after {medians['compiled']:.2f} s" if "compiled" in medians else "the step cannot be compiled")
     )
 
 

@@ -348,7 +348,7 @@ def test_experts_refuse_arguments_that_do_not_fit():
     stack, scale = pack(torch.ones(2, 40, 40)), torch.ones(2, 64)
 
     def experts(x=x, chosen=chosen, gate=stack, up=stack, down=stack, scales=()):
-        return torch.ops.mini_llm.experts(x, chosen, [gate, up, down], list(scales))
+        return torch.ops.mini_llm.experts(x, chosen, [gate, up, down, *scales])
 
     assert experts(scales=[scale] * 3).shape == (2, 1, 40)
     assert experts(x[:0], chosen[:0]).shape == (0, 1, 40)

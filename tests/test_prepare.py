@@ -1,6 +1,7 @@
 """prepare_for_decoding: a compiled decode step, on a machine where the C++ kernels pay and on one where they do not."""
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from engine.inference.generate import generate
 from engine.runs import registry
 from engine.runs.registry import LoadedRun
 from model import kernels
-from model.kernels import build, decode
+from model.kernels import ahead, build, decode
 from model.kernels.packed import Packed, PackedLinear, PackedSwiGLU
-from model.kernels.prepare import packed_copy, prepare_for_decoding
+from model.kernels.prepare import form_of, packed_copy, prepare_for_decoding
+from tests.mutants.unusual import Recurrent
 from tests.support.decode_kernels import why_not_built
 from tests.support.decode_step import WithDecodeStep
-from tests.support.decoding_models import PROMPTS, TOKENIZER, bf16
+from tests.support.decoding_models import PROMPTS, TOKENIZER, UNUSUAL_MODELS, V, bf16
 from tests.support.decoding_models import build as build_model
 from tests.support.models import BASE_MODEL, CHAT_MODEL, SHIPPED
 from utils.errors import UserError
@@ -83,7 +85,7 @@ def test_a_model_without_a_state_is_not_compiled_and_that_is_a_warning(monkeypat
     run = LoadedRun(build_model("no state"), TOKENIZER, {"stage": "sft"}, Path("run"), Path("run/final"), "")
     monkeypatch.setattr(registry, "load_run", lambda *_, **__: run)
     monkeypatch.setattr(torch, "compile", must_not_compile)
-    with open_chat_model("run", device="cpu", compile=True):
+    with open_chat_model("run", device="cpu", compile="true"):
         assert "this model keeps no state" in capsys.readouterr().err
 
 
@@ -91,27 +93,64 @@ def test_without_a_compiler_the_error_is_one_line(monkeypatch):
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
     without_kernels(monkeypatch)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no such program; .*--compile$"):
+        prepare_for_decoding(build_model(BASE_MODEL), compile=True)
 
     def no_compiler(*_, **__):
         raise InductorError(InvalidCxxCompiler(), None)
 
-    monkeypatch.setattr(torch, "compile", lambda forward, options: no_compiler)
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(ahead, "compile_step", no_compiler)
     with pytest.raises(UserError, match="needs a C.. compiler, .*--compile$"):
         prepare_for_decoding(build_model(BASE_MODEL), compile=True)
 
 
-def test_where_kernels_do_not_pay_no_extension_is_built(monkeypatch):
-    """The step compiled there is made of the plain modules; the compiler itself is replaced by eager execution."""
-    without_kernels(monkeypatch)
-    real_compile = torch.compile
+@MACHINES
+def test_where_kernels_do_not_pay_the_model_itself_is_compiled(machine, monkeypatch, tmp_path):
+    """And no extension is built; elsewhere its packed copy is."""
+    machine(monkeypatch)
+    monkeypatch.setenv("CXX", "g++" if machine is with_kernels else sys.executable)
+    compiled = []
+    monkeypatch.setattr(ahead, "compile_step", lambda model, *_: compiled.append(model))
     for name in SHIPPED:
         model = build_model(name)
-        plain = answers(model)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "compile", lambda forward, options: real_compile(forward, backend="eager"))
-            step = prepare_for_decoding(model, compile=True, slots=len(PROMPTS))
-        assert answers(model, decode_step=step) == plain
-        assert not any(isinstance(module, PACKED) for module in model.modules())
+        prepare_for_decoding(model).build((1, 1), tmp_path / name)
+        assert (compiled[-1] is model) == (machine is without_kernels)
+        assert any(isinstance(m, PACKED) for m in compiled[-1].modules()) == (machine is with_kernels)
+        assert not any(isinstance(m, PACKED) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "slots, forms",
+    [(1, [(1, 1)]), (2, [(2, 16), (1, 1)]), (16, [(2, 16), (1, 1)]), (17, [(17, 4096), (2, 16), (1, 1)])],
+)
+def test_a_form_for_every_number_of_sequences(slots, forms):
+    step = prepare_for_decoding(build_model("Recurrent"))
+    assert step.forms(slots) == forms
+    assert {form_of(n) for n in range(1, slots + 1)} == set(forms)
+
+
+class Branching(Recurrent):
+    """A plugin whose forward takes another path behind its first tokens."""
+
+    def forward(self, input_ids, targets=None, state=None, doc_ids=None):
+        logits, loss, other_vars = super().forward(input_ids, targets, state, doc_ids)
+        if state is not None and state.max_pos > 20:
+            logits = logits * 2
+        return logits, loss, other_vars
+
+
+@pytest.mark.slow
+def test_a_step_that_takes_two_paths_is_no_library(monkeypatch, tmp_path):
+    """Its library would be wrong before or behind the branch. torch.compile compiles both."""
+    without_kernels(monkeypatch)
+    torch.manual_seed(0)
+    model = Branching(Branching.Args(vocab_size=V, max_seq_len=48)).eval()
+    plain = answers(model, PROMPTS[:1])
+    with pytest.raises(ahead.CannotTrace, match="another path"):
+        prepare_for_decoding(model).build((1, 1), tmp_path / "form")
+    assert answers(model, PROMPTS[:1], decode_step=prepare_for_decoding(model, compile=True)) == plain
 
 
 @MACHINES
@@ -129,6 +168,24 @@ def test_a_compiled_step_has_the_tokens_of_the_plain_one(name, precision, machin
     assert answers(model, PROMPTS[:1], decode_step=step, speculative="ngram") == plain[:1]
 
 
+class Counted:
+    """A compiled form that counts the steps it took, and those that it left to the plain one."""
+
+    def __init__(self, step):
+        self.step, self.taken, self.left = step, 0, 0
+
+    def __call__(self, ids, state):
+        logits = self.step(ids, state)
+        self.taken += logits is not None
+        self.left += logits is None
+        return logits
+
+
+def counted(step):
+    step.compiled = {form: Counted(compiled) for form, compiled in step.compiled.items()}
+    return step.compiled.values()
+
+
 @MACHINES
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -137,35 +194,41 @@ def test_a_compiled_step_has_the_tokens_of_the_plain_one(name, precision, machin
         *((name, 300, 3) for name in SHIPPED),
         (CHAT_MODEL, 48, 3),
         (BASE_MODEL, 48, 20),
-        ("Recurrent", 48, 3),
+        *((name, 48, 3) for name in UNUSUAL_MODELS),
     ],
 )
-def test_no_recompilation_for_any_length_and_number_of_sequences(name, longest, slots, machine, monkeypatch):
-    """A later compilation would happen in the middle of an answer, and without frozen weights."""
+def test_one_library_for_any_length_and_number_of_sequences(name, longest, slots, machine, monkeypatch):
+    """The tokens of the plain step; only the last token of a full state is left to it."""
     machine(monkeypatch)
-    model = bf16(build_model(name, longest))
-    step = prepare_for_decoding(model, "bf16", compile=True, slots=slots)
-    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for count, length in ((1, 1), (1, 250), (2, 7), (slots, 250), (slots, 1)):  # across 256 keys
-            length = min(length, longest - 12)
-            answers(model, [[5] * length] * count, 12, decode_step=step)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
+    model = build_model(name, longest)
+    eager = prepare_for_decoding(model)
+    step = prepare_for_decoding(model, compile=True, slots=slots)
+    forms = counted(step)
+    for count, length in ((1, 1), (1, 250), (2, 7), (slots, 250), (slots, 1)):  # across 256 keys
+        prompts = [[5 + n] * min(length, longest - 12) for n in range(count)]
+        assert answers(model, prompts, 12, decode_step=step) == answers(model, prompts, 12, decode_step=eager)
+    assert all(form.taken > 10 for form in forms) and sum(form.left for form in forms) <= 5
 
 
-@MACHINES
 @pytest.mark.slow
-def test_two_compiled_models_are_not_confused(machine, monkeypatch):
-    """Their graphs are made of the same code, and differ in the weights that they hold."""
-    machine(monkeypatch)
+def test_one_library_for_every_checkpoint(monkeypatch, tmp_path):
+    """It holds no weights; a model of other sizes is refused, and so is a library that computes something else."""
+    without_kernels(monkeypatch)
     first, second = build_model(CHAT_MODEL), build_model(CHAT_MODEL)
     with torch.no_grad():
         second.norm.weight.mul_(torch.linspace(-1, 1, len(second.norm.weight)))
-    for model, precision in ((first, "fp32"), (second, "int8")):
-        eager = prepare_for_decoding(copy.deepcopy(model), precision)
-        plain = answers(model, PROMPTS[:1], 12, decode_step=eager)
-        step = prepare_for_decoding(model, precision, compile=True)
-        assert answers(model, PROMPTS[:1], 12, decode_step=step) == plain
+    prepare_for_decoding(first).build((1, 1), tmp_path / "form")
+    for model in (first, second):
+        step = prepare_for_decoding(model)
+        plain = answers(model, PROMPTS[:1], 12, decode_step=step)
+        step.load((1, 1), tmp_path / "form")
+        (form,) = counted(step)
+        assert answers(model, PROMPTS[:1], 12, decode_step=step) == plain and form.taken
+    with pytest.raises(ahead.CannotTrace, match="other weights"):
+        prepare_for_decoding(build_model(CHAT_MODEL, 50)).load((1, 1), tmp_path / "form")
+    monkeypatch.setattr(first, "forward", lambda *args, real=first.forward, **kw: (real(*args, **kw)[0] + 1, None, {}))
+    with pytest.raises(ahead.CannotTrace, match="differ from the plain"):
+        prepare_for_decoding(first).load((1, 1), tmp_path / "form")
 
 
 def test_a_packed_copy_is_made_where_kernels_pay(monkeypatch):

@@ -13,6 +13,7 @@ import torch
 from engine.distributed.process_group import find_device
 from engine.inference import inspect
 from engine.inference.batch import DecodeStep
+from engine.inference.compiling import CannotCompile, CompilingStep
 from engine.inference.generate import new_request
 from engine.inference.options import check_speculative_name
 from engine.inference.request import Request
@@ -23,7 +24,7 @@ from engine.inference.worker import BatchWorker
 from engine.runs import registry
 from engine.runs.registry import LoadedRun, RunInfo
 from model.basemodel import BaseModel
-from model.kernels.prepare import prepare_for_decoding
+from model.kernels.prepare import compile_in_process, prepare_for_decoding
 from utils.chat_template import encode_chat
 from utils.errors import UserError
 from utils.log import warn
@@ -53,15 +54,17 @@ def open_chat_model(
     run: str | Path,
     device: str = "auto",
     precision: str = "fp32",
-    compile: bool = False,
+    compile: str = "false",
     speculative: str = "",
     slots: int = 1,
     max_queue: int | None = None,
 ) -> "ChatModel":
     """Load the run in folder `run` and prepare it for decoding; UserError when it cannot be loaded.
 
-    precision: of the weights; int8: of the matrices, the rest in bf16. compile: compile the decode step. speculative:
-    "draft" or "ngram", for one slot. slots: requests that are answered at once. max_queue: requests that may wait.
+    precision: of the weights; int8: of the matrices, the rest in bf16. compile: "true", the decode step is compiled
+    before the first answer; "auto", while it answers; "cached", if it has been compiled before; "false".
+    speculative: "draft" or "ngram", for one slot. slots: requests that are answered at once. max_queue: requests that
+    may wait.
     """
     check_speculative_name(speculative)
     loaded = registry.load_run(run, device=find_device(device), dtype=DTYPES[precision])
@@ -69,10 +72,29 @@ def open_chat_model(
         check_speculative(loaded.model, speculative)
     if precision != "fp32":
         check_dtypes(loaded.model, precision)
-    if compile and not loaded.model.accepts("state"):
+    return ChatModel(loaded, make_decode_step(loaded, precision, compile, slots), speculative, slots, max_queue)
+
+
+def make_decode_step(run: LoadedRun, precision: str, compile: str, slots: int) -> DecodeStep:
+    """Return the decode step of a run, compiled as `compile` of `open_chat_model` says."""
+    has_state = run.model.accepts("state")
+    if compile == "true" and not has_state:
         warn("--compile does nothing here: this model keeps no state, so it has no decode step to compile")
-    decode_step = prepare_for_decoding(loaded.model, precision, compile, slots)
-    return ChatModel(loaded, decode_step, speculative, slots, max_queue)
+    on_cpu = next(run.model.parameters()).device.type == "cpu"
+    if compile == "false" or not has_state or not on_cpu:
+        return prepare_for_decoding(run.model, precision, compile == "true", slots)
+    build = {"true": "at once", "auto": "if used", "cached": "never"}[compile]
+    plain = prepare_for_decoding(run.model, precision)
+    step = CompilingStep(plain, run.config["model_name"], run.config["model"], slots, build)
+    if compile != "true":
+        step.start()
+        return step
+    try:
+        step.finish()
+    except CannotCompile as problem:
+        warn(f"compiled in this process, and at every start: it cannot be done ahead of time ({problem})")
+        return compile_in_process(run.model, plain, slots)
+    return step
 
 
 @torch.inference_mode()
@@ -116,7 +138,7 @@ class ChatModel:
         else:
             scheduler = Scheduler(self.model, slots, max_queue=max_queue, decode_step=decode_step)
         self.worker = BatchWorker(scheduler)
-        self._finalizer = weakref.finalize(self, self.worker.close)  # also when a cache drops the model, and at exit
+        self._finalizer = weakref.finalize(self, close, self.worker, decode_step)  # also when a cache drops the model
 
     def close(self) -> None:
         """Stop the worker; its requests end as cancelled."""
@@ -163,6 +185,13 @@ class ChatModel:
         max_completion_tokens(self.model, ids, max_new_tokens)
         request = new_request(self.tokenizer, ids, max_new_tokens, Sampling(**sampling), self.stop_ids, text=True)
         return Generation(self, request, dropped)
+
+
+def close(worker: BatchWorker, decode_step: DecodeStep | None) -> None:
+    """Stop the worker, and a build of the decode step."""
+    if isinstance(decode_step, CompilingStep):
+        decode_step.close()
+    worker.close()
 
 
 class Update(NamedTuple):

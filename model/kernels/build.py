@@ -40,13 +40,20 @@ def load_extension():
     The library is kept in a folder of the user, under a name that holds a digest of the source, the flags, PyTorch and
     the CPU. Raises `ModelError` without a compiler or ninja, and for a folder that cannot be used.
     """
-    compiler = _compiler()
+    compiler = find_compiler()
     flags = [*compiler[1:], *FLAGS]
     key = "\n".join(
-        (compiler[0], *flags, *_openmp(compiler), torch.__version__, _cpu(), SOURCE.read_text(encoding="utf-8"))
+        (
+            compiler[0],
+            *flags,
+            *_openmp(compiler),
+            torch.__version__,
+            cpu_description(),
+            SOURCE.read_text(encoding="utf-8"),
+        )
     )
     name = f"mini_llm_decode_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    folder = _private_folder()
+    folder = private_folder()
     library = folder / f"{name}.so"
     try:
         if library.exists():
@@ -84,7 +91,7 @@ def _build_and_load(name, compiler, flags, folder):
         os.replace(Path(build_folder, f"{name}.so"), folder / f"{name}.so")
 
 
-def _compiler():
+def find_compiler():
     """Return the C++ compiler as a list of arguments: CXX, or the first of the usual ones."""
     compiler = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), ""))
     if not compiler:
@@ -102,16 +109,24 @@ def _openmp(compiler):
     return [] if sys.platform == "darwin" or "clang" in " ".join(compiler) else ["-fopenmp"]
 
 
-def _private_folder():
-    """Return the folder of the libraries: only the user may write there, since they are executed."""
+def private_folder(*parts):
+    """Return the folder of the libraries, or one in it: only the user may write there, since they are executed."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini_llm"
+    _make_private(folder)
+    for part in parts:
+        folder = folder / part
+        _make_private(folder)
+    return folder
+
+
+def _make_private(folder):
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
     except OSError as error:
         raise ModelError(
-            f"cannot keep the compiled {SOURCE.name} in {folder} ({error.strerror}): name a folder that can be written "
-            f"by XDG_CACHE_HOME=..., {OTHERWISE}"
+            f"cannot keep compiled code in {folder} ({error.strerror}): name a folder that can be written by "
+            f"XDG_CACHE_HOME=..., {OTHERWISE}"
         ) from error
     shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if os.name == "posix" and (shared or status.st_uid != os.getuid()):
@@ -119,7 +134,6 @@ def _private_folder():
             f"{folder} may be written by other users, so no library is loaded from there: chmod 700 it, or name a "
             f"folder of your own by XDG_CACHE_HOME=..., {OTHERWISE}"
         )
-    return folder
 
 
 @contextmanager
@@ -135,7 +149,7 @@ def _build_environment(compiler):
         os.environ.update(before)
 
 
-def _cpu():
+def cpu_description():
     """Describe what -march=native depends on: machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -337,9 +337,11 @@ struct Experts {
 };
 
 // Each token through its chosen experts, down(silu(gate(x)) * up(x)): x (N, D), chosen (N, A) int64 -> (N, A, D).
-// matrices: packed gate and up (E, F / 32, ...) and down (E, D / 32, ...); scales: one per matrix, or none.
-Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList matrices, at::TensorList scales) {
-  TORCH_CHECK(matrices.size() == 3 && (scales.empty() || scales.size() == 3), "experts needs gate, up and down");
+// held: packed gate and up (E, F / 32, ...) and down (E, D / 32, ...), and behind them their scales or nothing. (One
+// list: AOTInductor passes an empty one as None.)
+Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList held) {
+  TORCH_CHECK(held.size() == 3 || held.size() == 6, "experts needs gate, up and down, with all their scales or none");
+  at::TensorList matrices = held.slice(0, 3), scales = held.slice(3);
   TORCH_CHECK(input.dim() == 2 && chosen_.dim() == 2 && chosen_.size(0) == input.size(0), "experts: tokens ",
               input.sizes(), " do not fit chosen experts ", chosen_.sizes());
   TORCH_CHECK(chosen_.scalar_type() == at::kLong, "experts: chosen must be int64, not ", chosen_.scalar_type());
@@ -630,7 +632,7 @@ Tensor visible(const Tensor& positions_, int64_t n_keys) {
 
 TORCH_LIBRARY_FRAGMENT(mini_llm, ops) {  // cpu_moe.py defines more in this namespace
   ops.def("linear(Tensor x, Tensor weight, Tensor? scale, int n_outputs) -> Tensor");
-  ops.def("experts(Tensor x, Tensor chosen, Tensor[] matrices, Tensor[] scales) -> Tensor");
+  ops.def("experts(Tensor x, Tensor chosen, Tensor[] held) -> Tensor");
   ops.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor");
   ops.def("visible(Tensor positions, SymInt n_keys) -> Tensor");
 }

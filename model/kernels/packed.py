@@ -47,7 +47,8 @@ class Packed(nn.Module):
 def packed_experts(x, chosen, gate, up, down):
     """x (N, D), chosen (N, A), `Packed` stacks, or matrices of one expert -> (N, A, D), unweighted."""
     matrices = [packed.weight if packed.weight.ndim == 5 else packed.weight[None] for packed in (gate, up, down)]
-    return torch.ops.mini_llm.experts(x, chosen, matrices, [p.scale for p in (gate, up, down) if p.scale is not None])
+    scales = [packed.scale for packed in (gate, up, down) if packed.scale is not None]
+    return torch.ops.mini_llm.experts(x, chosen, matrices + scales)
 
 
 class PackedLinear(nn.Module):
