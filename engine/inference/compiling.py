@@ -106,7 +106,7 @@ class CompilingStep:
             self.step.load(form, place)
         except Exception as error:  # damaged, or it does not compute what the model does
             shutil.rmtree(place, ignore_errors=True)
-            self._problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self._problem = _one_line(error)
             return False
         os.utime(place)
         self.missing.remove(form)
