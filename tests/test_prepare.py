@@ -14,7 +14,7 @@ from engine.runs.registry import LoadedRun
 from model import kernels
 from model.kernels import ahead, build, decode
 from model.kernels.packed import Packed, PackedLinear, PackedSwiGLU
-from model.kernels.prepare import form_of, packed_copy, prepare_for_decoding
+from model.kernels.prepare import form_of, has_experts, packed_copy, prepare_for_decoding
 from tests.mutants.unusual import Recurrent
 from tests.support.decode_kernels import why_not_built
 from tests.support.decode_step import WithDecodeStep
@@ -47,6 +47,7 @@ def without_kernels(monkeypatch):
         raise AssertionError("an extension is built")
 
     monkeypatch.setattr(decode, "kernels_pay", lambda precision: False)
+    monkeypatch.setattr(decode, "experts_pay", lambda precision: False)
     monkeypatch.setattr(decode, "_loaded", False)
     monkeypatch.setattr(build, "load_extension", must_not_build)
     monkeypatch.setattr(decode, "load_extension", must_not_build)
@@ -60,14 +61,21 @@ def answers(model, prompts=PROMPTS, n=25, decode_step=None, **settings):
     return generate(decoding, TOKENIZER, prompts, n, stop_ids=(), temperature=0, **settings)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
-def test_kernels_are_used_where_the_cpu_has_avx512_bf16(monkeypatch, precision):
-    for capable in (True, False):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capable=capable: {"avx512_bf16": capable})
-        assert decode.kernels_pay(precision) == (capable and precision != "fp16")
-        assert decode.use_kernels(precision) == (decode.kernels_pay(precision) and kernels.ENABLED)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # a CPU of another make
-        assert not decode.kernels_pay(precision)
+@pytest.mark.parametrize(
+    "able, all_pay, experts_pay",
+    [
+        ({"avx512_bf16": True, "avx2": True}, {"fp32", "bf16", "int8"}, {"fp32", "bf16", "int8"}),
+        ({"avx512_bf16": False, "avx2": True}, set(), {"bf16", "int8"}),
+        ({"avx2": False}, set(), set()),
+        ({}, set(), set()),  # a CPU of another make
+    ],
+)
+def test_kernels_are_used_by_what_the_cpu_can_do(monkeypatch, able, all_pay, experts_pay):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    precisions = ["fp32", "bf16", "fp16", "int8"]
+    assert {p for p in precisions if decode.kernels_pay(p)} == all_pay
+    assert {p for p in precisions if decode.experts_pay(p)} == experts_pay
+    assert {p for p in precisions if decode.use_kernels(p)} == (experts_pay if kernels.ENABLED else set())
 
 
 @pytest.mark.parametrize("name", [*SHIPPED, "Recurrent"])
@@ -236,3 +244,14 @@ def test_a_packed_copy_is_made_where_kernels_pay(monkeypatch):
     assert decode.use_kernels("bf16") and not decode.use_kernels("fp16")
     copied = packed_copy(bf16(build_model(BASE_MODEL)))
     assert any(isinstance(module, PACKED) for module in copied.modules())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_experts_alone_are_packed_where_the_other_kernels_do_not_pay(monkeypatch, name):
+    with_kernels(monkeypatch)
+    monkeypatch.setattr(decode, "kernels_pay", lambda precision: False)
+    monkeypatch.setattr(decode, "experts_pay", lambda precision: True)
+    model = bf16(build_model(name))
+    compiled = prepare_for_decoding(model, "bf16")._for_compiling()
+    assert (compiled is model) == (not has_experts(model))
+    assert {type(module) for module in compiled.modules() if isinstance(module, PACKED)} <= {Packed}

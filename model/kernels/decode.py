@@ -14,17 +14,25 @@ _loaded = False
 
 
 def kernels_pay(precision):
-    """Whether the kernels beat PyTorch's operators on this CPU for weights of this precision.
+    """Whether all kernels beat PyTorch's operators on this CPU for weights of this precision.
 
-    Measured: they do with AVX512-BF16, and without it are 3 to 14 times slower (docs/LOG.md, 2026-11-27). bf16 and int8
-    weights are multiplied by its instructions; fp32 has been measured on no other CPU.
+    Measured: they do with AVX512-BF16, whose instructions multiply bf16 and int8 weights. Without it those for linear
+    layers and attention are slower (docs/LOG.md); fp32 has been measured on no other CPU with it.
     """
     return precision in PRECISIONS and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
+def experts_pay(precision):
+    """Whether the kernel for experts alone does: it reads the chosen matrices of bf16 or int8, and copies none.
+
+    Measured with AVX2 (docs/LOG.md); with fp32 weights it does not.
+    """
+    return kernels_pay(precision) or precision in ("bf16", "int8") and bool(torch.cpu.get_capabilities().get("avx2"))
+
+
 def use_kernels(precision):
-    """Whether a decode step on the CPU is to use the kernels: MINI_LLM_KERNELS=0 turns them off."""
-    return kernels.ENABLED and kernels_pay(precision)
+    """Whether a decode step on the CPU is to use the kernels, at least for experts: MINI_LLM_KERNELS=0 forbids it."""
+    return kernels.ENABLED and experts_pay(precision)
 
 
 def load():
@@ -38,10 +46,19 @@ def load():
     _loaded = True
 
 
+@torch.compiler.assume_constant_result  # the CPU cannot be asked within a compiled graph
+def _attention_pays():
+    return kernels_pay("bf16")
+
+
 def in_use(*tensors):
-    """Whether the kernels replace PyTorch's operators here: loaded, and in a compiled graph on the CPU without grad."""
+    """Whether the kernels of attention replace PyTorch's operators here.
+
+    They are loaded and pay, and this is a compiled graph on the CPU without grad.
+    """
     return (
         _loaded
+        and _attention_pays()
         and torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and all(x.device.type == "cpu" for x in tensors)

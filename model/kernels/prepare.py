@@ -100,10 +100,11 @@ class PreparedStep:
 
     def _for_compiling(self):
         """Return the model, or its packed copy where the C++ kernels are used."""
-        if not decode.use_kernels(self.precision):
+        experts_only = not decode.kernels_pay(self.precision)
+        if not decode.use_kernels(self.precision) or experts_only and not has_experts(self.model):
             return self.model
         if self._packed is None:
-            self._packed = packed_copy(self.model)
+            self._packed = packed_copy(self.model, experts_only)
         return self._packed
 
     def _compare(self, compiled, plain, n_sequences):
@@ -208,10 +209,16 @@ def private_copy(model):
     return copy.deepcopy(model, shared)
 
 
-def packed_copy(model):
+def has_experts(model):
+    """Whether a module of the model names stacks of experts."""
+    return any(getattr(module, "expert_weights", ()) for module in model.modules())
+
+
+def packed_copy(model, experts_only=False):
     """Return a copy of a model on the same weights, in which the modules with a packed form are replaced by it.
 
-    Those are every plain Linear, SwiGLU and stack of experts whose dtype the C++ kernels take.
+    Those are every stack of experts and, unless experts_only, every plain Linear and SwiGLU whose dtype the C++ kernels
+    take.
     """
     decode.load()
     packer = Packer()
@@ -222,7 +229,7 @@ def packed_copy(model):
         for name, stack in zip(names, stacks):
             delattr(module, name)
             setattr(module, name, stack)
-        for name, child in list(module.named_children()):
+        for name, child in [] if experts_only else list(module.named_children()):
             form = packer.form_of(child)
             if form is not None:
                 setattr(module, name, form)
