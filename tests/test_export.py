@@ -386,7 +386,7 @@ def test_the_exported_chat_template_takes_content_parts(run):
         return {"type": "text", "text": text}
 
     assert ids([part("a "), part("月")], "b") == ids("a 月", "b")
-    assert ids([part(" a")], [part("b")], "c") == ids("a", "b", "c")
+    assert ids([part(" a")], [part("b ")], "c") == ids(" a", "b", "c")
     assert ids("a", None) == ids("a", "") == ids("a", [])
     with pytest.raises(Exception, match="a part of a content is text, not image"):
         ids([part("a"), {"type": "image", "image": "x.png"}])

@@ -392,6 +392,7 @@ def check_from_scratch(kind, tmp_path, steps):
     return base, tuned
 
 
+@pytest.mark.slow
 def test_a_model_from_scratch_with_a_tokenizer_of_others(tmp_path):
     """GPT-2's, where one token begins, ends and pads; and test.py talks to it."""
     base, _ = check_from_scratch("GPT-2", tmp_path, 60)

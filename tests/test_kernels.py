@@ -278,6 +278,7 @@ def last_line_of_load(**environment):
     return done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_missing_build_tool_is_one_line(tmp_path):
     """And a failed build leaves nothing in the cache."""
     cache = str(tmp_path / "cache")
@@ -308,6 +309,7 @@ def test_a_library_that_others_could_replace_is_not_loaded(tmp_path):
     assert "chmod 700" in last_line_of_load(XDG_CACHE_HOME=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_two_processes_may_build_at_once(tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     both = [subprocess.Popen([sys.executable, "-c", RUN], env=environment) for _ in range(2)]

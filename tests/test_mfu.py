@@ -49,7 +49,9 @@ def test_where_the_peak_comes_from(monkeypatch):
     assert cpu.share(1e6, 5e4, devices=2) == pytest.approx(1e6 * 5e4 / 4e11)
 
 
-@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "precision, dtype", [("fp32", torch.float32), pytest.param("bf16", torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_the_matmul_rate_is_that_of_the_fastest_matmul_in_the_precision(monkeypatch, precision, dtype):
     """By a clock that gives the n-th of eight matmuls 0.9, 0.8, ... 0.2 s."""
     seconds = itertools.accumulate(step for n in range(8) for step in (1.0, 0.9 - 0.1 * n))

@@ -126,7 +126,9 @@ def config_of(summary):
     return yaml.safe_load(Path(summary["run"], "config.yaml").read_text())
 
 
-@pytest.mark.parametrize("first, later, expected", [(4.0, 0, "bf16"), (1.2, 9.0, "fp32")])
+@pytest.mark.parametrize(
+    "first, later, expected", [pytest.param(4.0, 0, "bf16", marks=pytest.mark.slow), (1.2, 9.0, "fp32")]
+)
 def test_a_resumed_run_is_exact_whatever_is_measured_then(training, monkeypatch, cpu, capsys, first, later, expected):
     """On a busy machine, or another one, the measurement may come out differently."""
     cpu(first)
