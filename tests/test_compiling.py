@@ -31,6 +31,8 @@ job = json.loads(sys.stdin.readline())
 with open(os.environ["BUILDS"], "a") as builds:
     builds.write(f"{job['form']} {job['niceness']}\\n")
 time.sleep(float(os.environ.get("BUILD_SECONDS", 0)))
+if os.environ.get("BUILD_KILLED"):
+    os.kill(os.getpid(), 9)
 if os.environ.get("BUILD_FAILS"):
     print("a long traceback", file=sys.stderr)
     sys.exit("the compiler has no idea")
@@ -160,6 +162,24 @@ def test_a_failed_build_is_one_line_and_is_not_tried_again(cache, monkeypatch, c
     assert not list(cache.glob("*.failed")) and not list(cache.glob("*.building"))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_a_build_that_was_killed_is_tried_again_at_the_next_start(cache, monkeypatch, capsys):
+    """The worker is the first to go when memory runs out, and the next time there may be enough."""
+    monkeypatch.setenv("BUILD_KILLED", "1")
+    step = compiling_step()
+    step.start()
+    assert step(ONE_TOKEN, None) == "plain"
+    step._thread.join(10)
+    assert "killed (signal 9)" in capsys.readouterr().err and not list(cache.glob("*.[fb]*"))
+    monkeypatch.delenv("BUILD_KILLED")
+    step = compiling_step()
+    step.start()
+    step(ONE_TOKEN, None)
+    wait(lambda: not step.missing)
+    assert step(ONE_TOKEN, None) == "compiled"
+    step.close()
+
+
 def test_a_damaged_library_is_built_again(cache, monkeypatch):
     compiling_step("at once").finish()
     for library in cache.glob("*/step.so"):
@@ -231,6 +251,32 @@ def test_without_a_compiler_it_is_plain_in_silence(cache, monkeypatch, capsys):
     assert step(ONE_TOKEN, None) == "plain" and capsys.readouterr().err == ""
     with pytest.raises(UserError, match="no such program"):
         compiling_step("at once").finish()
+
+
+def test_without_a_home_folder_it_is_plain_in_silence(cache, monkeypatch, capsys):
+    """As for a user of a container who has neither HOME nor an entry in the list of users."""
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UserError, match="name a folder by XDG_CACHE_HOME"):
+        compiling_step("at once").finish()
+    step = compiling_step()
+    step.start()
+    step._thread.join(10)
+    assert step(ONE_TOKEN, None) == "plain" and capsys.readouterr().err == ""
+    step.close()
+
+
+def test_a_relative_cache_folder_is_that_of_this_process(cache, monkeypatch):
+    """The worker runs in another folder."""
+    monkeypatch.chdir(cache.parent.parent)
+    monkeypatch.setenv("XDG_CACHE_HOME", ".")
+    step = compiling_step("at once")
+    step.finish()
+    assert step(ONE_TOKEN, None) == "compiled" and list(cache.glob("*/step.so"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs the permissions of POSIX")

@@ -239,6 +239,22 @@ def test_one_library_for_every_checkpoint(monkeypatch, tmp_path):
         prepare_for_decoding(first).load((1, 1), tmp_path / "form")
 
 
+def test_a_broken_checkpoint_does_not_condemn_a_library():
+    """It is shared by all checkpoints of an architecture; NaN where the plain step has numbers is refused."""
+    model = build_model(CHAT_MODEL)
+    step = prepare_for_decoding(model)
+
+    def broken(ids, state):
+        return step.plain(ids, state) * float("nan")
+
+    with torch.no_grad():
+        step._compare(step.plain, step.plain, 2)
+        step._compare(broken, broken, 2)
+        for got, expected in ((broken, step.plain), (step.plain, broken)):
+            with pytest.raises(ahead.CannotTrace, match="differ from the plain"):
+                step._compare(got, expected, 2)
+
+
 def test_a_packed_copy_is_made_where_kernels_pay(monkeypatch):
     with_kernels(monkeypatch)
     assert decode.use_kernels("bf16") and not decode.use_kernels("fp16")

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx2 as httpx
@@ -18,7 +19,9 @@ from engine.inference.sampling import Sampling
 from engine.inference.scheduler import PromptTooLong, Scheduler
 from engine.serving.responses import token_text
 from tests.support.decoding_models import EVERY, LONGEST, PROMPTS, TOKENIZER, build
-from tests.support.server import MAX_SEQ_LEN, NAME, serving
+from tests.support.foreign_tokenizers import byte_level, save
+from tests.support.server import MAX_SEQ_LEN, NAME, make_run, serving
+from utils.tokenizer import load_tokenizer
 
 TEXTS = ["春眠不觉晓，处处闻啼鸟。", "hello, 春", "x"]
 NEAR = dict(abs=2e-4)
@@ -151,6 +154,23 @@ def test_echo_without_log_probabilities_and_without_an_answer(server):
         assert choice.text == "" and choice.logprobs.tokens == [] and choice.finish_reason == "length"
     empty = complete(server, "", max_tokens=3, temperature=0).choices[0]
     assert empty.logprobs.token_logprobs[0] == pytest.approx(direct(server.model, [1])[-1].max().item(), **NEAR)
+
+
+def test_where_nothing_is_put_before_a_text_all_of_it_is_echoed(tmp_path):
+    """As with the tokenizers of GPT-2 and SmolLM; an empty text is the token that begins a document."""
+    end = "<|endoftext|>"
+    tokenizer = load_tokenizer(save(byte_level([end], 290), tmp_path / "theirs", eos_token=end), {"eos_token_id": 0})
+    run = replace(make_run(), tokenizer=tokenizer)
+    assert tokenizer.prefix_ids == [] and tokenizer.vocab_size <= run.model.args.vocab_size
+    with serving(run) as server:
+        for prompt in ("hello world", ["ab", "春眠"], ["", "x"]):
+            answer = complete(server, prompt)
+            for choice, text in zip(answer.choices, [prompt] if isinstance(prompt, str) else prompt, strict=True):
+                assert choice.text == text
+                check_figures(server, choice.logprobs, tokenizer.encode(text) or [0], 0)
+        with pytest.raises(openai.BadRequestError, match=r"begins with <\|endoftext\|>, .* leave it out"):
+            complete(server, end + "x")
+        assert complete(server, end + "x", logprobs=None).choices[0].text == end + "x"
 
 
 def test_a_cached_prefix_hides_no_token(server):

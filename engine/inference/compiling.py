@@ -158,6 +158,8 @@ class CompilingStep:
                 self._wait(worker, job)
                 log.seek(0)
                 errors = log.read().strip().splitlines() or [f"exit status {worker.returncode}"]
+            if worker.returncode < 0 and not self._closing.is_set():  # says nothing about the model: not kept
+                raise CannotCompile(f"the compiler was killed (signal {-worker.returncode}), as when memory runs out")
             if worker.returncode:
                 return errors[-1]
             os.replace(building / "step", place)

@@ -66,25 +66,25 @@ class Endpoints:
         prompts = body.prompts()
         n_added = 0  # tokens that are put before a text
         if isinstance(prompts[0], str):
-            before = self.chat_model.text_ids("")
-            n_added = len(before)
-            self.check_echo(body, before)
+            n_added = len(self.chat_model.tokenizer.prefix_ids)
+            self.check_echo(body)
             prompts = await asyncio.to_thread(lambda: [self.chat_model.text_ids(text) for text in body.prompts()])
         return self.respond(body, COMPLETION_FORMAT, prompts, n_added if body.echo else None)
 
-    def check_echo(self, body: CompletionRequest, before: list[int]) -> None:
-        """ApiError for a text whose log-probabilities are asked for and that spells out the tokens put before it.
+    def check_echo(self, body: CompletionRequest) -> None:
+        """ApiError for a text whose log-probabilities are asked for and that spells out the tokens of a beginning.
 
         A client that decodes its own token ids sends them so, and would read the figures of other tokens.
         """
-        if not before or not body.echo or body.n_top_logprobs() is None:
+        if not body.echo or body.n_top_logprobs() is None:
             return
-        name = b"".join(map(self.chat_model.tokenizer.token_bytes, before)).decode()
+        name = b"".join(map(self.chat_model.tokenizer.token_bytes, self.chat_model.text_ids(""))).decode()
         if any(text.startswith(name) for text in body.prompts()):
+            first = "the server puts that token first, " if self.chat_model.tokenizer.prefix_ids else ""
             raise ApiError(
                 400,
-                f"prompt: begins with {name}, which is ordinary text here; the server puts the token of that name "
-                "before a text: leave it out, or send token ids",
+                f"prompt: begins with {name}, which is ordinary text here and not the token of that name: {first}"
+                "leave it out, or send token ids",
                 param="prompt",
             )
 

@@ -111,7 +111,12 @@ def _openmp(compiler):
 
 def private_folder(*parts):
     """Return the folder of the libraries, or one in it: only the user may write there, since they are executed."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini_llm"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mini_llm"
+    except RuntimeError:
+        raise ModelError(
+            f"there is no home folder to keep compiled code in: name a folder by XDG_CACHE_HOME=..., {OTHERWISE}"
+        ) from None
     _make_private(folder)
     for part in parts:
         folder = folder / part
