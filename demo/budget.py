@@ -18,13 +18,14 @@ BEFORE = ("chat", "tokenizer", "tokens", "chat-tokens")  # the stages between th
 FINE_TUNING = 0.2  # of the time for training
 EVALUATION = 2.5  # times the training of the tokenizer, which was measured on this machine
 LEAST_EVALUATION = 60.0  # seconds
-LEAST_TRAINING = 60.0  # seconds: on a machine so slow that the limit cannot be kept
+MOST_EVALUATION = 300.0
+LEAST_TRAINING = 120.0  # seconds: on a machine so slow that the limit cannot be kept
 
 
 def seconds(stage: str, times: dict[str, int], model: str) -> float:
     """Return the seconds for pretraining ("pretrain") or fine-tuning ("sft"); times: of the stages before, by name."""
     spent = sum(times.get(name, 0) for name in BEFORE)
-    evaluation = max(LEAST_EVALUATION, EVALUATION * times.get("tokenizer", 0))
+    evaluation = min(MOST_EVALUATION, max(LEAST_EVALUATION, EVALUATION * times.get("tokenizer", 0)))
     training = AIM * LIMIT - spent - evaluation
     pretraining = (1 - FINE_TUNING) * training
     if stage == "sft":

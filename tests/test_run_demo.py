@@ -130,10 +130,12 @@ def test_the_budgets_of_slow_and_fast_machines():
         times = {"chat": seconds, "tokenizer": seconds, "tokens": seconds, "chat-tokens": seconds, "pretrain other": 1}
         pretraining = budget.seconds("pretrain", times, "one")
         tuning = budget.seconds("sft", {**times, "pretrain one": round(pretraining)}, "one")
-        evaluation = max(budget.LEAST_EVALUATION, budget.EVALUATION * seconds)
+        evaluation = min(budget.MOST_EVALUATION, max(budget.LEAST_EVALUATION, budget.EVALUATION * seconds))
         assert 4 * seconds + pretraining + tuning + evaluation <= 0.96 * 20 * 60
         late = budget.seconds("sft", {**times, "pretrain one": round(1.1 * pretraining)}, "one")
-        assert 60 <= late <= max(60, tuning - 0.1 * pretraining + 1)  # what pretraining took too much is saved here
+        assert (
+            budget.LEAST_TRAINING <= late <= max(budget.LEAST_TRAINING, tuning - 0.1 * pretraining + 1)
+        )  # what pretraining took too much is saved here
         early = budget.seconds("sft", {**times, "pretrain one": 5}, "one")  # resumed just before its end
         assert tuning <= early < 0.4 * pretraining
     assert budget.seconds("pretrain", {"tokens": 5000}, "one") == budget.LEAST_TRAINING
