@@ -161,10 +161,17 @@ def test_a_step_that_takes_two_paths_is_no_library(monkeypatch, tmp_path):
     assert answers(model, PROMPTS[:1], decode_step=prepare_for_decoding(model, compile=True)) == plain
 
 
-@MACHINES
 @pytest.mark.slow
-@pytest.mark.parametrize("name, precision", [(BASE_MODEL, "fp32"), (BASE_MODEL, "int8"), ("Recurrent", "fp32")])
-def test_a_compiled_step_has_the_tokens_of_the_plain_one(name, precision, machine, monkeypatch):
+@pytest.mark.parametrize(
+    "machine, name, precision",
+    [
+        (with_kernels, BASE_MODEL, "fp32"),
+        (with_kernels, BASE_MODEL, "int8"),
+        (without_kernels, BASE_MODEL, "int8"),
+        (without_kernels, "Recurrent", "fp32"),
+    ],
+)
+def test_a_compiled_step_has_the_tokens_of_the_plain_one(machine, name, precision, monkeypatch):
     """In fp32, where no rounding decides; alone and side by side; speculating too."""
     machine(monkeypatch)
     model = build_model(name)
@@ -194,18 +201,16 @@ def counted(step):
     return step.compiled.values()
 
 
-@MACHINES
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, longest, slots",
+    "machine, name, longest, slots",
     [
-        *((name, 300, 3) for name in SHIPPED),
-        (CHAT_MODEL, 48, 3),
-        (BASE_MODEL, 48, 20),
-        *((name, 48, 3) for name in UNUSUAL_MODELS),
+        *((without_kernels, name, 300, 3) for name in SHIPPED),
+        (with_kernels, BASE_MODEL, 300, 20),
+        *((without_kernels, name, 48, 3) for name in UNUSUAL_MODELS),
     ],
 )
-def test_one_library_for_any_length_and_number_of_sequences(name, longest, slots, machine, monkeypatch):
+def test_one_library_for_any_length_and_number_of_sequences(machine, name, longest, slots, monkeypatch):
     """The tokens of the plain step; only the last token of a full state is left to it."""
     machine(monkeypatch)
     model = build_model(name, longest)

@@ -38,8 +38,10 @@ def give_way(niceness: int) -> None:
     """Leave cores to others, and be the first to go when memory runs out."""
     if niceness and os.name == "posix":
         os.nice(niceness)
-        with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text("1000")
+        # Linux may share the cores between sessions first, and this process leads one: then its niceness counts as well
+        for file, value in ("autogroup", niceness), ("oom_score_adj", 1000):
+            with contextlib.suppress(OSError):
+                Path("/proc/self", file).write_text(str(value))
 
 
 def end_with_stdin(folder: Path) -> None:

@@ -66,7 +66,8 @@ def serve(home, script, *settings):
         server = subprocess.Popen(
             [*command, *settings],
             cwd=ROOT,
-            env={**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT)},
+            # without a compiler: building the decode step would take the cores from the browser
+            env={**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT), "CXX": "no-compiler"},
             stdout=log,
             stderr=log,
             start_new_session=True,
