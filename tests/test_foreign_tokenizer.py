@@ -406,7 +406,7 @@ def test_a_model_from_scratch_with_a_tokenizer_of_others(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Qwen", "Llama 3", "Llama 2", "no special token"])
 def test_every_stage_with_a_tokenizer_of_others(kind, tmp_path):
-    _, tuned = check_from_scratch(kind, tmp_path, 100)
+    _, tuned = check_from_scratch(kind, tmp_path, 250)
     command = [sys.executable, "test.py", f"--run={tuned['run']}", "--prompt=EFGH", "--temperature=0", "--device=cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "ABCDEFGH", done.stderr

@@ -165,17 +165,21 @@ class Page:
         wait(self.ended)
         before = len(self.messages())
 
-        def sent():  # the page may be redrawn, with an empty box, at any moment
-            box = self.all('[data-testid="stChatInput"] textarea')[0]
+        def sent():  # the page may be redrawn, with an empty box, at any moment: also right after Enter
             if len(self.messages()) > before:
                 return True
-            if box.get_attribute("value"):
-                box.send_keys("\ue007")  # Enter
-                return True
-            box.click()
-            self.driver.execute_cdp_cmd("Input.insertText", {"text": text})
+            box = self.all('[data-testid="stChatInput"] textarea')[0]
+            if not box.get_attribute("value"):
+                box.click()
+                self.driver.execute_cdp_cmd("Input.insertText", {"text": text})
+                return False
+            box.send_keys("\ue007")  # Enter
+            pressed = time.monotonic()
+            while time.monotonic() < pressed + 5 and len(self.messages()) <= before:
+                time.sleep(0.05)
+            return False
 
-        wait(sent, report=self.text)
+        wait(sent, 40, self.text)
         wait(lambda: len(self.messages()) >= before + 2, report=self.text)
 
     def ask(self, text):
