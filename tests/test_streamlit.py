@@ -232,7 +232,7 @@ def test_the_training_tab(page, browser):
         report=view.text,
     )
     assert [line.get_attribute("d").count("L") for line in lines] == [89, 89]  # 90 steps, 89 strokes
-    view.press("config.yaml", "summary")
+    view.unfold("config.yaml")
     view.shows("model_name", "stage: sft")
     view.shoot("training")
 
@@ -293,7 +293,7 @@ def test_both_themes_by_the_system_and_by_the_menu(page, browser):
     view.press(ZH["training"])
     view.shows(ZH["curve_loss"], "config.yaml")
     wait(lambda: len(view.all('[aria-roledescription="line mark"]')) == 2, report=view.text)
-    view.press("config.yaml", "summary")
+    view.unfold("config.yaml")
     view.shows("stage: sft")
     view.shoot("dark_training_zh")
     try:

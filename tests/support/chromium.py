@@ -235,6 +235,18 @@ class Page:
         found = wait(lambda: next((one for one in self.all(css) if name in one.text), None), report=self.text)
         self.driver.execute_script("arguments[0].click()", found)
 
+    def unfold(self, name):
+        """Open the folded part with this name, again if the page is redrawn meanwhile."""
+
+        def opened():
+            part = next((one for one in self.all("details") if name in one.text), None)
+            if part is None or part.get_attribute("open") is not None:
+                return part is not None
+            self.driver.execute_script("arguments[0].click()", part.find_element("css selector", "summary"))
+            time.sleep(0.5)
+
+        wait(opened, report=self.text)
+
     def choose(self, number, option):
         """Pick an option of a select box of the sidebar by a part of its text."""
         boxes = '[data-testid="stSidebar"] [data-testid="stSelectbox"] input'
