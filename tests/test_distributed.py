@@ -72,6 +72,7 @@ def test_the_process_with_the_least_memory_decides_the_micro_batch(folder, two_r
         assert other.get("loss", 0) == pytest.approx(ours.get("loss", 0), rel=2e-4)  # one term weighs by targets
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_may_change_on_resume(folder):
     """1 -> 2 -> 1 processes, stopped by a signal in between: the curve of one process, to the bit, dropout included.
 

@@ -146,6 +146,7 @@ def test_a_resumed_run_is_exact_whatever_is_measured_then(training, monkeypatch,
     assert ("no instructions" in capsys.readouterr().err) == (expected == "bf16" and not later)
 
 
+@pytest.mark.slow
 def test_the_two_precisions_can_be_distinguished_here(training, cpu):
     found = [losses(training.run(max_steps=4, precision=name)) for name in ("fp32", "bf16")]
     assert found[0] != found[1]

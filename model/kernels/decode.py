@@ -11,6 +11,7 @@ from model.kernels.build import load_extension
 PRECISIONS = ("fp32", "bf16", "int8")  # of weights; there is no kernel for fp16
 
 _loaded = False
+_attention_pays = False  # asked when the kernels are loaded: a compiled graph cannot ask
 
 
 def kernels_pay(precision):
@@ -37,18 +38,14 @@ def use_kernels(precision):
 
 def load():
     """Register the operators of decode.cpp as torch.ops.mini_llm. Raises `ModelError` where they cannot be built."""
-    global _loaded
+    global _loaded, _attention_pays
+    _attention_pays = kernels_pay("bf16")
     if _loaded:
         return
     load_extension()
     for name, fake in ("linear", _linear), ("experts", _experts), ("attend", _attend), ("visible", _visible):
         torch.library.register_fake(f"mini_llm::{name}", fake)
     _loaded = True
-
-
-@torch.compiler.assume_constant_result  # the CPU cannot be asked within a compiled graph
-def _attention_pays():
-    return kernels_pay("bf16")
 
 
 def in_use(*tensors):
@@ -58,7 +55,7 @@ def in_use(*tensors):
     """
     return (
         _loaded
-        and _attention_pays()
+        and _attention_pays
         and torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and all(x.device.type == "cpu" for x in tensors)
