@@ -102,7 +102,7 @@ def test_a_trial_that_is_far_slower_ends_at_its_first_step():
 
 
 def choose_here(monkeypatch):
-    """As if the user had set no number of threads, which the test suite does."""
+    """A user who has set no number of threads; the test suite sets one."""
     for name in OF_THE_USER:
         monkeypatch.delenv(name, raising=False)
 
