@@ -19,11 +19,11 @@ FEW_TOKENS_COMPILED = 16
 def faster_experts(plain, x, chosen, weight, gate, up, down):
     """Choose a form by the device, the number of tokens and how the weights are held."""
     if isinstance(gate, Packed):
-        return _mix(packed_experts(x, chosen, gate, up, down), weight)
+        return mix(packed_experts(x, chosen, gate, up, down), weight)
     few = FEW_TOKENS_COMPILED if torch.compiler.is_compiling() else FEW_TOKENS_EAGER
     if not torch.is_grad_enabled() and len(x) <= few:
         h = F.silu(chosen_matmul(x[:, None], gate, chosen)) * chosen_matmul(x[:, None], up, chosen)
-        return _mix(chosen_matmul(h, down, chosen), weight)
+        return mix(chosen_matmul(h, down, chosen), weight)
     n_experts = (gate.q if isinstance(gate, Int8Weight) else gate).shape[0]
     counts = (chosen[..., None] == torch.arange(n_experts, device=chosen.device)).sum(dim=(0, 1))
     if not isinstance(gate, Int8Weight) and not _has_grouped_mm(x, gate):
@@ -34,10 +34,10 @@ def faster_experts(plain, x, chosen, weight, gate, up, down):
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     h = permute_rows(x, order, inverse, chosen.shape[1])  # (N * A, D)
     h = F.silu(expert_matmul(h, gate, counts)) * expert_matmul(h, up, counts)
-    return _mix(permute_rows(expert_matmul(h, down, counts), inverse, order).unflatten(0, chosen.shape), weight)
+    return mix(permute_rows(expert_matmul(h, down, counts), inverse, order).unflatten(0, chosen.shape), weight)
 
 
-def _mix(results, weight):
+def mix(results, weight):
     """Sum of the results of each token's experts (N, A, D) by their weights (N, A)."""
     return (results * weight[..., None].to(results.dtype)).sum(dim=1)
 
