@@ -84,11 +84,11 @@ def grouped_one_query_attention(q, k, v, mask, scale, sink=None):
     q = q[:, 0].unflatten(1, (k.shape[2], -1))  # (B, G, H / G, K)
     k = k.transpose(1, 2)  # (B, G, S, K)
     v = v.transpose(1, 2)
-    scores = faster_matmul(torch.matmul, q, k.mT).float() * scale
+    scores = faster_matmul(torch.matmul, q, k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
     scores = scores.masked_fill(~mask, float("-inf"))
     largest = scores.amax(dim=-1, keepdim=True)
     if sink is not None:
-        sink = sink.float().view(k.shape[1], -1, 1)  # (G, H / G, 1)
+        sink = sink.to(scores.dtype).view(k.shape[1], -1, 1)  # (G, H / G, 1)
         largest = torch.maximum(largest, sink)
     weights = (scores - largest).exp()
     total = weights.sum(dim=-1, keepdim=True)

@@ -43,13 +43,6 @@ class Packed(nn.Module):
         """x (..., D) times the weight (F, D) -> (..., F)."""
         return torch.ops.mini_llm.linear(x, self.weight, self.scale, self.n_outputs)
 
-    def linear(self, x, expert):
-        """x (N, D) times the weight of one expert of a stack, or of an expert (N,) per token -> (N, F)."""
-        if isinstance(expert, int):
-            scale = None if self.scale is None else self.scale[expert]
-            return torch.ops.mini_llm.linear(x, self.weight[expert], scale, self.n_outputs)
-        return torch.ops.mini_llm.expert_linear(x, expert, self.weight, self.scale, self.n_outputs)
-
 
 def packed_experts(x, chosen, gate, up, down):
     """x (N, D), chosen (N, A), `Packed` stacks, or matrices of one expert -> (N, A, D), unweighted."""

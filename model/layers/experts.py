@@ -11,9 +11,8 @@ from model.kernels.experts import faster_expert_linear, faster_experts
 def experts(x, chosen, weight, expert, n_experts):
     """Run each token through its chosen experts and sum the results by their weights.
 
-    x (N, D), chosen and weight (N, A) -> (N, D). `expert(x (n, D), e)` -> (n, D) computes one expert for several
-    tokens. e is its number, or (n,) int64 with an expert per token: use it in `expert_linear`, and as an index of
-    stacked vectors (E, F), `bias[e]`, alone.
+    x (N, D), chosen and weight (N, A) -> (N, D). `expert(x (n, D), e)` -> (n, D) computes one expert of several tokens:
+    e is its number, or stands for an expert per token, so that it goes to `expert_linear` and nowhere else.
     """
     out = torch.zeros_like(x)
     for e in chosen.unique().tolist():
@@ -24,8 +23,6 @@ def experts(x, chosen, weight, expert, n_experts):
 
 
 @dispatch(faster_expert_linear)
-def expert_linear(x, stack, e):
-    """x (n, D) times the matrix of an expert, or of an expert per token, in a stack (E, F, D) -> (n, F)."""
-    if isinstance(e, int):
-        return F.linear(x, stack[e])
-    return torch.einsum("nd,nfd->nf", x, stack[e])
+def expert_linear(x, stack, e, bias=None):
+    """x (n, D) times the matrix of its expert `e` in a stack (E, F, D), plus its row of `bias` (E, F) -> (n, F)."""
+    return F.linear(x, stack[e], None if bias is None else bias[e])
