@@ -8,7 +8,8 @@ Names that the framework reads, where a model has them:
     layers              nn.ModuleList of the repeated blocks, called as modules: units of `State`, sharding, diagnostics
     tok_embed, lm_head  the nn.Embedding of the vocabulary and the output head, whose weight may be the table
     o_proj, down_proj   projections into the residual stream, which `init_weights` scales down with depth
-    expert_weights      of an MoE module: names of the stacks of `expert_swiglu`, which decoding may quantize or pack
+    expert_weights      of an MoE module: names of its stacks of experts, which decoding may quantize or pack
+    not_quantized       of any module: names of its modules and stacks that int8 decoding leaves as they are
     scalar_params       of any module: names of parameters for the group "scalar" of `param_groups`
     dim, n_layers, ...  usual arguments: for default FLOPs; checks (checks/harness/tiny_args.py) and demos shrink them;
                         the checks of experts also read n_activated_experts and bias_update_speed
@@ -109,13 +110,17 @@ class BaseModel(nn.Module):
         """Initialise all weights; call it last in `__init__`.
 
         Matrices ~ N(0, 0.02). The projections that write into the residual stream are divided by sqrt(2 L), so that
-        its variance does not grow with depth (GPT-2, section 2.3). Embeddings ~ N(0, 0.02), biases 0, norms 1.
+        its variance does not grow with depth (GPT-2, section 2.3). Embeddings ~ N(0, 0.02), biases 0, norms 1. Then a
+        module that has a method `init_weights` sets its own parameters, those of another kind.
         """
         n_layers = len(getattr(self, "layers", ())) or 1
         for name, param in self.named_parameters():
             residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
             if param.ndim >= 2:
                 nn.init.normal_(param, std=0.02 / (2 * n_layers) ** 0.5 if residual else 0.02)
+        for module in self.modules():
+            if module is not self and hasattr(module, "init_weights"):
+                module.init_weights()
 
     def param_groups(self):
         """Return {"matrix", "embed", "scalar"}: lists that hold every trainable parameter exactly once.
@@ -123,8 +128,7 @@ class BaseModel(nn.Module):
         matrix: weights of 2 or more dimensions that map activations (Muon, decayed); embed: embeddings and output head;
         scalar: norms, biases, other small vectors, and what a module names in `scalar_params`.
         """
-        embed = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
-        embed |= {id(p) for p in self._head()}
+        embed = {id(p) for p in [*self._tables(), *self._head()]}
         marked = {id(getattr(m, name)) for m in self.modules() for name in getattr(m, "scalar_params", ())}
         groups = {"matrix": [], "embed": [], "scalar": []}
         trained = [param for param in self.parameters() if param.requires_grad]
@@ -136,8 +140,7 @@ class BaseModel(nn.Module):
     def num_params(self):
         """Return counts {"total", "active" (that one token uses: a MoE overrides it), "embedding" (of tables)}."""
         total = sum(p.numel() for p in self.parameters())
-        embedding = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
-        return {"total": total, "active": total, "embedding": embedding}
+        return {"total": total, "active": total, "embedding": sum(p.numel() for p in self._tables())}
 
     def attention_flops_per_token(self, seq_len):
         """Return the forward FLOPs per token of scores and values of all layers: 4 T H K per layer."""
@@ -147,11 +150,12 @@ class BaseModel(nn.Module):
 
     def flops_per_token(self, seq_len):
         """Return the training FLOPs per token: 3 x (2 x active matmul weights + full attention) (PaLM, appendix B)."""
-        counts = self.num_params()
-        tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
-        tied = any(id(p) in tables for p in self._head())
-        lookup = 0 if tied else counts["embedding"]  # a lookup is no matmul; a tied table is one, in the head
-        return 3 * (2 * (counts["active"] - lookup) + self.attention_flops_per_token(seq_len))
+        head = {id(p) for p in self._head()}
+        lookup = sum(p.numel() for p in self._tables() if id(p) not in head)  # no matmul; a tied table is one
+        return 3 * (2 * (self.num_params()["active"] - lookup) + self.attention_flops_per_token(seq_len))
+
+    def _tables(self):
+        return {id(m.weight): m.weight for m in self.modules() if isinstance(m, nn.Embedding)}.values()
 
     def _head(self):
         return [p for name, p in self.named_parameters(remove_duplicate=False) if name.startswith("lm_head.")]

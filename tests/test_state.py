@@ -10,7 +10,7 @@ def state_of(*rows, max_pos):
     tensor = torch.tensor(rows, dtype=torch.float32)[:, None].repeat(1, 3)
     layers = [{"k": tensor.clone()}, {"best": tensor.clone()}]
     state = State(torch.full((len(rows),), max_pos), 9, layers, max_pos, model={"ids": tensor.clone()})
-    state.token_indexed.add("k")
+    state.rewindable.add("k")
     state.empty["best"] = -1.0
     return state
 
@@ -37,10 +37,19 @@ def test_a_sequence_that_has_seen_nothing_gets_the_declared_value():
     assert held(fresh) == [[5, 0], [5, -1], [5, 0]]
 
 
-def test_only_token_indexed_tensors_can_be_rewound():
+def test_only_rewindable_tensors_can_be_rewound():
     state = state_of(1, max_pos=4)
     assert not state.can_rewind() and not state.clone().can_rewind()
-    state.token_indexed |= {"best", "ids"}
+    state.rewindable |= {"best", "ids"}
     assert state.can_rewind() and state.select([0]).can_rewind()
     state.rewind(3)
     assert state.pos.tolist() == [1] and state.max_pos == 1
+
+
+def test_a_sequence_of_states_shares_no_tensor_and_knows_the_declared_names():
+    state = state_of(1, 2, max_pos=4)
+    for other in (state.clone(), state.select([1, 0])):
+        assert other.rewindable == {"k"} and other.empty == {"best": -1.0} and other.room == state.room
+        other.layers[0]["k"].zero_()
+        other.model["ids"].zero_()
+    assert held(state) == [[1, 2]] * 3

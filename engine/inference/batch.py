@@ -1,6 +1,7 @@
 """The sequences of a running batch: their state in the model, or their tokens, read again in every step."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,12 +83,12 @@ class CachedBatch:
             {name: tensor[slots] for name, tensor in held.items()} for held in [*state.layers, state.model]
         ]
         views = [dict(view) for view in [*layers, of_model]]
-        part = State(state.pos[slots], state.max_len, layers, max(lengths), last_only=not all_logits, model=of_model)
+        part = replace(
+            state, pos=state.pos[slots], layers=layers, model=of_model, max_pos=max(lengths), last_only=not all_logits
+        )
         logits = self.forward(ids, part)
         part.advance(ids.shape[1])
         state.pos[slots] = part.pos
-        state.token_indexed |= part.token_indexed
-        state.empty |= part.empty
         for held, view, new in zip([*state.layers, state.model], views, [*part.layers, part.model], strict=True):
             for name, tensor in new.items():
                 if tensor is not view.get(name):

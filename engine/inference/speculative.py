@@ -14,9 +14,10 @@ from engine.inference.batch import CachedBatch, DecodeStep
 from engine.inference.options import check_speculative_name
 from engine.inference.request import Request
 from engine.inference.scheduler import Scheduler, sample_batch
-from model.basemodel import BaseModel
+from model.basemodel import BaseModel, State
 from utils.errors import UserError
 
+Tensors = dict[str, torch.Tensor]
 NGRAM = (3, 2)  # tokens that must match, the longer first
 NGRAM_DRAFTED = 6  # tokens that are copied from behind the match
 
@@ -77,10 +78,10 @@ class SpeculativeScheduler(Scheduler):
         if not self.running:
             return []
         request = self.running[0]
-        drafted = self._propose(request)
         start = len(self.slots[0].ids)
         pending = [*request.ids, *request.tokens][start:]
-        before = self.batch.state.clone() if drafted and not self.batch.state.can_rewind() else None
+        drafted = self._propose(request)[: max(0, self.batch.state.room - len(pending))]
+        before = not_rewindable(self.batch.state) if drafted else []
         logits = self._verify(pending, drafted)
         hidden = self.batch.state.hidden
         n_accepted = self._accept(request, drafted, logits)
@@ -119,20 +120,32 @@ class SpeculativeScheduler(Scheduler):
         request.accepted += n_accepted
         return n_accepted
 
-    def _keep(self, pending: list[int], drafted: list[int], n_accepted: int, before: object) -> None:
-        """Take rejected tokens out of the state: by rewinding, or by the copy from before, and reading again."""
+    def _keep(self, pending: list[int], drafted: list[int], n_accepted: int, before: list[Tensors]) -> None:
+        """Take rejected tokens out of the state.
+
+        By rewinding; where `before` holds tensors that cannot be rewound, with these, and all is read again.
+        """
         slot = self.slots[0]
+        state = self.batch.state
         n_rejected = len(drafted) - n_accepted
-        if n_rejected and before is not None:
-            self.batch.state = before
+        if n_rejected and any(before):
+            state.rewind(len(pending) + len(drafted))
+            for held, copies in zip([*state.layers, state.model], before, strict=True):
+                held.update(copies)
             return
         if n_rejected:
-            self.batch.state.rewind(n_rejected)
+            state.rewind(n_rejected)
         slot.ids = slot.ids + pending + drafted[:n_accepted]
 
     def _clear(self, index: int, n_tokens: int) -> None:
         super()._clear(index, n_tokens)
         self.proposer.reset(self.batch.state.max_len)
+
+
+def not_rewindable(state: State) -> list[Tensors]:
+    """Return copies of the tensors of a state that rewinding leaves as they are: a dict per layer, then the model's."""
+    held = [*state.layers, state.model]
+    return [{name: x.clone() for name, x in tensors.items() if name not in state.rewindable} for tensors in held]
 
 
 class DraftProposer:

@@ -101,7 +101,8 @@ class _Traced(torch.nn.Module):
         n_tokens = min(USUAL_LENGTH, longest // 2)  # a step at the end of its state would be a special case
         max_len = min(2 * USUAL_LENGTH, longest)
         state = _state_behind(model, n_sequences, n_tokens, max_len)
-        shorter = _state_behind(model, n_sequences, n_tokens, max_len - 1)
+        self.lengths = max_len, max(n_tokens, max_len // 2)
+        shorter = _state_behind(model, n_sequences, n_tokens, self.lengths[1])
         self.shorter = {place: tensor.shape for place, tensor in held_tensors(shorter).items()}
         self._not_a_submodule = (model,)
         self.state = state
@@ -126,8 +127,6 @@ class _Traced(torch.nn.Module):
         state.layers = [{} for _ in self.state.layers]
         state.model = {}
         state.hidden = None
-        state.token_indexed = set(self.state.token_indexed)
-        state.empty = dict(self.state.empty)
         before = dict(zip(self.held, held))
         for (place, name), tensor in before.items():
             _dict_at(state, place)[name] = tensor
@@ -142,16 +141,18 @@ class _Traced(torch.nn.Module):
         return (logits, *hidden, *(after[place].clone(memory_format=torch.contiguous_format) for place in replaced))
 
     def dims(self, place):
-        """Return what each dim of a tensor of the state is: "sequences", "length", or its size."""
+        """Return the role of each dim of a tensor of the state, see `size_of`."""
         sizes = zip(self.held[place].shape[1:], self.shorter[place][1:], strict=True)
-        return ["sequences", *("length" if size == self.state.max_len != other else size for size, other in sizes)]
+        return ["sequences", *(_role(pair, self.lengths) for pair in sizes)]
 
     def dynamic_shapes(self, n_sequences):
         least, most = n_sequences
         dynamic, static = torch.export.Dim.DYNAMIC, torch.export.Dim.STATIC
         sequences = static if least == most else dynamic(min=least, max=most)
-        by_role = {"sequences": sequences, "length": dynamic}
-        held = [tuple(by_role.get(size, static) for size in self.dims(place)) for place in self.held]
+        held = [
+            (sequences, *(static if isinstance(role, int) else dynamic for role in self.dims(place)[1:]))
+            for place in self.held
+        ]
         return [None] * len(self.weights), (sequences, static), (sequences,), (dynamic, static), (dynamic, static), held
 
     def inputs(self):
@@ -162,6 +163,26 @@ class _Traced(torch.nn.Module):
             "replaced": self.found.replaced,
             "has_hidden": self.found.has_hidden,
         }
+
+
+def _role(sizes, lengths):
+    """Return the role of a dim of these two sizes in states of these two lengths."""
+    if sizes[0] == sizes[1]:
+        return sizes[0]
+    fitting = [n for n in range(1, lengths[0] + 1) if sizes == tuple(-(-length // n) for length in lengths)]
+    powers = [n for n in fitting if n & (n - 1) == 0]  # where more than one fits, the usual kind
+    return f"length / {(powers or fitting)[0]}" if fitting else sizes[0]
+
+
+def size_of(role, case):
+    """Return the size of a dim in a case {"sequences": ..., "length": ..., ...}.
+
+    role: a name in the case, "length / n", a slot per n tokens, or a size that is the same in every case.
+    """
+    if isinstance(role, int):
+        return role
+    name, _, n = role.partition(" / ")
+    return -(-case[name] // int(n or 1))
 
 
 class _Guards:
@@ -183,7 +204,8 @@ class _Guards:
         """Raise `CannotTrace` where a guard fails for some number of sequences and some length up to `longest`."""
         for guard in {guard.expr for guard in self.env.guards}:
             symbols = sorted(guard.free_symbols & self.roles.keys(), key=str)
-            for sizes in {tuple(case[self.roles[s]] for s in symbols) for case in _cases(n_sequences, longest)}:
+            cases = _cases(n_sequences, longest)
+            for sizes in {tuple(size_of(self.roles[s], case) for s in symbols) for case in cases}:
                 if guard.subs(dict(zip(symbols, sizes))) == False:  # noqa: E712 (of sympy)
                     about = ", ".join(f"{self.roles[s]} {size}" for s, size in zip(symbols, sizes))
                     raise CannotTrace(f"it takes another path for {about}: {guard}")
@@ -244,10 +266,10 @@ class CompiledStep:
     def _fits(self, tensors, sequences, length):
         if tensors.keys() != self.held.keys():
             return False
-        roles = {"sequences": sequences, "length": length}
+        case = {"sequences": sequences, "length": length}
         return all(
-            str(tensor.dtype) == dtype and list(tensor.shape) == [roles.get(size, size) for size in sizes]
-            for tensor, (dtype, sizes) in zip(tensors.values(), self.held.values())
+            str(tensor.dtype) == dtype and list(tensor.shape) == [size_of(role, case) for role in roles]
+            for tensor, (dtype, roles) in zip(tensors.values(), self.held.values())
         )
 
 

@@ -7,15 +7,16 @@ S keys, H heads, G kv heads, K head dim; the H / G heads of a kv head are adjace
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 
 LONGEST = 512  # keys; the probabilities are kept for the backward pass, so memory grows with the square
 BLOCK = 64  # queries
 
 
-def blocked_attention(q, k, v, mask, scale):
+def blocked_attention(q, k, v, mask, scale, sink=None):
     """Softmax attention, differentiable once. q (B, T, H, K), k (B, S, G, K), v (B, S, G, Kv) -> (B, T, H, Kv).
 
-    mask None means causal with S == T; else bool (B | 1, 1, T, S), True = visible.
+    mask None means causal with S == T; else bool (B | 1, 1, T, S), True = visible. sink (H,): as in `sink_attention`.
     """
     n_queries = q.shape[1]
     n_keys = k.shape[1]
@@ -23,7 +24,11 @@ def blocked_attention(q, k, v, mask, scale):
     if mask is None:
         mask = torch.ones(1, 1, n_queries, n_keys, dtype=torch.bool, device=q.device).tril()
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
-    return _BlockedAttention.apply(q, k, v, bias[:, :, :, None], scale, stops)
+    if sink is not None:  # one more key, the first: its value is zero, and its score is the sink
+        k, v = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (k, v))
+        bias = F.pad(bias, (1, 0))
+        stops = [stop + 1 for stop in stops]
+    return _BlockedAttention.apply(q, k, v, sink, bias[:, :, :, None], scale, stops)
 
 
 def keys_per_block(mask, n_queries, n_keys):
@@ -39,10 +44,13 @@ def keys_per_block(mask, n_queries, n_keys):
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """bias (B | 1, 1, T, 1, S) is 0 or -inf; stops: the number of keys of each block of queries."""
+    """bias (B | 1, 1, T, 1, S) is 0 or -inf; stops: the number of keys of each block of queries.
+
+    sink (H,) or None: the scores of the first key.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, scale, stops):
+    def forward(ctx, q, k, v, sink, bias, scale, stops):
         groups = k.shape[2]
         per_group = q.shape[2] // groups
         q, k, v = (_by_group(x, groups) for x in (q, k, v))  # (B * G, T * H / G, K), (B * G, S, K)
@@ -52,13 +60,17 @@ class _BlockedAttention(torch.autograd.Function):
             scores = torch.bmm(block, k[:, : stops[i]].mT)
             block_bias = bias[:, :, i * BLOCK : (i + 1) * BLOCK, :, : stops[i]]
             by_query = scores.view(-1, groups, *block_bias.shape[2:3], per_group, stops[i])
-            probs.append(torch.add(block_bias, by_query, alpha=scale).softmax(dim=-1).view_as(scores))
+            by_query = torch.add(block_bias, by_query, alpha=scale)
+            if sink is not None:
+                by_query[..., 0] = sink.view(groups, 1, per_group)
+            probs.append(by_query.softmax(dim=-1).view_as(scores))
             out.append(torch.bmm(probs[i], v[:, : stops[i]]))
         ctx.save_for_backward(q, k, v, *probs)
         ctx.groups = groups
         ctx.per_group = per_group
         ctx.scale = scale
         ctx.stops = stops
+        ctx.has_sink = sink is not None
         # under autocast the matmuls of fp32 inputs are in its dtype
         return _by_head(torch.cat(out, dim=1).to(q.dtype), groups, per_group)
 
@@ -69,18 +81,23 @@ class _BlockedAttention(torch.autograd.Function):
         grad_q = []
         grad_k = _PrefixSum(k)
         grad_v = _PrefixSum(v)
+        grad_sink = []
         for i, (queries, block) in enumerate(_blocks(q, ctx.per_group)):
             keys = slice(ctx.stops[i])
             p = probs[i]
             grad_probs = torch.bmm(grad[:, queries], v[:, keys].mT)
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, p, -1, p.dtype)
+            if ctx.has_sink:
+                by_head = grad_scores[..., 0].view(-1, ctx.groups, grad_scores.shape[1] // ctx.per_group, ctx.per_group)
+                grad_sink.append(by_head.sum(dim=(0, 2), dtype=torch.float32).flatten())
             grad_q.append(torch.bmm(grad_scores, k[:, keys]))
             grad_k.add(torch.bmm(grad_scores.mT, block))
             grad_v.add(torch.bmm(p.mT, grad[:, queries]))
         grad_q = torch.cat(grad_q, dim=1).mul_(ctx.scale)
         grad_k = grad_k.total().mul_(ctx.scale)
         by_key = (_by_head(grad, ctx.groups) for grad in (grad_k, grad_v.total()))
-        return _by_head(grad_q, ctx.groups, ctx.per_group), *by_key, None, None, None
+        grad_sink = sum(grad_sink) if ctx.has_sink else None
+        return _by_head(grad_q, ctx.groups, ctx.per_group), *by_key, grad_sink, None, None, None
 
 
 def _blocks(q, per_group):

@@ -107,7 +107,7 @@ def _backward_flops(grad, *shapes, **__):
     return 2 * _flops(*shapes)
 
 
-def _register(name, schema, run, fake, flops):
+def register_operator(name, schema, run, fake, flops):
     torch.library.define(f"mini_llm::{name}", schema)
     torch.library.impl(f"mini_llm::{name}", "default", run)
     torch.library.register_fake(f"mini_llm::{name}", fake)
@@ -115,8 +115,8 @@ def _register(name, schema, run, fake, flops):
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor token, Tensor slot, Tensor segments, Tensor gate, Tensor up, Tensor down"
-_register("expert_loop", f"({_INPUTS}) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward, _flops)
-_register(
+register_operator("expert_loop", f"({_INPUTS}) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward, _flops)
+register_operator(
     "expert_loop_backward",
     f"(Tensor grad, {_INPUTS}, Tensor gate_out, Tensor up_out) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,

@@ -357,6 +357,51 @@ Tensor experts(const Tensor& input, const Tensor& chosen_, at::TensorList held) 
   return out;
 }
 
+// x (N, D), each token times the matrix of its expert `chosen` (N,) in a packed stack (E, F, D), times the stack's scales
+// (E, F) if given -> (N, F).
+Tensor expert_linear(const Tensor& input, const Tensor& chosen, const Tensor& stack, const std::optional<Tensor>& scale,
+                     int64_t n_outputs) {
+  TORCH_CHECK(input.dim() == 2 && chosen.dim() == 1 && chosen.size(0) == input.size(0) &&
+              chosen.scalar_type() == at::kLong, "expert_linear: ", chosen.sizes(), " experts of ", chosen.scalar_type(),
+              " for tokens ", input.sizes());
+  Tensor out = at::empty({input.size(0), n_outputs}, input.options());
+  dispatch_by_type(stack, [&](auto* w) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
+    using Value = typename Input<T>::Value;
+    using Step = typename Input<T>::Step;
+    check_packed<T>(stack, 5);
+    int64_t n_experts = stack.size(0), blocks = stack.size(1), steps = stack.size(2);
+    TORCH_CHECK(n_outputs <= blocks * BLOCK && n_outputs > (blocks - 1) * BLOCK, n_outputs,
+                " outputs do not fit a packed weight of ", blocks, " blocks of ", BLOCK);
+    const float* scales = scale.has_value() && scale->defined() ? scale_pointer(*scale, stack) : nullptr;
+    Tensor x = input.contiguous(), experts = chosen.contiguous();
+    std::vector<Value> buffer;
+    auto pointers = token_pointers<T>(x, steps, buffer);
+    std::vector<std::vector<int64_t>> tokens_of(n_experts);
+    std::vector<std::vector<const Step*>> inputs(n_experts);
+    std::vector<int64_t> used;
+    for (int64_t n = 0; n < x.size(0); n++) {
+      int64_t e = experts.const_data_ptr<int64_t>()[n];
+      TORCH_CHECK_INDEX(0 <= e && e < n_experts, "expert ", e, " of ", n_experts);
+      if (tokens_of[e].empty()) used.push_back(e);
+      tokens_of[e].push_back(n);
+      inputs[e].push_back(pointers[n]);
+    }
+    Value* to = out.mutable_data_ptr<Value>();
+    at::parallel_for(0, used.size() * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        int64_t e = used[i / blocks], first = i % blocks * BLOCK, count = std::min<int64_t>(BLOCK, n_outputs - first);
+        int64_t row = e * blocks * BLOCK + first;  // of all outputs of the stack
+        block_matmul(w + row * steps * PER_STEP<T>, inputs[e], steps, [&](int64_t n, const float* sums) {
+          Value* token = to + tokens_of[e][n] * n_outputs + first;
+          for (int64_t j = 0; j < count; j++) token[j] = scales ? sums[j] * scales[row + j] : sums[j];
+        });
+      }
+    });
+  });
+  return out;
+}
+
 // ------------------------------------------------------------------- attention of one query per sequence
 
 constexpr int TILE = 64;                 // keys that are scored before their values are read
@@ -633,6 +678,7 @@ Tensor visible(const Tensor& positions_, int64_t n_keys) {
 TORCH_LIBRARY_FRAGMENT(mini_llm, ops) {  // cpu_moe.py defines more in this namespace
   ops.def("linear(Tensor x, Tensor weight, Tensor? scale, int n_outputs) -> Tensor");
   ops.def("experts(Tensor x, Tensor chosen, Tensor[] held) -> Tensor");
+  ops.def("expert_linear(Tensor x, Tensor chosen, Tensor stack, Tensor? scale, int n_outputs) -> Tensor");
   ops.def("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor");
   ops.def("visible(Tensor positions, SymInt n_keys) -> Tensor");
 }
@@ -640,6 +686,7 @@ TORCH_LIBRARY_FRAGMENT(mini_llm, ops) {  // cpu_moe.py defines more in this name
 TORCH_LIBRARY_IMPL(mini_llm, CPU, ops) {
   ops.impl("linear", linear);
   ops.impl("experts", experts);
+  ops.impl("expert_linear", expert_linear);
   ops.impl("attend", attend);
   ops.impl("visible", visible);
 }

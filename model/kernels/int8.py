@@ -63,19 +63,23 @@ class Int8Linear(nn.Module):
 @torch.no_grad()
 def to_int8(model):
     """Quantize every `nn.Linear` of a model to int8, in place, and the stacks of experts that a module names in
-    `expert_weights`. Embeddings, norms and all other weights stay as they are. Returns the model.
+    `expert_weights`. Embeddings, norms and all other weights stay as they are, and so does what a module names in
+    `not_quantized`, stacks or modules with all that is in them. Returns the model.
 
     A Linear whose weight the model reads by itself would be dequantized for every token: a trial forward of two tokens
     finds those, and they stay as they are, too.
     """
     linears = {}
+    kept = {id(part) for module in model.modules() for part in _kept_parts(module)}
     for module in list(model.modules()):
         for name in getattr(module, "expert_weights", ()):
+            if id(getattr(module, name)) in kept:
+                continue
             weight = Int8Weight(getattr(module, name))
             delattr(module, name)
             setattr(module, name, weight)
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and id(child) not in kept:
                 linears[module, name] = child
                 setattr(module, name, Int8Linear(child))
     _read_two_tokens(model)
@@ -83,6 +87,16 @@ def to_int8(model):
         if getattr(module, name).weight_reads:
             setattr(module, name, linear)
     return model
+
+
+def _kept_parts(module):
+    """Yield the modules and parameters that a module names in `not_quantized`, with all that is in the modules."""
+    for name in getattr(module, "not_quantized", ()):
+        part = getattr(module, name, None)  # which this size of the model may lack
+        yield part
+        if isinstance(part, nn.Module):
+            yield from part.modules()
+            yield from part.parameters()
 
 
 def _read_two_tokens(model):

@@ -19,14 +19,14 @@ FEW_TOKENS_COMPILED = 16
 def faster_experts(plain, x, chosen, weight, gate, up, down):
     """Choose a form by the device, the number of tokens and how the weights are held."""
     if isinstance(gate, Packed):
-        return _mix(packed_experts(x, chosen, gate, up, down), weight)
+        return mix(packed_experts(x, chosen, gate, up, down), weight)
     few = FEW_TOKENS_COMPILED if torch.compiler.is_compiling() else FEW_TOKENS_EAGER
     if not torch.is_grad_enabled() and len(x) <= few:
         h = F.silu(chosen_matmul(x[:, None], gate, chosen)) * chosen_matmul(x[:, None], up, chosen)
-        return _mix(chosen_matmul(h, down, chosen), weight)
+        return mix(chosen_matmul(h, down, chosen), weight)
     n_experts = (gate.q if isinstance(gate, Int8Weight) else gate).shape[0]
     counts = (chosen[..., None] == torch.arange(n_experts, device=chosen.device)).sum(dim=(0, 1))
-    if not isinstance(gate, Int8Weight) and not _has_grouped_mm(x, gate):
+    if not isinstance(gate, Int8Weight) and not has_grouped_mm(x, gate):
         x, gate, up, down = (t.to(compute_dtype(x)) for t in (x, gate, up, down))
         return looped_experts(x, chosen, weight, counts, gate, up, down)
     # Sort the N * A (token, expert) pairs by expert, run each expert on its own segment, and sort back.
@@ -34,15 +34,15 @@ def faster_experts(plain, x, chosen, weight, gate, up, down):
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     h = permute_rows(x, order, inverse, chosen.shape[1])  # (N * A, D)
     h = F.silu(expert_matmul(h, gate, counts)) * expert_matmul(h, up, counts)
-    return _mix(permute_rows(expert_matmul(h, down, counts), inverse, order).unflatten(0, chosen.shape), weight)
+    return mix(permute_rows(expert_matmul(h, down, counts), inverse, order).unflatten(0, chosen.shape), weight)
 
 
-def _mix(results, weight):
+def mix(results, weight):
     """Sum of the results of each token's experts (N, A, D) by their weights (N, A)."""
     return (results * weight[..., None].to(results.dtype)).sum(dim=1)
 
 
-def _has_grouped_mm(x, weight):
+def has_grouped_mm(x, weight):
     """Whether the device multiplies many matrices at once, so that the host need not wait for the counts."""
     fits = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # the kernel requires rows of a multiple of 16 bytes
     return x.is_cuda and compute_dtype(x) == torch.bfloat16 and fits
@@ -77,7 +77,7 @@ def permute_rows(x, order, inverse, copies=1):
 def expert_matmul(x, weight, counts):
     """Multiply each expert's tokens by its matrix: x (N, D) sorted by expert, weight (E, F, D), counts (E,) -> (N, F).
 
-    For int8 weights, or where `_has_grouped_mm`.
+    For int8 weights, or where `has_grouped_mm`.
     """
     if isinstance(weight, Int8Weight):
         return torch.cat([weight.linear(x[rows], expert) for expert, rows in enumerate(slices(counts))])

@@ -199,8 +199,9 @@ def _trace(model, compiled, n_sequences):
         if n_sequences > 1:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
     for tensors in held:
-        for name in tensors.keys() & state.token_indexed:
-            torch._dynamo.maybe_mark_dynamic(tensors[name], 1)
+        for tensor in (tensors[name] for name in tensors.keys() & state.rewindable):
+            if tensor.shape[1:2] == (state.max_len,):  # a ring has one size
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
     with torch.compiler.config.patch(dynamic_sources="L['state'].max_pos,L['state'].max_len"):
         compiled(ids, state)
 

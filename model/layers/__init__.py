@@ -4,7 +4,9 @@ Shapes: B batch, T tokens, S keys, D dim, H heads, G kv heads, K head dim, F ffn
 """
 
 from model.layers.attention import attention, attention_mask, cache_append, matmul, packed_mask
+from model.layers.conv import CausalConv
 from model.layers.embedding import Embedding, compute_dtype
+from model.layers.experts import expert_linear, experts
 from model.layers.feed_forward import SwiGLU
 from model.layers.loss import lm_loss
 from model.layers.moe import expert_load, expert_swiglu
@@ -18,9 +20,12 @@ from model.layers.rotary import (
     token_positions,
     yarn_mscale,
 )
+from model.layers.sink import sink_attention
 from model.layers.state import State
+from model.layers.window import packed_window_mask, recent, window_append, window_mask
 
 __all__ = [
+    "CausalConv",
     "Embedding",
     "RMSNorm",
     "RopeArgs",
@@ -31,14 +36,21 @@ __all__ = [
     "attention_mask",
     "cache_append",
     "compute_dtype",
+    "expert_linear",
     "expert_load",
     "expert_swiglu",
+    "experts",
     "lm_loss",
     "matmul",
     "packed_mask",
+    "packed_window_mask",
+    "recent",
     "rope_amplitude",
     "rope_frequencies",
     "rotate",
+    "sink_attention",
     "token_positions",
+    "window_append",
+    "window_mask",
     "yarn_mscale",
 ]

@@ -56,7 +56,7 @@ def cache_append(state, layer, name, new):
     cache = state.layers[layer]
     if name not in cache:
         cache[name] = new.new_zeros(new.shape[0], state.max_len, *new.shape[2:])
-        state.token_indexed.add(name)
+        state.rewindable.add(name)
     index = torch.arange(new.shape[0], device=new.device)[:, None]
     cache[name][index, state.positions(new.shape[1])] = new.to(cache[name].dtype)
     return cache[name][:, : state.max_pos + new.shape[1]]

@@ -43,12 +43,13 @@ class RopeArgs:
 class Rotary(nn.Module):
     """Tables of the rotary position embedding (Su et al. 2021): pair j of a head rotates by pos * theta^(-2j/K).
 
-    `scaling` is a RopeArgs. `forward(positions)` (1|B, T) -> cos, sin (1|B, T, 1, K/2), fp32, to broadcast over heads.
+    scaling: RopeArgs; proportion: share of the pairs, the first ones, that turn. (1|B, T) -> cos, sin (1|B, T, 1, K/2).
     """
 
-    def __init__(self, head_dim, max_seq_len, theta, scaling=None):
+    def __init__(self, head_dim, max_seq_len, theta, scaling=None, proportion=1.0):
         super().__init__()
         frequencies = rope_frequencies(head_dim, theta, scaling)
+        frequencies[int(proportion * len(frequencies)) :] = 0
         angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float64), frequencies)
         amplitude = rope_amplitude(scaling)
         self.register_buffer("cos", (angles.cos() * amplitude).float(), persistent=False)
@@ -59,12 +60,12 @@ class Rotary(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (x[j], x[j + K/2]) of every head by their angles. x (B, T, H, K) -> same shape and dtype.
+    """Rotate the pairs (x[j], x[j + R/2]) of every head, R = 2 * cos.shape[-1], and pass on the channels from R on.
 
-    Other code pairs neighbours; `interleaved_rows` of model/hf/layout.py explains why that is the same model.
+    x (B, T, H, K) -> same shape. Why other code pairs neighbours: see `interleaved_rows` of model/hf/layout.py.
     """
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    a, b, rest = x.float().tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
 
 
 def token_positions(input_ids, state=None):

@@ -1,33 +1,31 @@
 """The inference state of a model."""
 
+from dataclasses import dataclass, field, replace
+
 import torch
 
 from utils.errors import ModelError
 
 
+@dataclass(eq=False)
 class State:
     """What a model keeps between two calls of `forward` while it generates.
 
-    pos (B,) int64: the tokens already seen by each sequence. max_len: its capacity in tokens. max_pos: a plain int that
-    no position exceeds, to slice a cache without a device sync. layers: one dict of tensors per layer, which the layer
-    fills as it likes; model: one for the model. last_only: set by a caller who needs only the logits of the last token.
-    hidden: set by a model that can `draft`, the input (B, T, D) of its head.
-
-    Two rules: dim 0 of every tensor in the dicts is the batch, and sequences are independent. Declared where a tensor
-    is made: `token_indexed.add(name)`, dim 1 is the position (see `cache_append`), so it can be rewound;
-    `empty[name] = value`, another value than 0 means "nothing seen".
+    Two rules: dim 0 of every tensor is the batch, and sequences are independent. Declared where a tensor is made:
+    `rewindable.add(name)`, if moving `pos` back is enough to forget tokens (slots that the mask hides, rings): all else
+    is copied before a trial; `empty[name] = value`, if that and not 0 means "nothing seen".
     """
 
-    def __init__(self, pos, max_len, layers, max_pos=0, last_only=False, model=None):
-        self.pos = pos
-        self.max_len = max_len
-        self.layers = layers
-        self.model = {} if model is None else model
-        self.max_pos = max_pos
-        self.last_only = last_only
-        self.hidden = None
-        self.token_indexed = set()
-        self.empty = {}
+    pos: torch.Tensor  # (B,) int64, the tokens already seen by each sequence
+    max_len: int  # capacity in tokens
+    layers: list[dict]  # one dict of tensors per layer, which the layer fills as it likes
+    max_pos: int = 0  # a plain int that no position exceeds, to slice a cache without a device sync
+    last_only: bool = False  # set by a caller who needs only the logits of the last token
+    model: dict = field(default_factory=dict)  # tensors of the model as a whole
+    hidden: torch.Tensor | None = None  # set by a model that can `draft`: the input (B, T, D) of its head
+    rewindable: set[str] = field(default_factory=set)
+    empty: dict[str, float] = field(default_factory=dict)
+    room: int = 8  # tokens that can be rewound at once
 
     def positions(self, n_tokens):
         """Return the positions (B, T) of the next `n_tokens` tokens of each sequence."""
@@ -44,11 +42,11 @@ class State:
         self.max_pos += n_tokens
 
     def can_rewind(self):
-        """Whether all tensors are token-indexed; a recurrent state, for example, cannot be rewound."""
-        return all(name in self.token_indexed for held in [*self.layers, self.model] for name in held)
+        """Whether all tensors are rewindable; a recurrent state, for example, is not."""
+        return all(name in self.rewindable for held in [*self.layers, self.model] for name in held)
 
     def rewind(self, n_tokens):
-        """Forget the last `n_tokens` tokens of every sequence; only where `can_rewind`."""
+        """Forget the last `n_tokens` <= `room` tokens of every sequence; only where `can_rewind`."""
         self.advance(-n_tokens)
 
     def select(self, index):
@@ -65,7 +63,7 @@ class State:
         index = torch.as_tensor(index, dtype=torch.long, device=self.pos.device)
         self.pos = self.pos.index_copy(0, index, other.pos)
         self.max_pos = max(self.max_pos, other.max_pos)
-        self.token_indexed |= other.token_indexed
+        self.rewindable |= other.rewindable
         self.empty |= other.empty
         for mine, theirs in zip([*self.layers, self.model], [*other.layers, other.model], strict=True):
             for name in mine.keys() - theirs.keys():  # a state that has seen nothing yet holds nothing
@@ -78,7 +76,4 @@ class State:
     def _map(self, function):
         held = [*self.layers, self.model]
         *layers, model = [{name: function(tensor) for name, tensor in tensors.items()} for tensors in held]
-        other = State(function(self.pos), self.max_len, layers, self.max_pos, self.last_only, model)
-        other.token_indexed |= self.token_indexed
-        other.empty |= self.empty
-        return other
+        return replace(self, pos=function(self.pos), layers=layers, model=model, hidden=None)
