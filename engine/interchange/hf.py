@@ -69,17 +69,24 @@ def import_hf(source: Path, run: Path, max_seq_len: int = 0) -> None:
     require_new(run)
     config = read_json(source / "config.json")
     name, Model = architecture_for(config)
-    assert Model.hf_layout is not None
+    layout = Model.hf_layout
+    assert layout is not None
     # a checkpoint of others counts as a base model: it has not been trained on our chat template
     stage = str(written_here(config).get("stage", BASE))
     tokenizer = read_tokenizer(source, config)
-    weights: Mapping[str, torch.Tensor] = Weights(source)
-    vocab_size = Model.hf_layout.model_args(config).vocab_size
-    new_rows = tokenizer.vocab_size - vocab_size
+    weights: Mapping[str, torch.Tensor] = layout.checkpoint(Weights(source))
+    config = layout.canonical(config)
+    args = layout.model_args(layout.present(config, weights))
+    new_rows = tokenizer.vocab_size - args.vocab_size
     if new_rows > 0:
-        config["vocab_size"] = tokenizer.vocab_size
-        weights = ExtendedWeights(weights, Model.hf_layout.vocab_names(config), vocab_size, new_rows)
+        config = {**config, "vocab_size": tokenizer.vocab_size}
+        with torch.device("meta"):
+            names = layout.vocab_names(Model(args))
+        weights = ExtendedWeights(weights, names, args.vocab_size, new_rows)
         log(f"{new_rows} tokens are new: their embeddings start as the mean of all")
+    left_out = layout.left_out(weights)
+    if left_out:
+        log(f"{len(left_out)} tensors of the checkpoint are left out, such as {left_out[0]}")
     model = Model.from_hf(config, weights, max_seq_len)
     with new_directory(run) as directory:
         restore_tokenizer(tokenizer, directory / "tokenizer")

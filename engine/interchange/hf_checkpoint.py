@@ -87,6 +87,7 @@ def weight_files(folder: Path) -> list[str]:
 class ExtendedWeights(Mapping[str, torch.Tensor]):
     """The same weights, with `new_rows` more rows in the tensors `names`, which have `vocab_size`: the mean of those.
 
+    A table of integers, such as experts of a token, has no mean, and begins again with the rows of the first tokens.
     UserError for one that has another number of rows.
     """
 
@@ -104,6 +105,8 @@ class ExtendedWeights(Mapping[str, torch.Tensor]):
             raise UserError(
                 f"{name} is {tuple(tensor.shape)}, and config.json has vocab_size={self._vocab_size}: correct that"
             )
+        if not tensor.is_floating_point():
+            return tensor[torch.arange(self._vocab_size + self._new_rows) % self._vocab_size]
         mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
         return torch.cat((tensor, mean.expand(self._new_rows, -1)))
 
