@@ -69,8 +69,8 @@ def import_hf(source: Path, run: Path, max_seq_len: int = 0) -> None:
     require_new(run)
     config = read_json(source / "config.json")
     name, Model = architecture_for(config)
-    layout = Model.hf_layout
-    assert layout is not None
+    assert Model.hf_layout is not None
+    layout = Model.hf_layout.for_config(config)
     # a checkpoint of others counts as a base model: it has not been trained on our chat template
     stage = str(written_here(config).get("stage", BASE))
     tokenizer = read_tokenizer(source, config)

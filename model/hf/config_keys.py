@@ -3,6 +3,7 @@
 import math
 import typing
 from collections.abc import Callable
+from dataclasses import fields
 
 from model.layers.rotary import RopeArgs, rope_amplitude
 from utils.errors import ModelError
@@ -138,12 +139,11 @@ def read_rope(config, path, theta=10000.0, partial=False):
     for ours, theirs in SCALING[kind].items():
         if scaling.get(theirs) is not None:
             values[ours] = typed(scaling[theirs], theirs, hints[ours], "config.json's rope_scaling")
-    if kind == "default":
-        return values
-    _complete(values, scaling, config)
+    if kind != "default":
+        _complete(values, scaling, config)
     if kind == "yarn" and scaling.get("attention_factor") is not None:
         _check_amplitude(values, typed(scaling["attention_factor"], "attention_factor", float))
-    return values
+    return {each.name: each.default for each in fields(RopeArgs)} | values  # not the model's own defaults
 
 
 def _complete(values, scaling, config):

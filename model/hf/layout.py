@@ -41,6 +41,7 @@ class Layout:
         rope           path of the object with the arguments of RopeArgs; "": rope_theta and rope_scaling
         more(args)     {further key: value}, and ModelError for sizes that transformers refuses
         known_as       further architectures and model types that are read
+        holds(args)    of several in a `Variants`: whether this one is for these arguments
         canonical(config): the same in the keys of this table, where published configs have others
     """
 
@@ -55,6 +56,7 @@ class Layout:
     rope: str = ""
     more: Callable = lambda args: {}
     known_as: tuple = ()
+    holds: Callable = lambda args: True
     canonical: Callable = lambda config: config
     stored: Callable = lambda args: {}
     joined: Callable = lambda args: {}
@@ -63,6 +65,14 @@ class Layout:
     ignored: tuple = ("rotary_emb.inv_freq$",)  # a table that we compute
     present: Callable = lambda config, tensors: config
     vocab_rows: tuple = ("tok_embed.weight", "lm_head.weight")  # ends of our names: a row for every token id
+
+    def for_args(self, args):
+        """Return the Layout for our arguments; `Variants` has several."""
+        return self
+
+    def for_config(self, config):
+        """Return the Layout for a config.json."""
+        return self
 
     def reads(self, config):
         """Return whether a config.json is of this architecture."""
@@ -205,6 +215,26 @@ class Layout:
         return first | {theirs for theirs, repeated in self.copies(model.args).items() if repeated in first}
 
 
+class Variants:
+    """An architecture that is published as several classes, such as one without experts and one with: a Layout each.
+
+    Export takes the first that holds the arguments, import the first that reads the config.
+    """
+
+    def __init__(self, *layouts):
+        self.layouts = layouts
+        self.architecture = ", ".join(layout.architecture for layout in layouts)
+
+    def for_args(self, args):
+        return next(layout for layout in self.layouts if layout.holds(args))
+
+    def for_config(self, config):
+        return next((layout for layout in self.layouts if layout.reads(config)), self.layouts[0])
+
+    def reads(self, config):
+        return any(layout.reads(config) for layout in self.layouts)
+
+
 class Renamed(Mapping):
     """The same tensors under other names. names: {new: old}."""
 
@@ -227,7 +257,7 @@ def to_hf(model):
 
     Raises `ModelError` for an architecture without an `hf_layout`, or one that transformers cannot hold.
     """
-    layout = layout_of(type(model))
+    layout = layout_of(type(model)).for_args(model.args)
     return layout.config(model.args), layout.tensors(model)
 
 
@@ -237,7 +267,7 @@ def from_hf(Model, config, tensors, max_seq_len=0):
     max_seq_len above 0 shortens the tables of positions and nothing else. Raises `ModelError` that names what the
     architecture does not support, or the tensor that is missing or left over.
     """
-    layout = layout_of(Model)
+    layout = layout_of(Model).for_config(config)
     tensors = layout.checkpoint(tensors)
     args = layout.model_args(layout.present(layout.canonical(config), tensors))
     model = Model(replace(args, max_seq_len=min(max_seq_len, args.max_seq_len)) if max_seq_len else args)
@@ -246,7 +276,7 @@ def from_hf(Model, config, tensors, max_seq_len=0):
 
 
 def layout_of(Model):
-    """Return the `hf_layout` of an architecture; ModelError where it has none."""
+    """Return the `Layout` or `Variants` of an architecture; ModelError where it has none."""
     if Model.hf_layout is None:
         raise ModelError(
             f"{Model.model_name} has no published layout, so transformers cannot hold it: give {Model.__name__} an "
