@@ -19,12 +19,12 @@ from utils.errors import ModelError
 
 @dataclass(frozen=True)
 class Layout:
-    """One architecture as transformers publishes it. Only `fields` and `names` are needed; the rest is for what differs.
+    """One architecture as transformers publishes it. `fields` and `names` are needed; the rest is for what differs.
 
     Patterns are regular expressions in which a dot is literal. A key may be a path, "rope_parameters.main.rope_theta".
 
     Tensors, from ours to theirs in this order, and back:
-        stored(args)   {end of our name: an operation of tensors.py or a tuple of them}: Rows, Transposed, Shape, MinusOne
+        stored(args)   {end of our name: one of Rows, Transposed, Shape, MinusOne of tensors.py, or a tuple of them}
         joined(args)   {end of their name: Join}: those of ours that `names` gives this name are one tensor there
         names(args)    {pattern: text}, applied in order to each of our names. In the result `*` is the index of dim 0,
                        whose slices are written one by one, and `{q,k,v}` names equal parts of dim 0
@@ -207,10 +207,7 @@ class Layout:
     def vocab_names(self, model):
         """Return the published names of the tensors that have a row for every token id."""
         first = {
-            name
-            for piece in self.pieces(model)
-            if piece.ours[0].endswith(self.vocab_rows)
-            for name in piece.names()
+            name for piece in self.pieces(model) if piece.ours[0].endswith(self.vocab_rows) for name in piece.names()
         }
         return first | {theirs for theirs, repeated in self.copies(model.args).items() if repeated in first}
 
@@ -226,7 +223,10 @@ class Variants:
         self.architecture = ", ".join(layout.architecture for layout in layouts)
 
     def for_args(self, args):
-        return next(layout for layout in self.layouts if layout.holds(args))
+        for layout in self.layouts:
+            if layout.holds(args):
+                return layout
+        raise ModelError(f"no published class of {self.architecture} has these arguments: change them")
 
     def for_config(self, config):
         return next((layout for layout in self.layouts if layout.reads(config)), self.layouts[0])

@@ -1,7 +1,7 @@
 """How a published tensor is made from ours, and back: operations that `Layout.stored` and `Layout.joined` list.
 
-Each has `write(ours)` -> theirs and `read(theirs, shape)` -> ours of that shape. They also run on the meta device, which
-is how the shapes of a checkpoint are known without its weights.
+Each has `write(ours)` -> theirs and `read(theirs, shape)` -> ours of that shape. They also run on the meta device:
+so the shapes of a checkpoint are known without its weights.
 """
 
 import re
@@ -56,7 +56,7 @@ class Shape:
 class MinusOne:
     """A norm that multiplies by weight, where theirs multiplies by 1 + weight: theirs = ours - 1.
 
-    Exact for ours between 0.5 and 2, and rounded elsewhere: a model whose own weight is the small one has no need of it.
+    Exact for ours between 0.5 and 2, and rounded elsewhere: a model whose own weight is the small one does not need it.
     """
 
     def write(self, ours):
@@ -122,7 +122,9 @@ class Piece:
         place = [[i for i, part in enumerate(self.join.parts) if part in name.split(".")] for name in self.ours]
         if sorted(place) != [[i] for i in range(len(self.join.parts))]:
             parts = ", ".join(self.join.parts)
-            raise ModelError(f"{self.theirs} joins {parts}, and the names of the hf_layout give {self.ours}: correct one")
+            raise ModelError(
+                f"{self.theirs} joins {parts}, and the names of the hf_layout give {self.ours}: correct one"
+            )
         for each in (self.ours, self.targets, self.steps):
             each[:] = [value for _, value in sorted(zip(place, each, strict=True), key=lambda pair: pair[0])]
 
@@ -142,7 +144,9 @@ class Piece:
         if len(names) == 1:
             return {names[0]: whole}
         if len(whole) % len(names):
-            raise ModelError(f"{len(whole)} rows of {self.ours[0]} are not {len(names)} equal parts: correct the hf_layout")
+            raise ModelError(
+                f"{len(whole)} rows of {self.ours[0]} are not {len(names)} equal parts: correct the hf_layout"
+            )
         return dict(zip(names, whole.chunk(len(names)), strict=True))
 
     def shapes(self):

@@ -89,9 +89,8 @@ def rope_frequencies(head_dim, theta, scaling=None):
     else:  # linear in the index of the pair (Peng et al. 2023, "YaRN", section 3.2, and DeepSeek-V3's code)
         bounds = (scaling.rope_beta_fast, scaling.rope_beta_slow)  # turns within the original length, of which pair?
         pair_of = [head_dim * math.log(length / (t * 2 * math.pi)) / (2 * math.log(theta)) for t in bounds]
-        if scaling.rope_truncate:
-            pair_of = [math.floor(pair_of[0]), math.ceil(pair_of[1])]
-        first, last = max(pair_of[0], 0), min(pair_of[1], head_dim - 1)
+        down, up = (math.floor, math.ceil) if scaling.rope_truncate else (float, float)
+        first, last = max(down(pair_of[0]), 0), min(up(pair_of[1]), head_dim - 1)
         pairs = torch.arange(head_dim // 2, dtype=torch.float64)
         kept = 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling.rope_factor)
