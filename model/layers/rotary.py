@@ -30,11 +30,10 @@ class RopeArgs:
     def check_rope(self):
         """Raise `ModelError` unless the fields above fit together; call it in `__post_init__`."""
         kind, factor = self.rope_type, self.rope_factor
-        known = ("default", "linear", "llama3", "yarn")
-        require(kind in known, f"rope_type={kind}: choose default, linear, llama3 or yarn")
+        ramp = kind in ("llama3", "yarn")
+        require(ramp or kind in ("default", "linear"), f"rope_type={kind}: choose default, linear, llama3 or yarn")
         require(factor >= 1, f"rope_factor={factor} must be at least 1: change it")
         require(kind != "default" or factor == 1, f"rope_factor={factor} needs a scaling method: set rope_type")
-        ramp = kind in ("llama3", "yarn")
         require(not ramp or self.rope_original_max_seq_len > 0, f"rope_type={kind} needs rope_original_max_seq_len")
         low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
         slow, fast = getattr(self, f"rope_{low}"), getattr(self, f"rope_{high}")
@@ -91,8 +90,7 @@ def rope_frequencies(head_dim, theta, scaling=None):
         pair_of = [head_dim * math.log(length / (t * 2 * math.pi)) / (2 * math.log(theta)) for t in bounds]
         down, up = (math.floor, math.ceil) if scaling.rope_truncate else (float, float)
         first, last = max(down(pair_of[0]), 0), min(up(pair_of[1]), head_dim - 1)
-        pairs = torch.arange(head_dim // 2, dtype=torch.float64)
-        kept = 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
+        kept = 1 - ((torch.arange(head_dim // 2, dtype=torch.float64) - first) / (last - first or 0.001)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling.rope_factor)
 
 
