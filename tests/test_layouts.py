@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.interchange.hf_checkpoint import ExtendedWeights
+from engine.interchange.hf_checkpoint import ExtendedWeights, Weights, save_weights
 from model.basemodel import BaseModel, BaseModelArgs, ModelError
 from model.hf import (
     Join,
@@ -298,6 +298,19 @@ def test_new_tokens_get_rows_in_every_table_of_tokens():
         more["layers.0.tid2eid"][7:], torch.cat((spec["layers.0.tid2eid"], torch.tensor([[0, 1], [2, 3]])))
     )
     assert torch.equal(more["a.w"], spec["a.w"])
+
+
+def test_weights_in_several_files(tmp_path):
+    tensors = {"a": numbers(9), "b": numbers(9) + 1, "big": numbers(99), "table": torch.arange(4)}
+    save_weights(tensors, tmp_path, max_bytes=80)
+    assert len(list(tmp_path.glob("model-0000?-of-00003.safetensors"))) == 3
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * (9 + 9 + 99) + 8 * 4
+    read = Weights(tmp_path)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items()) and set(read) == set(tensors)
+    (tmp_path / "one").mkdir()
+    save_weights(tensors, tmp_path / "one")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.safetensors"]
 
 
 # ---------------------------------------------------------------- config.json
