@@ -28,6 +28,7 @@ SCALING = {  # our argument: the key of config.json's rope_scaling, for each kin
     },
 }
 UNLESS_DEFAULT = ("rope_truncate",)  # written only where it is not what others assume
+UNREADABLE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)  # of a value of another type
 TYPES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text"}
 
 
@@ -61,7 +62,7 @@ class Key:
                 raise ModelError(f"config.json has {path}={value!r} and {other}={found[other]!r}: make them agree")
         try:
             return self.read(value, config), path
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError):
+        except UNREADABLE:
             raise ModelError(f"config.json has {path}={value!r}, which cannot be read: correct it") from None
 
 
