@@ -1,7 +1,7 @@
 """How a published tensor is made from ours, and back: operations that `Layout.stored` and `Layout.joined` list.
 
 Each has `write(ours)` -> theirs and `read(theirs, shape)` -> ours of that shape. They also run on the meta device:
-so the shapes of a checkpoint are known without its weights.
+so the shapes of a checkpoint are known without its weights. (Only as views: other operators load the compiler there.)
 """
 
 import re
@@ -20,9 +20,7 @@ class Rows:
     dim: int = 0
 
     def write(self, ours):
-        if ours.is_meta:  # the shape is the same, and the operator would load the compiler
-            return ours
-        return ours.index_select(self.dim, self.order.to(ours.device))
+        return ours if ours.is_meta else ours.index_select(self.dim, self.order.to(ours.device))
 
     def read(self, theirs, shape):
         return theirs.index_select(self.dim, self.order.argsort().to(theirs.device))
@@ -62,7 +60,7 @@ class MinusOne:
     """
 
     def write(self, ours):
-        return ours - 1
+        return ours if ours.is_meta else ours - 1
 
     def read(self, theirs, shape):
         return theirs + 1
