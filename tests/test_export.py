@@ -22,7 +22,7 @@ from engine.runs.registry import load_run
 from engine.training.evaluate import held_out_loss
 from model import ModelError, get_model_and_args
 from model.basemodel import BaseModel
-from tests.support.models import SHIPPED, TINY, sizes_of
+from tests.support.models import BASE_MODEL, CHAT_MODEL, SHIPPED, TINY, sizes_of
 from tests.support.token_files import stage_files
 from utils.chat_template import encode_chat
 from utils.errors import UserError
@@ -49,7 +49,11 @@ def work(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=PUBLISHED)
+def some_slow(name):
+    return pytest.param(name, marks=[] if name in (BASE_MODEL, CHAT_MODEL) else [pytest.mark.slow])
+
+
+@pytest.fixture(scope="module", params=map(some_slow, PUBLISHED))
 def run(request, work):
     """A run that was trained, and its export."""
     sizes = [f"--model.{key}={value}" for key, value in sizes_of(request.param, SMALL).items()]
@@ -61,7 +65,7 @@ def run(request, work):
             f"--pretrain_data_path={work / 'data/pretrain_train.bin'}",
             "--device=cpu",
             "--max_seq_len=64",
-            "--max_steps=15",
+            "--max_steps=5",
             "--max_batch_size=4",
             "--eval_interval=0",
             "--sample_interval=0",
