@@ -12,9 +12,15 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
 
-from engine.interchange.hf_checkpoint import ExtendedWeights, Weights, architecture_for, read_json, written_here
+from engine.interchange.hf_checkpoint import (
+    ExtendedWeights,
+    Weights,
+    architecture_for,
+    read_json,
+    save_weights,
+    written_here,
+)
 from engine.interchange.model_card import model_card
 from engine.interchange.tokenizers import read_tokenizer, restore_tokenizer, write_tokenizer
 from engine.runs.checkpoint import save_checkpoint
@@ -56,7 +62,7 @@ def export_hf(run: Path, folder: Path) -> None:
         write_tokenizer(tokenizer, directory)
         write_text(directory / "config.json", to_json(config))
         write_text(directory / "generation_config.json", to_json(generation))
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        save_weights(tensors, directory)
         write_text(directory / "README.md", model_card(folder.name, stage, model, config, summary))
     log(f"{run} is now in {folder}: {len(tensors)} tensors, {format_count(model.num_params()['total'])} parameters")
 
@@ -70,16 +76,23 @@ def import_hf(source: Path, run: Path, max_seq_len: int = 0) -> None:
     config = read_json(source / "config.json")
     name, Model = architecture_for(config)
     assert Model.hf_layout is not None
+    layout = Model.hf_layout.for_config(config)
     # a checkpoint of others counts as a base model: it has not been trained on our chat template
     stage = str(written_here(config).get("stage", BASE))
     tokenizer = read_tokenizer(source, config)
-    weights: Mapping[str, torch.Tensor] = Weights(source)
-    vocab_size = Model.hf_layout.model_args(config).vocab_size
-    new_rows = tokenizer.vocab_size - vocab_size
+    weights: Mapping[str, torch.Tensor] = layout.checkpoint(Weights(source))
+    config = layout.in_our_keys(config, weights)
+    args = layout.model_args(config)
+    new_rows = tokenizer.vocab_size - args.vocab_size
     if new_rows > 0:
-        config["vocab_size"] = tokenizer.vocab_size
-        weights = ExtendedWeights(weights, Model.hf_layout.vocab_names(config), vocab_size, new_rows)
+        config = {**config, "vocab_size": tokenizer.vocab_size}
+        with torch.device("meta"):
+            names = layout.vocab_names(Model(args))
+        weights = ExtendedWeights(weights, names, args.vocab_size, new_rows)
         log(f"{new_rows} tokens are new: their embeddings start as the mean of all")
+    left_out = layout.left_out(weights)
+    if left_out:
+        log(f"{len(left_out)} tensors of the checkpoint are left out, such as {left_out[0]}")
     model = Model.from_hf(config, weights, max_seq_len)
     with new_directory(run) as directory:
         restore_tokenizer(tokenizer, directory / "tokenizer")

@@ -1,6 +1,7 @@
 """DeepSeek-V3 as transformers publishes it. The MTP modules are further layers there."""
 
-from model.hf.layout import Layout, interleaved_rows
+from model.hf.layout import Layout
+from model.hf.tensors import Rows, interleaved_rows
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -57,7 +58,7 @@ def layout(args_class):
         more=lambda args: {"num_key_value_heads": args.n_heads, "q_lora_rank": args.q_lora_rank or None},
         present=without_missing_mtp,
         copies=copies,
-        rows=rows,
+        stored=stored,
     )
 
 
@@ -92,10 +93,10 @@ def copies(args):
     return embeddings | {f"{layer}.shared_head.head.weight": head for layer in _mtp_layers(args)}
 
 
-def rows(args):
+def stored(args):
     """The published rotary pairs are neighbours."""
-    q = interleaved_rows(args.n_heads, args.qk_nope_head_dim, args.qk_rope_head_dim)
-    kv = interleaved_rows(1, args.kv_lora_rank, args.qk_rope_head_dim)
+    q = Rows(interleaved_rows(args.n_heads, args.qk_nope_head_dim, args.qk_rope_head_dim))
+    kv = Rows(interleaved_rows(1, args.kv_lora_rank, args.qk_rope_head_dim))
     return {".q_proj.weight": q, ".q_b_proj.weight": q, ".kv_a_proj.weight": kv}
 
 

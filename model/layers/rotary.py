@@ -25,15 +25,15 @@ class RopeArgs:
     rope_beta_fast: float = 32.0  # yarn: as rope_high_freq_factor
     rope_mscale: float = 0.0  # yarn: weight of DeepSeek's correction of cos and sin; 0 = YaRN's own
     rope_mscale_all_dim: float = 0.0  # yarn: its counterpart over the full head, which goes into the softmax scale
+    rope_truncate: bool = True  # yarn: the ramp begins and ends at entire pairs
 
     def check_rope(self):
         """Raise `ModelError` unless the fields above fit together; call it in `__post_init__`."""
         kind, factor = self.rope_type, self.rope_factor
-        known = ("default", "linear", "llama3", "yarn")
-        require(kind in known, f"rope_type={kind}: choose default, linear, llama3 or yarn")
+        ramp = kind in ("llama3", "yarn")
+        require(ramp or kind in ("default", "linear"), f"rope_type={kind}: choose default, linear, llama3 or yarn")
         require(factor >= 1, f"rope_factor={factor} must be at least 1: change it")
         require(kind != "default" or factor == 1, f"rope_factor={factor} needs a scaling method: set rope_type")
-        ramp = kind in ("llama3", "yarn")
         require(not ramp or self.rope_original_max_seq_len > 0, f"rope_type={kind} needs rope_original_max_seq_len")
         low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
         slow, fast = getattr(self, f"rope_{low}"), getattr(self, f"rope_{high}")
@@ -62,7 +62,7 @@ class Rotary(nn.Module):
 def rotate(x, cos, sin):
     """Rotate the pairs (x[j], x[j + R/2]) of every head, R = 2 * cos.shape[-1], and pass on the channels from R on.
 
-    x (B, T, H, K) -> same shape. Why other code pairs neighbours: see `interleaved_rows` of model/hf/layout.py.
+    x (B, T, H, K) -> same shape. Why other code pairs neighbours: see `interleaved_rows` of model/hf/tensors.py.
     """
     a, b, rest = x.float().tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
@@ -88,9 +88,9 @@ def rope_frequencies(head_dim, theta, scaling=None):
     else:  # linear in the index of the pair (Peng et al. 2023, "YaRN", section 3.2, and DeepSeek-V3's code)
         bounds = (scaling.rope_beta_fast, scaling.rope_beta_slow)  # turns within the original length, of which pair?
         pair_of = [head_dim * math.log(length / (t * 2 * math.pi)) / (2 * math.log(theta)) for t in bounds]
-        first, last = max(math.floor(pair_of[0]), 0), min(math.ceil(pair_of[1]), head_dim - 1)
-        pairs = torch.arange(head_dim // 2, dtype=torch.float64)
-        kept = 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)
+        down, up = (math.floor, math.ceil) if scaling.rope_truncate else (float, float)
+        first, last = max(down(pair_of[0]), 0), min(up(pair_of[1]), head_dim - 1)
+        kept = 1 - ((torch.arange(head_dim // 2, dtype=torch.float64) - first) / (last - first or 0.001)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling.rope_factor)
 
 
