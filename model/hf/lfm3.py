@@ -54,7 +54,7 @@ def layout(args_class):
         },
         absent={"tie_word_embeddings": True, "layer_types": ()},
         names=names,
-        stored={".conv.conv.weight": (Shape(-1, 1, args.conv_size),)},
+        stored=lambda args: {".conv.weight": Shape(-1, 1, args.conv_size)},
         more=lambda args: {"pad_token_id": None},  # transformers' default lies outside of a small vocabulary
     )
 
