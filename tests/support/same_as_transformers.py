@@ -179,10 +179,11 @@ def assert_published_names(Model: type[BaseModel], config: dict) -> None:
 
     with torch.device("meta"):
         reference = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
-        ours = Model(Model.hf_layout.model_args(config))
+        layout = Model.hf_layout.for_config(config)
+        ours = Model(layout.model_args(config))
     saved = reference.state_dict()
     tensors = dict(reference.named_parameters())  # a tied one once
     tensors |= {name: buffer for name, buffer in reference.named_buffers() if name in saved}
     theirs = revert_weight_conversion(reference, tensors)
-    got = {name: tuple(tensor.shape) for name, tensor in Model.hf_layout.tensors(ours).items()}
+    got = {name: tuple(tensor.shape) for name, tensor in layout.tensors(ours).items()}
     assert got == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
