@@ -28,6 +28,7 @@ TEMPLATE_SKIPS = {  # the template has neither a state nor doc_ids nor experts
     "state.long_sequences",
     "state.sequences_at_their_own_positions",
     "state.clone_is_independent",
+    "state.rewound_tokens_leave_no_trace",
     "state.sequences_can_be_reordered",
     "state.forward_leaves_pos_alone",
     "state.memory_is_bounded",
