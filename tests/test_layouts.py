@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.interchange.hf_checkpoint import ExtendedWeights
+from engine.interchange.hf_checkpoint import ExtendedWeights, Weights, save_weights
 from model.basemodel import BaseModel, BaseModelArgs, ModelError
 from model.hf import (
     Join,
@@ -282,7 +282,7 @@ def test_other_names_and_tensors_that_are_left_out():
     assert layout.checkpoint(tensors) is tensors  # nothing to rename any more
     layout.load(model, tensors)
     assert torch.equal(model.a.w, numbers(2))
-    with pytest.raises(ModelError, match="the checkpoint has a.w under two names: remove one"):
+    with pytest.raises(ModelError, match="the checkpoint has .*a.w under two names: remove one"):
         layout.checkpoint(source | {"a.w": numbers(2)})
 
 
@@ -298,6 +298,19 @@ def test_new_tokens_get_rows_in_every_table_of_tokens():
         more["layers.0.tid2eid"][7:], torch.cat((spec["layers.0.tid2eid"], torch.tensor([[0, 1], [2, 3]])))
     )
     assert torch.equal(more["a.w"], spec["a.w"])
+
+
+def test_weights_in_several_files(tmp_path):
+    tensors = {"a": numbers(9), "b": numbers(9) + 1, "big": numbers(99), "table": torch.arange(4)}
+    save_weights(tensors, tmp_path, max_bytes=80)
+    assert len(list(tmp_path.glob("model-0000?-of-00003.safetensors"))) == 3
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * (9 + 9 + 99) + 8 * 4
+    read = Weights(tmp_path)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items()) and set(read) == set(tensors)
+    (tmp_path / "one").mkdir()
+    save_weights(tensors, tmp_path / "one")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.safetensors"]
 
 
 # ---------------------------------------------------------------- config.json
@@ -429,7 +442,7 @@ def test_an_attention_factor_of_one():
         ("rope_parameters.full.rope_theta", "1e4", "rope_theta='1e4', and it must be a finite number"),
         ("rope_parameters.local.rope_type", "yarn", "local.rope_type=yarn, and our MixedForCausalLM supports default"),
         ("rope_parameters.local.partial_rotary_factor", 0.25, "full.partial_rotary_factor=0.5 and .* make them agree"),
-        ("head_dim", None, "partial_rotary_factor=0.5, which cannot be read: correct it"),
+        ("head_dim", None, "config.json has no head_dim: it is not a complete MixedForCausalLM"),
         ("block_types", ["CONV", 1], r"block_types=\['CONV', 1\], which cannot be read"),
         ("sizes.kinds", 4, "sizes.kinds=4, and it must be a list"),
         ("sizes.kinds", [4, "5"], r"sizes.kinds\[1\]='5', and it must be an integer"),

@@ -12,9 +12,15 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
 
-from engine.interchange.hf_checkpoint import ExtendedWeights, Weights, architecture_for, read_json, written_here
+from engine.interchange.hf_checkpoint import (
+    ExtendedWeights,
+    Weights,
+    architecture_for,
+    read_json,
+    save_weights,
+    written_here,
+)
 from engine.interchange.model_card import model_card
 from engine.interchange.tokenizers import read_tokenizer, restore_tokenizer, write_tokenizer
 from engine.runs.checkpoint import save_checkpoint
@@ -56,7 +62,7 @@ def export_hf(run: Path, folder: Path) -> None:
         write_tokenizer(tokenizer, directory)
         write_text(directory / "config.json", to_json(config))
         write_text(directory / "generation_config.json", to_json(generation))
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        save_weights(tensors, directory)
         write_text(directory / "README.md", model_card(folder.name, stage, model, config, summary))
     log(f"{run} is now in {folder}: {len(tensors)} tensors, {format_count(model.num_params()['total'])} parameters")
 

@@ -1,18 +1,22 @@
 """Reading a published checkpoint: its config, and its safetensors, in one or several files, one tensor at a time."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from model import get_model_and_args, list_models
 from model.basemodel import BaseModel
+from utils.atomic import write_text
 from utils.errors import UserError
 from utils.files import load_json, require_content
 
 INDEX = "model.safetensors.index.json"
+MAX_FILE = 5 * 10**9  # bytes of tensors in one file
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,6 +86,29 @@ def weight_files(folder: Path) -> list[str]:
             "fetch it again, or remove it where model.safetensors is the only file"
         )
     return sorted(set(files.values()))
+
+
+def save_weights(tensors: dict[str, torch.Tensor], folder: Path, max_bytes: int = MAX_FILE) -> None:
+    """Write model.safetensors, or files of up to `max_bytes` of tensors (one at least) and the index of their names."""
+    files: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if files[-1] and size + tensor.nbytes > max_bytes:
+            files.append({})
+            size = 0
+        files[-1][name] = tensor
+        size += tensor.nbytes
+    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    for file, part in zip(names, files, strict=True):
+        save_file(part, folder / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        places = {name: file for file, part in zip(names, files, strict=True) for name in part}
+        write_text(
+            folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2) + "\n"
+        )
 
 
 class ExtendedWeights(Mapping[str, torch.Tensor]):

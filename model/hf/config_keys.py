@@ -122,9 +122,11 @@ def read_rope(config, path, theta=10000.0, partial=False):
 
     theta: the base where config.json has none. partial: whether the layout itself reads partial_rotary_factor.
     """
-    scaling = (path and get_path(config, path)) or config.get("rope_scaling") or config.get("rope_parameters") or {}
+    places = (path, "rope_scaling") if path else ("rope_scaling", "rope_parameters")
+    found = [(where, value) for where in places if (value := get_path(config, where))]
+    where, scaling = found[0] if found else ("rope_scaling", {})
     if not isinstance(scaling, dict):
-        raise ModelError(f"config.json has rope_scaling={scaling!r}, and it must be an object or null: correct it")
+        raise ModelError(f"config.json has {where}={scaling!r}, and it must be an object or null: correct it")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "dynamic":  # acts on sequences beyond max_position_embeddings only, and no model here has those
         kind = "default"

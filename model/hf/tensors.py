@@ -70,8 +70,8 @@ class MinusOne:
 class Join:
     """Several of our tensors as one of theirs: concatenated along `dim`, and then changed by the operations `then`.
 
-    parts: for each of ours, in the order that they have in theirs, the part of its dotted name that tells it from the
-    others, such as ("q_proj", "k_proj", "v_proj").
+    parts: for each of ours, in the order that they have in theirs, the part of its dotted name that the others lack,
+    such as ("q_proj", "k_proj", "v_proj").
     """
 
     parts: tuple

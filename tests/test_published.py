@@ -1,0 +1,77 @@
+"""Every model with a layout, built by the published config.json of its family: names and shapes of the published files.
+
+tests/support/published/ has those files, with the keys of the published ones. Nothing here names a model: a new layout
+needs a file that it reads, and no more.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import get_model_and_args, list_models
+from tests.support.paths import ROOT
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+
+CONFIGS = {path.stem: json.loads(path.read_text()) for path in Path(__file__).parent.glob("support/published/*.json")}
+LAYOUTS = {
+    name: layout
+    for name in list_models()
+    if (layout := getattr(get_model_and_args(name)[0], "hf_layout", None)) is not None
+}
+PAIRS = [
+    pytest.param(name, file, marks=[pytest.mark.slow] if "num_experts" in json.dumps(config) else [])
+    for name, layout in LAYOUTS.items()
+    for file, config in sorted(CONFIGS.items())
+    if layout.reads(config)
+]
+
+
+def published(config):
+    """{name in the file: shape} of what transformers saves for a config.json; of a multimodal one for its text part."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    config = transformers.AutoConfig.for_model(**config.get("text_config", config))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    saved = model.state_dict()
+    tensors = {name: saved[name] for name in dict(model.named_parameters())}  # a tied one once
+    tensors |= {name: saved[name] for name, _ in model.named_buffers() if name in saved}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, tensors).items()}
+
+
+@pytest.mark.parametrize("name,file", PAIRS)
+def test_names_and_shapes(name, file):
+    config = CONFIGS[file]
+    theirs = published(config)
+    Model = get_model_and_args(name)[0]
+    layout = LAYOUTS[name].for_config(config)
+    args = layout.model_args(layout.present(layout.canonical(config), theirs))
+    with torch.device("meta"):
+        model = Model(args)
+    ours = {name: tuple(tensor.shape) for name, tensor in layout.tensors(model).items()}
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_arguments_survive_config_json(name):
+    """The published arguments are written to a config.json that is read as the same, by us and by transformers."""
+    found = [config for config in CONFIGS.values() if LAYOUTS[name].reads(config)]
+    assert found, f"tests/support/published/ has no config.json that the layout of {name} reads: add that of its family"
+    for config in found:
+        layout = LAYOUTS[name].for_config(config)
+        args = layout.model_args(config)
+        written = json.loads(json.dumps(layout.config(args)))
+        again = LAYOUTS[name].for_config(written)
+        assert again is layout and again.model_args(written) == args
+        transformers.AutoConfig.for_model(**written)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_documentation_lists_it(name):
+    listed = (ROOT / "docs/interchange.md").read_text()
+    for architecture in LAYOUTS[name].architecture.split(", "):
+        assert f"`{architecture}`" in listed, f"add {architecture} to the table of docs/interchange.md"
