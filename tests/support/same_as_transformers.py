@@ -116,7 +116,7 @@ def random_batch(vocab_size: int, seed: int, length: int) -> tuple[Tensor, Tenso
 def assert_same_gradients(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float, only_ours: str = "^$", untrained: str = "^$"
 ) -> None:
-    """Compare {published name: gradient}, relative to the norm of each, or to 0.01 where it is smaller and sums cancel."""
+    """Compare {published name: gradient}, relative to its norm, or to 0.01 where that is smaller and sums cancel."""
     assert not theirs.keys() - ours.keys(), f"transformers has {sorted(theirs.keys() - ours.keys())} as well"
     left = [name for name, grad in ours.items() if name not in theirs and grad.any()]  # zero: that of a buffer
     assert not [name for name in left if not re.search(only_ours, name)], f"transformers does not have {left}"
