@@ -1,0 +1,405 @@
+"""gpt-oss: its equations against loops in float64, its statistics, its state; and equality with transformers' class."""
+
+import copy
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model.layers.window import window_mask
+from safetensors.torch import save_file
+
+from checks import ModelUnderTest
+from engine.inference.generate import generate
+from model import ModelError
+from model.gpt_oss import FULL, WINDOW, Attention, GptOssModel, GptOssModelArgs, MoE, TokenInfo
+from model.layers import RopeArgs, rope_frequencies
+
+NAME = GptOssModel.model_name
+SEEDS = range(12)
+LONG = 31  # tokens: windows end inside, no size divides it
+
+
+def random_model(args, seed=0):
+    """A model in which every parameter matters: unit gain, large sinks and biases."""
+    tested = ModelUnderTest(NAME)
+    tested.args = args
+    model = tested.build(seed)
+    for name, param in model.named_parameters():
+        last = name.rpartition(".")[2]
+        if last == "sinks":
+            torch.nn.init.normal_(param)
+        elif last.endswith("bias"):
+            torch.nn.init.normal_(param, std=0.3)
+    return model
+
+
+def small_args(**changes):
+    return GptOssModelArgs(**{**vars(GptOssModelArgs.tiny()), **changes})
+
+
+def tokens(args, shape=(2, LONG), seed=0):
+    return torch.randint(args.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- the equations
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_attention_equals_a_loop_over_queries(window):
+    """The sink is a further logit whose probability is dropped, in float64, gradients included."""
+    args = small_args()
+    torch.manual_seed(0)
+    layer = Attention(args, 0, window).double()
+    for param in layer.parameters():
+        torch.nn.init.normal_(param, std=0.5)
+    x = torch.randn(2, 9, args.dim, dtype=torch.double)
+    rope = torch.ones(1, 9, 1, 4, dtype=torch.double), torch.zeros(1, 9, 1, 4, dtype=torch.double)  # angle 0
+    mask = window_mask(torch.arange(9)[None], window=window)
+    out, share = layer(x, TokenInfo(rope, {window: mask}))
+    assert share is None
+
+    heads = []
+    for head in range(args.n_heads):
+        of_kv = head // (args.n_heads // args.n_kv_heads)
+        q, k, v = (
+            F.linear(x, proj.weight, proj.bias)[..., 8 * h : 8 * h + 8]
+            for proj, h in ((layer.q_proj, head), (layer.k_proj, of_kv), (layer.v_proj, of_kv))
+        )
+        rows = []
+        for t in range(9):
+            first = 0 if window is None else max(0, t - window + 1)
+            score = (k[:, first : t + 1] @ q[:, t, :, None])[..., 0] / 8**0.5  # (B, S)
+            with_sink = torch.cat((score, layer.sinks[head].expand(2, 1)), dim=1).softmax(dim=1)
+            rows.append((with_sink[:, :-1, None] * v[:, first : t + 1]).sum(dim=1))
+        heads.append(torch.stack(rows, dim=1))
+    want = layer.o_proj(torch.cat(heads, dim=-1))
+    torch.testing.assert_close(out, want, atol=1e-10, rtol=0)
+    grads = [torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (out, want)]
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("active", [1, 2, 6])
+def test_moe_equals_a_loop_over_tokens(active):
+    args = small_args(n_activated_experts=active, swiglu_limit=0.7, swiglu_alpha=1.3)
+    torch.manual_seed(0)
+    moe = MoE(args).double()
+    for param in moe.parameters():
+        torch.nn.init.normal_(param, std=0.4)
+    x = torch.randn(2, 7, args.dim, dtype=torch.double)
+    out, stats = moe(x, TokenInfo((), {}))
+    loads, probability, clipped = [0] * 6, torch.zeros(6, dtype=torch.double), 0
+    for got, token in zip(out.flatten(0, 1), x.flatten(0, 1), strict=True):
+        score = moe.router @ token + moe.router_bias
+        chosen = sorted(range(6), key=lambda e: -score[e].item())[:active]
+        weight = torch.stack([score[e] for e in chosen]).exp()
+        want = 0
+        for e, w in zip(chosen, weight / weight.sum(), strict=True):
+            gate = moe.gate_proj[e] @ token + moe.gate_bias[e]
+            up = moe.up_proj[e] @ token + moe.up_bias[e]
+            clipped += int((gate < -0.7).sum() and (gate > 0.7).sum() and (up.abs() > 0.7).sum())
+            gate, up = gate.clamp(max=0.7), up.clamp(-0.7, 0.7)
+            want = want + w * (moe.down_proj[e] @ ((up + 1) * gate / (1 + (-1.3 * gate).exp())) + moe.down_bias[e])
+            loads[e] += 1
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # routing is in fp32
+        probability += score.softmax(dim=0) / 14
+    assert stats.load.tolist() == loads and clipped
+    torch.testing.assert_close(stats.probability.double(), probability, atol=1e-6, rtol=0)
+
+
+def test_shares_of_the_sinks_are_what_the_keys_leave():
+    """Against a softmax with one more column, of the queries 16 apart from the last; padding counts for nothing."""
+    args = small_args(max_seq_len=40)
+    model = random_model(args)
+    ids = tokens(args, (2, 37))
+    docs = torch.zeros_like(ids)
+    docs[1, 20:] = -1
+    shares = model(ids, targets=ids, doc_ids=docs)[2]
+    x = model.tok_embed(ids)
+    layer = model.layers[0]
+    q, k = (p(layer.attn_norm(x)).unflatten(-1, (-1, 8)) for p in (layer.attn.q_proj, layer.attn.k_proj))
+    a, b = q.chunk(2, dim=-1), k.chunk(2, dim=-1)
+    cos, sin = model.rotary(torch.arange(37)[None])
+    q, k = (torch.cat((y[0] * cos - y[1] * sin, y[1] * cos + y[0] * sin), dim=-1) for y in (a, b))
+    score = torch.einsum("bthk,bshk->bhts", q, k.repeat_interleave(2, dim=2)) / 8**0.5
+    t = torch.arange(37)
+    seen = (t[:, None] >= t) & (t[:, None] - t < args.window_size) & (docs[:, :, None] == docs[:, None])[:, None]
+    score = score.masked_fill(~seen, float("-inf"))
+    sink = layer.attn.sinks.view(1, -1, 1, 1).expand(2, -1, 37, 1)
+    share = torch.cat((score, sink), dim=-1).softmax(dim=-1)[..., -1]  # (B, H, T)
+    want = torch.cat([share[0, :, [4, 20, 36]], share[1, :, [4]]], dim=-1).mean(dim=-1)
+    torch.testing.assert_close(shares["sink/share"][0], want)
+    torch.testing.assert_close(shares["sink/share_window"], shares["sink/share"][[0, 2]].mean())
+    torch.testing.assert_close(shares["sink/share_full"], shares["sink/share"][1].mean())
+
+
+def test_sinks_start_as_off_by_one_attention():
+    """exp(0) = 1 in the denominator: with scores near 0 a query that sees n keys gives its sink 1 / (n + 1)."""
+    torch.manual_seed(0)
+    model = GptOssModel(small_args(window_size=4, n_layers=2))
+    shares = model(tokens(model.args, (4, 16)), targets=tokens(model.args, (4, 16)))[2]
+    assert shares["sink/share_window"].item() == pytest.approx(1 / 5, abs=0.02)
+    assert shares["sink/share_full"].item() == pytest.approx(1 / 17, abs=0.02)
+
+
+# ---------------------------------------------------------------- arguments and state
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"layer_types": (WINDOW,)}, "layer_types has 1 entries, n_layers=3"),
+        ({"layer_types": (WINDOW, FULL, "conv")}, "layer_types has conv"),
+        ({"n_activated_experts": 7}, "must lie in 1..6"),
+        ({"n_heads": 3}, "must be a multiple"),
+        ({"swiglu_limit": 0.0}, "above 0"),
+        ({"window_size": 0}, "at least 1"),
+    ],
+)
+def test_invalid_arguments_are_one_line(fields, message):
+    with pytest.raises(ModelError, match=message) as error:
+        small_args(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_default_size():
+    with torch.device("meta"):
+        counts = GptOssModel(GptOssModelArgs()).num_params()
+    assert 210e6 < counts["total"] < 220e6 and 84e6 < counts["active"] < 90e6
+
+
+def test_a_window_bounds_the_cache_and_nothing_beyond_it_counts():
+    args = small_args(max_seq_len=200, n_layers=2, layer_types=(WINDOW, WINDOW))
+    model = random_model(args)
+    held = {}
+    for max_len in (60, 200):
+        state = model.init_state(2, max_len)
+        for _ in range(3):
+            model(tokens(args, (2, 20)), state=state)
+            state.advance(20)
+        held[max_len] = sum(t.numel() for layer in state.layers for t in layer.values())
+    assert held[60] == held[200]
+    ids = tokens(args, (1, 30))
+    other = torch.cat((tokens(args, (1, 10), seed=1), ids[:, 10:]), dim=1)
+    reach = 2 * (args.window_size - 1)  # of two layers
+    with torch.no_grad():
+        changed = (model(ids)[0] - model(other)[0]).abs().amax(dim=-1)[0]
+    assert changed[9 + reach] > 1e-4 and changed[10 + reach :].max() < 1e-5
+
+
+# ---------------------------------------------------------------- equality with transformers
+
+
+def random_args(seed, **changes):
+    """Sizes that share no factor by design; every switch takes each of its values over SEEDS."""
+    r = random.Random(seed)
+    heads, experts, layers = r.choice([2, 3, 4, 6]), r.choice([3, 5, 7]), r.choice([2, 3])
+    kinds = tuple(r.choice([WINDOW, FULL]) for _ in range(layers))
+    yarn = {"rope_type": "yarn", "rope_factor": r.choice([2.0, 32.0]), "rope_original_max_seq_len": r.choice([8, 20])}
+    rope = ({}, yarn | {"rope_truncate": False}, yarn | {"rope_truncate": True})[seed % 3]
+    fields = {
+        "vocab_size": r.randrange(53, 131),
+        "max_seq_len": 40,
+        "dim": r.randrange(17, 60),
+        "n_layers": layers,
+        "layer_types": kinds if seed % 2 else (),
+        "window_size": r.choice([1, 2, 5, 7, 13, 30]),
+        "n_heads": heads,
+        "n_kv_heads": r.choice([g for g in (1, 2, 3, 4, 6) if heads % g == 0]),
+        "head_dim": r.choice([4, 6, 10, 14]),
+        "moe_inter_dim": r.randrange(11, 29),
+        "n_routed_experts": experts,
+        "n_activated_experts": r.randrange(1, experts + 1),
+        "swiglu_alpha": (1.702, 1.0)[seed // 2 % 2],
+        "swiglu_limit": (7.0, 0.8, 1.5)[seed // 2 % 3],
+        "aux_loss_weight": (0.0, 0.5)[seed // 3 % 2],
+        "norm_eps": (1e-5, 1e-6)[seed % 2],
+        "rope_theta": r.choice([150000.0, 10000.0, 1234.5]),
+        "tie_embeddings": seed % 2 == 0,
+        **rope,
+    }
+    return GptOssModelArgs(**fields | changes)
+
+
+def reference_of(model, folder):
+    """transformers' model of an export."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    config, tensors = model.to_hf()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # eager: the fused experts require sizes in multiples of 16 bytes
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
+    ).eval()
+
+
+def gradients(model):
+    """{published name: gradient}: the layout of the weights, applied to a model that holds gradients instead."""
+    image = copy.deepcopy(model)
+    for mine, param in zip(model.parameters(), image.parameters(), strict=True):
+        param.data = torch.zeros_like(mine) if mine.grad is None else mine.grad.clone()
+    return image.to_hf()[1]
+
+
+def assert_same_gradients(model, reference):
+    ours, theirs = gradients(model), dict(reference.named_parameters())
+    assert ours.keys() == theirs.keys() - {"lm_head.weight"} | ours.keys() & {"lm_head.weight"}
+    for name, grad in ours.items():
+        want = theirs[name].grad
+        want = torch.zeros_like(grad) if want is None else want
+        error = (grad - want).norm() / want.norm().clamp(min=1e-3)
+        assert error < 1e-5, f"{name}: relative error {error:.2g}"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_logits_loss_and_gradients(seed, tmp_path):
+    args = random_args(seed)
+    model = random_model(args, seed)
+    reference = reference_of(model, tmp_path)
+    ids = tokens(args, seed=seed)
+    with torch.no_grad():
+        logits, want = model(ids)[0], reference(ids).logits
+    assert (logits - want).abs().max() < 1e-5
+    assert want.std() > 0.3  # weights at which an error would show
+
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.2, -100)
+    targets = torch.cat((labels[:, 1:], labels.new_full((2, 1), -100)), dim=1)
+    loss = model(ids, targets=targets)[1]
+    want = reference(ids, labels=labels, output_router_logits=True).loss
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    loss.backward()
+    want.backward()
+    assert_same_gradients(model, reference)
+
+
+def test_the_sizes_cover_every_switch():
+    seen = [random_args(seed) for seed in SEEDS]
+    assert {a.rope_type for a in seen} == {"default", "yarn"}
+    assert {a.rope_truncate for a in seen if a.rope_type == "yarn"} == {True, False}
+    assert {a.tie_embeddings for a in seen} == {True, False}
+    assert {a.aux_loss_weight > 0 for a in seen} == {True, False}
+    assert {kind for a in seen for kind in a.kinds()} == {WINDOW, FULL}
+    assert min(a.window_size for a in seen) < 3 and any(a.n_activated_experts == 1 for a in seen)
+    assert len({a.swiglu_limit for a in seen}) == 3
+
+
+@pytest.mark.parametrize("seed", [1, 4])
+def test_packed_documents(seed, tmp_path):
+    """transformers keeps documents apart whose positions restart: logits and gradients are the same."""
+    args = random_args(seed, window_size=5, aux_loss_weight=0.0)
+    model = random_model(args, seed)
+    reference = reference_of(model, tmp_path)
+    ids = tokens(args, (1, LONG))
+    docs = torch.tensor([[0] * 7 + [1] + [2] * 12 + [3] * 11])
+    positions = torch.cat([torch.arange(n) for n in (7, 1, 12, 11)])[None]
+    got = model(ids, doc_ids=docs)[0]
+    want = reference(ids, position_ids=positions, use_cache=False).logits
+    assert (got - want).abs().max() < 1e-5
+    for logits in (got, want):
+        logits.square().mean().backward()
+    assert_same_gradients(model, reference)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5])
+def test_256_greedy_tokens(seed, tmp_path):
+    args = random_args(seed, max_seq_len=300)
+    model = random_model(args, seed)
+    prompt = [1, 5, 9, 2, 11, 30, 17]
+    out = reference_of(model, tmp_path).generate(
+        torch.tensor([prompt]), max_new_tokens=256, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    ours = generate(model, None, [prompt], 256, stop_ids=(), temperature=0)[0]
+    assert ours == out[0, len(prompt) :].tolist()
+    assert len(set(ours)) > 5  # no stuck repetition that any model would reproduce
+
+
+def test_balance_loss_leaves_padding_out(tmp_path):
+    args = random_args(4, aux_loss_weight=1.0)
+    model = random_model(args)
+    reference = reference_of(model, tmp_path)
+    ids = tokens(args)
+    docs = torch.zeros_like(ids)
+    docs[0, 11:] = -1
+    want = reference(ids, attention_mask=(docs >= 0).long(), output_router_logits=True).aux_loss
+    got = model(ids, targets=ids.masked_fill(docs < 0, -100), doc_ids=docs)[2]["loss/balance"]
+    torch.testing.assert_close(got, want, atol=0, rtol=1e-5)
+    nothing = model(ids, targets=ids * 0 - 100, doc_ids=docs * 0 - 1)[1]
+    assert nothing.item() == 0
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_import_and_export_give_the_same_bytes(seed, tmp_path):
+    model = random_model(random_args(seed), seed)
+    reference = reference_of(model, tmp_path / "export") if (tmp_path / "export").mkdir() is None else None
+    config, tensors = model.to_hf()
+    again = GptOssModel.from_hf(config, tensors)
+    assert again.args == model.args
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    theirs = {name: p.detach() for name, p in reference.named_parameters()}
+    assert theirs.keys() == tensors.keys() and all(torch.equal(theirs[name], tensors[name]) for name in theirs)
+    written = json.loads(reference.config.to_json_string())  # as transformers 5 writes it
+    assert GptOssModel.hf_layout.model_args(written) == model.args
+
+
+PUBLISHED = {  # gpt-oss-20b's config.json, without its quantization
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 201088,
+}
+
+
+def test_the_published_configuration():
+    """On the meta device: names and shapes of all tensors, and the rotary frequencies, are transformers'."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    args = GptOssModel.hf_layout.model_args(PUBLISHED)
+    assert args.windows() == [128, None] * 12 and not args.rope_truncate
+    theirs_config = transformers.AutoConfig.for_model(**copy.deepcopy(PUBLISHED))
+    with torch.device("meta"):
+        tensors = GptOssModel.hf_layout.tensors(GptOssModel(args))
+        reference = transformers.GptOssForCausalLM(theirs_config)
+    assert {name: t.shape for name, t in tensors.items()} == {n: p.shape for n, p in reference.named_parameters()}
+    want, _ = ROPE_INIT_FUNCTIONS["yarn"](theirs_config)
+    got = rope_frequencies(args.head_dim, args.rope_theta, args)
+    assert ((got.float() - want) / want).abs().max() < 1e-5
+    rounded = RopeArgs(**{f: getattr(args, f) for f in vars(RopeArgs()) if f != "rope_truncate"})
+    assert not torch.allclose(rope_frequencies(args.head_dim, args.rope_theta, rounded), got)
