@@ -189,10 +189,10 @@ class MoE(nn.Module):
 
     def _expert(self, x, e):  # (n, D) -> (n, D)
         limit = self.args.swiglu_limit
-        gate = (expert_linear(x, self.gate_proj, e) + self.gate_bias[e]).clamp(max=limit)
-        up = (expert_linear(x, self.up_proj, e) + self.up_bias[e]).clamp(-limit, limit)
+        gate = expert_linear(x, self.gate_proj, e, self.gate_bias).clamp(max=limit)
+        up = expert_linear(x, self.up_proj, e, self.up_bias).clamp(-limit, limit)
         h = (up + 1) * gate * torch.sigmoid(self.args.swiglu_alpha * gate)
-        return expert_linear(h, self.down_proj, e) + self.down_bias[e]
+        return expert_linear(h, self.down_proj, e, self.down_bias)
 
 
 class Block(nn.Module):
