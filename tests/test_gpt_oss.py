@@ -253,7 +253,10 @@ def test_the_sizes_cover_every_switch():
 
 @pytest.mark.parametrize("seed", some(3, quick=1))
 def test_packed_documents(seed, tmp_path):
-    """transformers keeps documents apart whose positions restart: logits and gradients are the same."""
+    """With transformers' own masks for positions that restart (its class makes none): logits and gradients."""
+    transformers_or_skip()
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
     model = random_weights(random_args(seed, window_size=5), seed)
     write(model, tmp_path)
     reference, lengths = load(tmp_path), (7, 1, 12, 11)
@@ -261,7 +264,12 @@ def test_packed_documents(seed, tmp_path):
     docs = torch.cat([torch.full((1, n), i) for i, n in enumerate(lengths)], dim=1)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     got = model(ids, doc_ids=docs)[0]
-    want = reference(ids, position_ids=positions, use_cache=False).logits
+    inputs = {"inputs_embeds": model.tok_embed(ids), "attention_mask": None, "past_key_values": None}
+    masks = {
+        kind: create(config=reference.config, position_ids=positions, **inputs)
+        for kind, create in ((FULL, create_causal_mask), (WINDOW, create_sliding_window_causal_mask))
+    }
+    want = reference(ids, position_ids=positions, attention_mask=masks, use_cache=False).logits
     assert (got - want).abs().max() < 1e-5
     for logits in (got, want):
         logits.square().mean().backward()
