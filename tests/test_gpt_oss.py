@@ -1,5 +1,6 @@
 """gpt-oss: its equations against loops in float64, its statistics, its state; and equality with transformers' class."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from model import ModelError
 from model.gpt_oss import FULL, WINDOW, Attention, GptOssModel, GptOssModelArgs, MoE, TokenInfo
 from model.layers import rope_amplitude, rope_frequencies, window_mask
+from tests.support.paths import ROOT
 from tests.support.same_as_transformers import (
-    assert_published_names,
     assert_same_files,
     assert_same_gradients,
     assert_same_numbers,
@@ -225,14 +226,14 @@ def random_args(seed, **changes):
 
 def some(seeds, quick):
     """The seeds as parameters, all but the first few of them slow."""
-    return [pytest.param(seed, marks=() if seed < quick else pytest.mark.slow) for seed in range(seeds)]
+    return [pytest.param(seed, marks=() if i < quick else pytest.mark.slow) for i, seed in enumerate(seeds)]
 
 
 def loss_with_balance(reference, ids, labels):
     return reference(ids, labels=labels, use_cache=False, output_router_logits=True).loss
 
 
-@pytest.mark.parametrize("seed", some(12, quick=3))
+@pytest.mark.parametrize("seed", some(range(12), quick=3))
 def test_logits_loss_and_gradients(seed, tmp_path):
     model = random_weights(random_args(seed), seed)
     write(model, tmp_path)
@@ -251,7 +252,7 @@ def test_the_sizes_cover_every_switch():
     assert len({a.swiglu_limit for a in seen}) == 3 and len({a.swiglu_alpha for a in seen}) == 2
 
 
-@pytest.mark.parametrize("seed", some(3, quick=1))
+@pytest.mark.parametrize("seed", some(range(3), quick=1))
 def test_packed_documents(seed, tmp_path):
     """With transformers' own masks for positions that restart (its class makes none): logits and gradients."""
     transformers_or_skip()
@@ -276,14 +277,14 @@ def test_packed_documents(seed, tmp_path):
     assert_same_gradients(our_gradients(model), their_gradients(reference), 1e-5)
 
 
-@pytest.mark.parametrize("seed", some(4, quick=1))
+@pytest.mark.parametrize("seed", some((0, 1, 5, 6), quick=1))  # those whose text is varied
 def test_256_greedy_tokens(seed, tmp_path):
     model = random_weights(random_args(seed, max_seq_len=300), seed)
     write(model, tmp_path)
     assert_same_text(model, tmp_path)
 
 
-@pytest.mark.parametrize("seed", some(4, quick=1))
+@pytest.mark.parametrize("seed", some(range(4), quick=1))
 def test_import_and_export(seed, tmp_path):
     model = random_weights(random_args(seed), seed)
     write(model, tmp_path)
@@ -302,60 +303,15 @@ def test_balance_loss_leaves_padding_out(tmp_path):
     assert model(ids, targets=ids * 0 - 100, doc_ids=docs * 0 - 1)[1].item() == 0  # nothing but padding
 
 
-PUBLISHED = {  # gpt-oss-20b's config.json, without its quantization
-    "architectures": ["GptOssForCausalLM"],
-    "attention_bias": True,
-    "attention_dropout": 0.0,
-    "eos_token_id": 200002,
-    "experts_per_token": 4,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 2880,
-    "initial_context_length": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 2880,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
-    "max_position_embeddings": 131072,
-    "model_type": "gpt_oss",
-    "num_attention_heads": 64,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 8,
-    "num_local_experts": 32,
-    "output_router_logits": False,
-    "pad_token_id": 199999,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-        "truncate": False,
-    },
-    "rope_theta": 150000,
-    "router_aux_loss_coef": 0.9,
-    "sliding_window": 128,
-    "swiglu_limit": 7.0,
-    "tie_word_embeddings": False,
-    "use_cache": True,
-    "vocab_size": 201088,
-}
-
-
-def test_published_names_and_shapes():
-    assert_published_names(GptOssModel, PUBLISHED)
-    args = GptOssModel.hf_layout.model_args(PUBLISHED)
-    assert args.windows() == [128, None] * 12
-
-
 def test_the_published_rotary_frequencies():
     """The ramp of YaRN begins and ends between two pairs."""
     transformers = transformers_or_skip()
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    args = GptOssModel.hf_layout.model_args(PUBLISHED)
-    want, amplitude = ROPE_INIT_FUNCTIONS["yarn"](transformers.AutoConfig.for_model(**PUBLISHED))
+    config = json.loads((ROOT / "tests/support/published/gpt-oss-120b.json").read_text(encoding="utf-8"))
+    args = GptOssModel.hf_layout.model_args(config)
+    assert args.windows() == [128, None] * 18
+    want, amplitude = ROPE_INIT_FUNCTIONS["yarn"](transformers.AutoConfig.for_model(**config))
     got = rope_frequencies(args.head_dim, args.rope_theta, args)
     assert ((got.float() - want) / want).abs().max() < 1e-5
     assert rope_amplitude(args) == pytest.approx(amplitude, rel=1e-6)
