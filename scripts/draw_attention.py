@@ -102,7 +102,7 @@ def draw(layers: list[Tensor], path: Path, columns: int) -> None:
         width = max(0.04, 1 / len(keys))
         for values, box in ((sink[:, None], (0, 0, width, 1)), (keys, (width + GAP, 0, 1 - width - GAP, 1))):
             part = axes.inset_axes(box, xticks=[], yticks=[])
-            part.imshow(values.sqrt(), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            part.imshow(values.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     figure.savefig(path)
 
 
