@@ -41,7 +41,7 @@ class GptOssModelArgs(RopeArgs, BaseModelArgs):
     n_activated_experts: int = 2  # A, experts per token; 4 in the published models
     swiglu_alpha: float = 1.702  # slope of the gate: x sigmoid(1.702 x) is nearly GELU (Hendrycks & Gimpel 2016)
     swiglu_limit: float = 7.0  # gate and up are clipped there
-    aux_loss_weight: float = 0.001  # weight of the balance loss
+    aux_loss_weight: float = 0.01  # alpha, weight of the balance loss
     norm_eps: float = 1e-5
     rope_theta: float = 150000.0  # base of the rotary frequencies
     rope_truncate: bool = False  # YaRN's ramp begins and ends between two pairs
@@ -268,15 +268,16 @@ class GptOssModel(BaseModel):
         return None, sum(term for name, term in other_vars.items() if name.startswith("loss/")), other_vars
 
     def _balance_loss(self, stats):
-        """Auxiliary loss of the Switch Transformer (Fedus et al. 2021, equations 4-6), as the published code has it.
+        """Auxiliary loss of the Switch Transformer (Fedus et al. 2021, equations 4-6), the mean over the layers.
 
-        alpha E sum_e f_e P_e with the share f_e of the tokens that chose expert e (they sum to A), and the mean
-        probability P_e of a softmax over all experts; both over the tokens of all layers together.
+        alpha E sum_e f_e P_e with the share f_e of a layer's tokens that chose expert e (they sum to A), and the mean
+        probability P_e of a softmax over all experts. The published code forms f and P over all layers together,
+        which a layer without a balance of its own can satisfy (docs/architectures/gpt_oss.md).
         """
-        load = torch.stack([s.load for s in stats]).mean(dim=0)
-        f = load * self.args.n_activated_experts / load.sum().clamp(min=1)
-        p = torch.stack([s.probability for s in stats]).mean(dim=0)
-        return self.args.aux_loss_weight * self.args.n_routed_experts * (f * p).sum()
+        load = torch.stack([s.load for s in stats])  # (L, E)
+        f = load * self.args.n_activated_experts / load.sum(dim=1, keepdim=True).clamp(min=1)
+        p = torch.stack([s.probability for s in stats])
+        return self.args.aux_loss_weight * self.args.n_routed_experts * (f * p).sum(dim=1).mean()
 
     def _sink_shares(self, shares):
         """The share of the probability that goes to the sinks: of each head (L, H), and its mean per kind of layer."""

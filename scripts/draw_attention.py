@@ -1,6 +1,6 @@
 """Draws what the layers of a trained model attend to, a panel per layer: the mean over its heads.
 
-    python scripts/draw_attention.py --run=output/pretrain_mini_llama3 --picture=attention.png
+    python scripts/draw_attention.py --run=output/pretrain_my_net --picture=attention.png
 
 Rows are queries, columns keys. The separate first column is what is left of the probability: it goes to learned sinks.
 """

@@ -229,8 +229,19 @@ def some(seeds, quick):
     return [pytest.param(seed, marks=() if i < quick else pytest.mark.slow) for i, seed in enumerate(seeds)]
 
 
+def their_balance(reference, outputs, token_mask=None):
+    """transformers' balance loss, of one layer after another: we take the mean over the layers."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_func
+
+    sizes = reference.config.num_local_experts, reference.config.num_experts_per_tok
+    losses = [load_balancing_loss_func((logits,), *sizes, token_mask) for logits in outputs.router_logits]
+    return reference.config.router_aux_loss_coef * sum(losses) / len(losses)
+
+
 def loss_with_balance(reference, ids, labels):
-    return reference(ids, labels=labels, use_cache=False, output_router_logits=True).loss
+    outputs = reference(ids, labels=labels, use_cache=False, output_router_logits=True)
+    cross_entropy = outputs.loss - reference.config.router_aux_loss_coef * outputs.aux_loss
+    return cross_entropy + their_balance(reference, outputs)
 
 
 @pytest.mark.parametrize("seed", some(range(12), quick=3))
@@ -297,7 +308,8 @@ def test_balance_loss_leaves_padding_out(tmp_path):
     ids = tokens(model.args)
     docs = torch.zeros_like(ids)
     docs[0, 11:] = -1
-    want = load(tmp_path)(ids, attention_mask=(docs >= 0).long(), output_router_logits=True).aux_loss
+    reference, token_mask = load(tmp_path), (docs >= 0).long()
+    want = their_balance(reference, reference(ids, attention_mask=token_mask, output_router_logits=True), token_mask)
     got = model(ids, targets=ids.masked_fill(docs < 0, -100), doc_ids=docs)[2]["loss/balance"]
     torch.testing.assert_close(got, want, atol=0, rtol=1e-5)
     assert model(ids, targets=ids * 0 - 100, doc_ids=docs * 0 - 1)[1].item() == 0  # nothing but padding
