@@ -311,7 +311,8 @@ def test_what_cannot_be_imported_is_one_line(run, tmp_path):
     untied = {"lm_head.weight": load_file(folder / "model.safetensors")["model.embed_tokens.weight"] + 1}
     assert "lm_head.weight differs" in trial(tensors=lambda t: t | untied)
     assert "quantised" in trial({"quantization_config": {"quant_method": "fp8"}})
-    assert "attention_bias=True" in trial({"attention_bias": True})
+    bias = json.loads((folder / "config.json").read_text())["attention_bias"]
+    assert f"attention_bias={not bias}" in trial({"attention_bias": not bias})
     assert "longrope" in trial({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}})
     assert "no hidden_size" in trial({"hidden_size": "gone"})
     assert "no model here reads GPT2LMHeadModel" in trial({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"})
