@@ -123,7 +123,7 @@ CASES = {
     "joined": (
         {
             "names": lambda args: {".(v|q|k)_proj.": ".qkv."},  # in another order than ours
-            "joined": lambda args: {".qkv.w": Join(("q_proj", "k_proj", "v_proj"))},
+            "joined": lambda args: {".qkv.w": Join(("q_proj", "k_proj.w", "a.v_proj.w"))},
         },
         {"a.v_proj.w": numbers(1, 2), "a.k_proj.w": numbers(3, 2), "a.q_proj.w": numbers(4, 2), "b.w": numbers(2)},
         lambda v, k, q, b: {"a.qkv.w": torch.cat((q, k, v)), "b.w": b},
