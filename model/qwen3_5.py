@@ -103,6 +103,11 @@ class TokenInfo(NamedTuple):
     token_mask: torch.Tensor | None = None
     state: State | None = None
 
+    def mean(self, x):
+        """Mean over the tokens that are no padding, without a graph. (B, T, N) -> (N,)."""
+        mask = x.new_ones(x.shape[:2]) if self.token_mask is None else self.token_mask
+        return (x.detach() * mask[:, :, None]).sum(dim=(0, 1)) / mask.sum().clamp(min=1)
+
 
 class ZeroCentredRMSNorm(nn.Module):
     """RMSNorm by 1 + weight: weight decay pulls the scale to 1. (..., D) -> same."""
@@ -152,21 +157,19 @@ class GatedDeltaNet(nn.Module):
         a, state = self.args, info.state
         qkv = F.silu(self.conv(self.qkv_proj(x), state, self.layer, doc_ids=info.doc_ids))
         q, k, v = qkv.split(self.sizes, dim=-1)
-        q = unit(q.unflatten(-1, (a.linear_n_k_heads, -1)).float()) * a.linear_k_head_dim**-0.5  # (B, T, Hk, K)
-        k = unit(k.unflatten(-1, (a.linear_n_k_heads, -1)).float())
+        q, k = (unit(t.unflatten(-1, (a.linear_n_k_heads, -1)).float()) for t in (q, k))  # (B, T, G, K)
         v = v.unflatten(-1, (a.linear_n_v_heads, -1))  # (B, T, H, V)
         log_alpha = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
         beta = self.b_proj(x).float().sigmoid()  # (B, T, H)
         memory = None if state is None else state.layers[self.layer].get("memory")
-        out, memory = delta_rule(q, k, v, log_alpha, beta, memory, info.doc_ids, a.chunk_size)
+        out, memory = delta_rule(q * q.shape[-1] ** -0.5, k, v, log_alpha, beta, memory, info.doc_ids, a.chunk_size)
         if state is not None:
             state.layers[self.layer]["memory"] = memory  # (B, H, K, V)
         gate = F.silu(self.z_proj(x)).unflatten(-1, (a.linear_n_v_heads, -1))
         out = self.o_proj((self.norm(out).to(x.dtype) * gate).flatten(-2))
         if state is not None:
             return out, {}
-        mean = {"gdn/decay": log_alpha.detach().exp().mean(dim=(0, 1)), "gdn/beta": beta.detach().mean(dim=(0, 1))}
-        return out, mean
+        return out, {"gdn/decay": info.mean(log_alpha.exp()), "gdn/beta": info.mean(beta)}
 
 
 def unit(x):
@@ -202,7 +205,7 @@ class GatedAttention(nn.Module):
         out = self.o_proj(attention(q, k, v, info.mask).flatten(-2) * gate)
         if info.state is not None:
             return out, {}
-        return out, {"attn/gate": gate.detach().unflatten(-1, (self.args.n_heads, -1)).float().mean(dim=(0, 1, 3))}
+        return out, {"attn/gate": info.mean(gate.float()).view(self.args.n_heads, -1).mean(dim=-1)}
 
 
 class MoE(nn.Module):
@@ -235,7 +238,7 @@ class MoE(nn.Module):
         if info.state is not None:
             return out, {"load": load}
         p = p if info.token_mask is None else p * info.token_mask.flatten()[:, None]
-        return out, {"load": load, "p": p.sum(dim=0), "moe/shared_gate": shared.detach().mean()}
+        return out, {"load": load, "p": p.sum(dim=0), "moe/shared_gate": info.mean(shared)[0]}
 
 
 class Block(nn.Module):
@@ -286,7 +289,7 @@ class Qwen3_5Model(BaseModel):
         self.lm_head = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.lm_head.weight = self.tok_embed.weight
-        self.mtp = MTPModule(args) if args.n_mtp_layers else None
+        self.mtp = MTPModule(args) if args.n_mtp_layers else nn.Identity()
         self.rotary = Rotary(args.qk_rope_head_dim, args.max_seq_len, args.rope_theta, args)
         self.init_weights()
         if not args.n_mtp_layers:
@@ -315,7 +318,7 @@ class Qwen3_5Model(BaseModel):
         squares = [] if self.z_loss else None
         other_vars["loss/ce"] = lm_loss(x, self.lm_head.weight, targets, squares=squares)
         balance = self._balance_loss(stats)
-        if self.mtp is not None and input_ids.shape[1] > 1:
+        if self.args.n_mtp_layers and input_ids.shape[1] > 1:
             further, of_module = self._predict_further(x, embedded, targets, doc_ids, squares)
             other_vars |= further
             balance += self._balance_loss(of_module)
@@ -370,16 +373,13 @@ class Qwen3_5Model(BaseModel):
     def _active(self, module):
         """Return how many parameters of `module` a token uses: not those of the experts that it does not choose."""
         a = self.args
-        if module is None:
-            return 0
         unchosen = (a.n_routed_experts - a.n_activated_experts) * 3 * a.dim * a.moe_inter_dim
         total = sum(p.numel() for p in module.parameters())
         return total - unchosen * sum(isinstance(m, MoE) for m in module.modules())
 
     def attention_flops_per_token(self, seq_len):
         """Return the forward FLOPs of scores and values of full layers, and of the recurrences of linear ones."""
-        a = self.args
-        n_linear = a.mixers.count(LINEAR)
+        a, n_linear = self.args, self.args.mixers.count(LINEAR)
         heads = (a.linear_n_v_heads, a.linear_k_head_dim, a.linear_v_head_dim)
         full = 4 * seq_len * a.n_heads * a.head_dim * (a.n_layers - n_linear + a.n_mtp_layers)
         return full + n_linear * recurrence_flops(*heads, seq_len, a.chunk_size, n_k_heads=a.linear_n_k_heads)

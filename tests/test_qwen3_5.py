@@ -143,7 +143,7 @@ def with_balance(reference, ids, labels):
 def test_logits_loss_and_gradients(seed, tmp_path):
     model = built(random_args(seed), seed)
     write(model, tmp_path)
-    if model.mtp is None:
+    if not model.args.n_mtp_layers:
         assert_same_numbers(model, tmp_path, seed, loss=with_balance, untrained="experts")
     else:
         ce = {"our_loss": lambda out: out[2]["loss/ce"]}
@@ -401,3 +401,13 @@ def test_kinds_of_layers_are_listed_or_repeated():
 def test_sizes_that_do_not_fit_are_refused(changes):
     with pytest.raises(ModelError):
         tiny(**changes)
+
+
+def test_statistics_leave_padding_out():
+    model = built(tiny())
+    ids = ModelUnderTest(NAME).tokens(2, 12)
+    docs = torch.tensor([[0] * 7 + [-1] * 5, [-1] * 12])
+    padded = model(ids, ids.roll(-1, 1).masked_fill(docs < 0, -100), doc_ids=docs)[2]
+    alone = model(ids[:1, :7], ids[:1].roll(-1, 1)[:, :7])[2]
+    for name in ("gdn/decay", "gdn/beta", "attn/gate", "moe/shared_gate"):
+        torch.testing.assert_close(padded[name], alone[name], msg=name)
