@@ -113,10 +113,11 @@ def test_memory_is_flat_over_many_requests(name):
             scheduler.add(some_request(rng, 6)[0])
         done += sum(request.finish is not None for request in scheduler.step())
         if done > 30:
-            now = [layer[key].data_ptr() for layer in scheduler.batch.state.layers for key in layer]
+            caches = scheduler.batch.state.rewindable  # a recurrent layer replaces its matrix
+            now = [layer[key].data_ptr() for layer in scheduler.batch.state.layers for key in layer if key in caches]
             places, size = places or now, size or state_bytes(scheduler)
             assert state_bytes(scheduler) == size
-            assert now == places or name == "Hybrid"  # a recurrent layer replaces its matrix
+            assert now == places
     assert sum(len(slot.ids) for slot in scheduler.slots) <= 8 * LONGEST and len(scheduler.waiting) <= 4
 
 
