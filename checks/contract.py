@@ -295,7 +295,11 @@ def declared_names_exist(tested: ModelUnderTest) -> None:
     where a tuple of one is meant.
     """
     model = tested.build()
-    kinds = {"scalar_params": Tensor, "expert_weights": Tensor, "not_quantized": (Tensor, torch.nn.Module)}
+    kinds: dict[str, tuple[type, ...]] = {
+        "scalar_params": (Tensor,),
+        "expert_weights": (Tensor,),
+        "not_quantized": (Tensor, torch.nn.Module),
+    }
     for where, module in model.named_modules():
         for field, kind in kinds.items():
             names = getattr(module, field, ())

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ def windows_count_the_token_itself(tested: ModelUnderTest) -> None:
         size, length = int(getattr(tested.args, name)), tested.args.max_seq_len
         if size >= length:
             size = max(1, length // 3)
-        model, wider = tested.build(**{name: size}), tested.build(**{name: length})
+        sizes: list[dict[str, Any]] = [{name: size}, {name: length}]
+        model, wider = (tested.build(**changes) for changes in sizes)
         wider.load_state_dict(model.state_dict())
     except Exception as error:
         raise NotApplicable(f"no two models that differ in {name} alone: {error}") from error
@@ -45,7 +47,7 @@ def windows_count_the_token_itself(tested: ModelUnderTest) -> None:
 
 @torch.no_grad()
 def sinks_only_take(tested: ModelUnderTest) -> None:
-    """A sink is a score per head in the denominator of a softmax only: it takes a share of attention, and gives nothing.
+    """A sink is a score per head in the denominator of a softmax only: it takes attention, and gives nothing.
 
     Measured: the input of `o_proj` in each module with a parameter `sink` or `sinks`, when these are so large that they
     take all: it is zero; and when one of them is: then heads are left that are not zero.
@@ -122,7 +124,9 @@ def index_loss_teaches_the_indexer_alone(tested: ModelUnderTest) -> None:
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
     def taught(values: list[Tensor]) -> set[str]:
-        grads = torch.autograd.grad(sum(values), [p for _, p in named], retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            torch.stack(values).sum(), [p for _, p in named], retain_graph=True, allow_unused=True
+        )
         return {n for (n, _), g in zip(named, grads) if g is not None and bool(g.any())}
 
     rest = taught(others) if others else set()

@@ -1,4 +1,4 @@
-"""Correct architectures of newer kinds, with windows, memories, entries and tails of their own: every check must pass."""
+"""Correct architectures of newer kinds, with windows, memories, entries and tails of their own; all checks pass."""
 
 from dataclasses import replace
 

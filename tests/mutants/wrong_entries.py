@@ -1,4 +1,4 @@
-"""Compressed entries seen too early or by others, indexers that look ahead, and index losses that teach the wrong part."""
+"""Compressed entries seen too early or by others, indexers that look ahead, index losses that teach the wrong part."""
 
 import torch
 
