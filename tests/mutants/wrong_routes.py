@@ -20,6 +20,7 @@ from .wrong_gradients import LEARNS
 from .wrong_packing import PACKED
 from .wrong_state import CHUNKS
 
+EVEN = "parts.sinkhorn_mixes_streams_evenly"
 ALONE, REORDERED = "batch.alone_equals_batch", "state.sequences_can_be_reordered"
 
 
@@ -194,6 +195,29 @@ class SinkhornOverTheBatch(Streams):
     class Block(StreamBlock):
         def axes(self):
             return 0, -1
+
+
+@mutant(EVEN)
+class SinkhornOverRowsTwice(Streams):
+    class Block(StreamBlock):
+        def axes(self):
+            return -1, -1
+
+
+@mutant(EVEN)
+class SinkhornOverColumnsTwice(Streams):
+    class Block(StreamBlock):
+        def axes(self):
+            return -2, -2
+
+
+@mutant(EVEN)
+class SinkhornOverAllAtOnce(Streams):
+    """Divided by the mean of all elements' sum: the matrix sums to n, its rows and columns do not to 1."""
+
+    class Block(StreamBlock):
+        def sinkhorn(self, m):
+            return self.n * m / m.sum(dim=(-1, -2), keepdim=True)
 
 
 @mutant(LATER)
