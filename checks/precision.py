@@ -131,10 +131,10 @@ def _non_finite(model: BaseModel, ids: Tensor) -> str:
 
 @torch.no_grad()
 def recurrent_state_is_fp32(tested: ModelUnderTest) -> None:
-    """What a state adds up over many tokens is in fp32, also when the model runs under bf16 autocast.
+    """A matrix that a state adds up over many tokens is in fp32, also when the model runs under bf16 autocast.
 
-    Measured: which tensors of the state are sums: those whose elements all move with every token, and still depend on
-    what they were. Then their dtype under bf16 autocast. Keys, values, tails and ids may be of any type.
+    Measured: which tensors of the state (B, ., ., .) are sums: those whose elements all move with every token, and
+    still depend on what they were. Then their dtype under bf16 autocast. Keys, values, tails and ids may be of any.
     Causes: `memory.to(x.dtype)` before it is kept: a bf16 number has 8 bits, and forgets what is small beside it.
     """
     tested.needs("state")
@@ -142,7 +142,7 @@ def recurrent_state_is_fp32(tested: ModelUnderTest) -> None:
     half = ids.shape[1] // 2
     sums = _sums_in_state(model, ids, half)
     if not sums:
-        raise NotApplicable("nothing in the state is added up over tokens")
+        raise NotApplicable("no matrix in the state is added up over tokens")
     with torch.autocast("cpu", torch.bfloat16):
         state = model.init_state(len(ids))
         for start, size in ((0, half), (half, 1)):
@@ -172,7 +172,7 @@ def _sums_in_state(model: BaseModel, ids: Tensor, half: int) -> list[tuple[int, 
     plain = step(state.clone())
     for where, tensors in enumerate([*state.layers, state.model]):
         for name, tensor in tensors.items():
-            if not tensor.is_floating_point() or not tensor.numel():
+            if tensor.ndim < 4 or not tensor.is_floating_point() or not tensor.numel():
                 continue
             trial = state.clone()
             moved = [*trial.layers, trial.model][where][name]
