@@ -13,7 +13,7 @@ from model.basemodel import BaseModel
 
 WINDOWS = ("window_size", "sliding_window")
 SINKS = ("sink", "sinks")
-TAKES_ALL = 1e4  # the score of a sink beside which all others vanish
+TAKES_ALL = 1e4  # the score of a sink that takes all attention
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ def recurrent_state_is_fp32(tested: ModelUnderTest) -> None:
 
     Measured: which tensors of the state (B, ., ., .) are sums: those whose elements all move with every token, and
     still depend on what they were. Then their dtype under bf16 autocast. Keys, values, tails and ids may be of any.
-    Causes: `memory.to(x.dtype)` before it is kept: a bf16 number has 8 bits, and forgets what is small beside it.
+    Causes: `memory.to(x.dtype)` before it is kept: a bf16 number has 8 bits, and loses what is far smaller than it.
     """
     tested.needs("state")
     model, ids = tested.build(), tested.tokens(batch_size=2)

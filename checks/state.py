@@ -80,8 +80,8 @@ def sequences_at_their_own_positions(tested: ModelUnderTest) -> None:
     Measured: prompts of different lengths put into a used batch, decoded together by steps and in chunks; the same with
     prompts of 3 to 150 tokens, beyond windows and chunks.
     Causes: `pos[0]`, `pos.max()` or `max_pos` taken for all sequences; the mask not per sequence; leftovers of another
-    text read as keys; a ring or compressed entries written where the first sequence stands; something in the state
-    whose dim 0 is not the batch."""
+    text read as keys; a ring or compressed entries written at the position of the first sequence; something in the
+    state whose dim 0 is not the batch."""
     tested.needs("state")
     _at_their_own_positions(tested.build(), tested.tokens(batch_size=4), [5, 1, 9, 3], 8, [1, 2, *[1] * 12])
     model = _build_long(tested)

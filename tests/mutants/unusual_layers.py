@@ -124,7 +124,7 @@ class OneCacheForAllLayers(RightModel):
 
 @slowly
 class TokenShift(WithoutAttention):
-    """A mean of the token and the one before (RWKV); the state keeps one vector (B, D), in the type it came in."""
+    """A mean of the token and the one before (RWKV); the state keeps one vector (B, D)."""
 
     class Attention(nn.Module):
         def __init__(self, args, layer):

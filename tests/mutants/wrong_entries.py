@@ -132,7 +132,7 @@ class WindowsBeginAtTheDocumentsOfSequenceZero(Entries):
 
 @mutant(PACKED, slow=True)
 class QueriesOfEntriesAreTurned(Entries):
-    """Entries are not, so a score depends on where the query stands in the sequence."""
+    """Entries are not, so a score depends on the position in the packed sequence."""
 
     class Attention(EntryAttention):
         def without_position(self, plain, turned):
