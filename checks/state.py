@@ -125,6 +125,32 @@ def clone_is_independent(tested: ModelUnderTest) -> None:
 
 
 @torch.no_grad()
+def rewound_tokens_leave_no_trace(tested: ModelUnderTest) -> None:
+    """After a trial of other tokens, going back to where it began is as if they had never been read.
+
+    Measured: at every position, one token and then `state.room` tokens of another sequence are read, `pos` is moved
+    back, and the tensors that `state.rewindable` does not name are put back as they were; then the sequence goes on.
+    Causes: a recurrent state, a running sum or a tail of fixed size declared rewindable; a ring without `state.room`
+    slots more than its window; leftovers of later positions that no mask hides; a tensor kept outside the state.
+    """
+    tested.needs("state")
+    model, ids = tested.build(), tested.tokens()
+    total, state, steps = ids.shape[1], model.init_state(len(ids)), []
+    for t in range(total):
+        for n_tokens in (1, min(state.room, total - t)):
+            held = [*state.layers, state.model]
+            before = [{k: x.clone() for k, x in tensors.items() if k not in state.rewindable} for tensors in held]
+            _decode(model, ids.flip(0)[:, t : t + n_tokens], state, [n_tokens])
+            state.rewind(n_tokens)
+            for tensors, copies in zip(held, before, strict=True):
+                for name in [name for name in tensors if name not in state.rewindable and name not in copies]:
+                    del tensors[name]  # the trial made it
+                tensors.update(copies)
+        steps.append(_decode(model, ids[:, t : t + 1], state, [1]))
+    require_close(torch.cat(steps, dim=1), logits_of(model, ids), "single steps with a trial before each")
+
+
+@torch.no_grad()
 def sequences_can_be_reordered(tested: ModelUnderTest) -> None:
     """Beam copies and freed slots: selected sequences continue unchanged, and an empty slot starts from nothing.
 

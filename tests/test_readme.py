@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.models import SHIPPED
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = ["README.md", "README.zh-CN.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md"))]
+ARCHITECTURES = [page for page in PAGES if page.startswith("docs/architectures/") and not page.endswith(".zh-CN.md")]
 # Files that a command of the same page makes, or placeholders for the reader's own.
 MADE_BY_THE_READER = {"model/my_net.py", ".venv/bin/activate", "configs/x.yaml"}
 
@@ -59,6 +62,8 @@ def test_commands_name_files_and_flags_that_exist(page):
             if argument.startswith("--") and argument not in ("--", "--help"):
                 flag = argument.split("=")[0]
                 action = arguments[:1] if not arguments[0].startswith("--") else []
+                if flag.startswith("--model."):
+                    action += [word for word in arguments if word.startswith(("--config=", "--model_name="))]
                 assert re.search(f"{flag}[= ]", help_of(folder, script, *action)), f"{page}: {script} has no {flag}"
 
 
@@ -96,3 +101,22 @@ def test_both_languages_give_the_same_commands():
     assert commands("README.md") == commands("README.zh-CN.md")
     tables = [re.findall(r"^\|.*\|$", read(page), re.MULTILINE) for page in ("README.md", "README.zh-CN.md")]
     assert len(tables[0]) == len(tables[1])
+
+
+@pytest.mark.parametrize("page", ARCHITECTURES)
+def test_pages_of_architectures_are_the_same_in_both_languages(page):
+    other = page.removesuffix(".md") + ".zh-CN.md"
+    assert commands(page) == commands(other)
+    for part in (r"^\|.*\|$", r"^#+ ", r"^!\["):  # tables, headings, pictures
+        assert len(re.findall(part, read(page), re.MULTILINE)) == len(re.findall(part, read(other), re.MULTILINE)), part
+
+
+@pytest.mark.parametrize("page", ["docs/architectures/README.md", "docs/architectures/README.zh-CN.md"])
+def test_the_index_of_architectures_is_complete(page):
+    for name in SHIPPED:
+        assert f"`{name}`" in read(page), f"{page} has no line for {name}"
+    for path in (ROOT / "docs/architectures").glob("*.md"):
+        if path.name.endswith(".zh-CN.md") == page.endswith(".zh-CN.md"):
+            assert f"]({path.name})" in read(page) or path.name.startswith("README"), (
+                f"{page} does not link {path.name}"
+            )

@@ -44,3 +44,12 @@ def test_only_rewindable_tensors_can_be_rewound():
     assert state.can_rewind() and state.select([0]).can_rewind()
     state.rewind(3)
     assert state.pos.tolist() == [1] and state.max_pos == 1
+
+
+def test_a_sequence_of_states_shares_no_tensor_and_knows_the_declared_names():
+    state = state_of(1, 2, max_pos=4)
+    for other in (state.clone(), state.select([1, 0])):
+        assert other.rewindable == {"k"} and other.empty == {"best": -1.0} and other.room == state.room
+        other.layers[0]["k"].zero_()
+        other.model["ids"].zero_()
+    assert held(state) == [[1, 2]] * 3

@@ -92,7 +92,7 @@ def to_int8(model):
 def _kept_parts(module):
     """Yield the modules and parameters that a module names in `not_quantized`, with all that is in the modules."""
     for name in getattr(module, "not_quantized", ()):
-        part = getattr(module, name)
+        part = getattr(module, name, None)  # which this size of the model may lack
         yield part
         if isinstance(part, nn.Module):
             yield from part.modules()

@@ -200,7 +200,7 @@ def _trace(model, compiled, n_sequences):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
     for tensors in held:
         for tensor in (tensors[name] for name in tensors.keys() & state.rewindable):
-            if tensor.shape[1] == state.max_len:  # a ring has one size
+            if tensor.shape[1:2] == (state.max_len,):  # a ring has one size
                 torch._dynamo.maybe_mark_dynamic(tensor, 1)
     with torch.compiler.config.patch(dynamic_sources="L['state'].max_pos,L['state'].max_len"):
         compiled(ids, state)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.basemodel import BaseModel, BaseModelArgs
-from model.layers import RMSNorm, rotate, token_positions
+from model.layers import CausalConv, RMSNorm, rotate, sink_attention, token_positions, window_append, window_mask
 
 WRONG = {}  # {class name: (Model, ModelArgs, the check that must catch it)}
 SLOW_MUTANTS = set()  # names of those whose check takes seconds; the quick tests have faster ones of the same kind
@@ -247,6 +247,33 @@ class WithoutAttention(RightModel):
 
     def attention_flops_per_token(self, seq_len):
         return 0
+
+
+class WindowedAttention(Attention):
+    """A short convolution of the inputs, then attention within a window and with a sink, by the shared layers."""
+
+    window = 5
+
+    def __init__(self, args, layer):
+        super().__init__(args, layer)
+        self.conv = CausalConv(args.dim, 3)
+        self.sink = nn.Parameter(torch.zeros(args.n_heads))
+
+    def forward(self, x, positions, state, doc_ids):
+        x = x + self.conv(x, state, self.layer, doc_ids=doc_ids)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.args.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.turn(q, positions), self.turn(k, positions)
+        if state is not None:
+            k, v = (window_append(state, self.layer, name, new, self.window) for name, new in (("k", k), ("v", v)))
+        mask = self.visible_keys(positions, state, doc_ids)
+        return self.o_proj(sink_attention(q, k, v, self.sink, mask).flatten(-2))
+
+    def visible_keys(self, positions, state, doc_ids):
+        return window_mask(positions, state, doc_ids, self.window)
+
+
+class WindowsAndTails(RightModel):
+    Attention = WindowedAttention
 
 
 class MoEModel(RightModel):

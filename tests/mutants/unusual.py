@@ -19,6 +19,7 @@ from .right import (
     MoEModelArgs,
     RightModel,
     RightModelArgs,
+    WindowsAndTails,
     WithoutAttention,
     unusual,
     with_defaults,
@@ -27,6 +28,7 @@ from .wrong_state import CarriesAMean
 
 unusual(RightModel)
 unusual(MoEModel)
+unusual(WindowsAndTails)
 
 
 @unusual

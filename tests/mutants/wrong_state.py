@@ -1,9 +1,11 @@
 """Decoding that drifts: offsets, dropped tokens, states that are not their own."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
-from .right import Attention, FeedForward, RightModel, mutant
+from .right import Attention, FeedForward, RightModel, WindowsAndTails, mutant
 
 CHUNKS, ROWS = "state.chunks_equal_full_forward", "state.sequences_at_their_own_positions"
 
@@ -210,3 +212,41 @@ class CarriesTheSumBeforeTheLastToken(RightModel):
     class Attention(CarriesAMean):
         def keep(self, total):
             return total[:, -2:-1].clone() if total.shape[1] > 1 else total.clone()
+
+
+REWOUND = "state.rewound_tokens_leave_no_trace"
+
+
+@mutant(REWOUND)
+class DeclaresItsSumRewindable(RightModel):
+    class Attention(CarriesAMean):
+        def forward(self, x, positions, state, doc_ids):
+            if state is not None:
+                state.rewindable.add("sum")
+            return super().forward(x, positions, state, doc_ids)
+
+
+@mutant(REWOUND)
+class RingHasNoRoomForATrial(WindowsAndTails):
+    """A ring of as many slots as the window has: a token that is taken back has overwritten one that is visible."""
+
+    class Attention(WindowsAndTails.Attention):
+        def forward(self, x, positions, state, doc_ids):
+            return super().forward(x, positions, None if state is None else replace(state, room=0), doc_ids)
+
+
+@mutant(CHUNKS)
+class RingIsReadInItsOrder(WindowsAndTails):
+    """The keys of a ring taken for the last ones in order, once it is full."""
+
+    class Attention(WindowsAndTails.Attention):
+        def visible_keys(self, positions, state, doc_ids):
+            mask = super().visible_keys(positions, state, doc_ids)
+            return mask if state is None or state.max_pos < 16 else mask.flip(-1)
+
+
+@mutant(ROWS)
+class RingStandsWhereTheFirstSequenceStands(WindowsAndTails):
+    class Attention(WindowsAndTails.Attention):
+        def visible_keys(self, positions, state, doc_ids):
+            return super().visible_keys(positions[:1].expand_as(positions), state, doc_ids)

@@ -6,16 +6,19 @@ import pytest
 import torch
 
 from model import BaseModel, BaseModelArgs, get_model_and_args
-from tests.mutants.unusual import Hybrid, LearnedPositions, Recurrent, RunningMean
+from tests.mutants.unusual import Hybrid, LearnedPositions, Recurrent, RunningMean, WindowsAndTails
 from tests.support.models import SHIPPED, TINY, sizes_of
 
 V, LONGEST = 61, 48
 TOKENIZER = SimpleNamespace(eos_id=2, im_end_id=5, stop_ids=(2, 5))
 PROMPTS = [[1, 7, 8, 9], [1, 20], [1, 33, 34, 35, 36, 37, 38, 39, 40], [1, 50, 51, 52], [4] * 30]
-UNUSUAL_MODELS = {Model.__name__: Model for Model in (Recurrent, Hybrid, RunningMean, LearnedPositions)}
+UNUSUAL_MODELS = {
+    Model.__name__: Model for Model in (Recurrent, Hybrid, RunningMean, LearnedPositions, WindowsAndTails)
+}
 EVERY = [
     *SHIPPED,
     "Recurrent",
+    "WindowsAndTails",
     "no state",
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("Hybrid", "RunningMean", "LearnedPositions")),
 ]

@@ -1,16 +1,13 @@
-"""Random sizes of the two architectures that transformers has too, and both sides of a comparison."""
+"""Random sizes of Llama 3 and DeepSeek-V3, and the multi-token prediction modules of transformers."""
 
-import copy
-import json
 import random
-import re
 
 import torch
-from safetensors.torch import save_file
 
 from checks import ModelUnderTest
-from model.deepseekv3 import DeepSeekV3Model, MoE
+from model.deepseekv3 import DeepSeekV3Model
 from model.llama3 import Llama3Model
+from tests.support import same_as_transformers
 
 LLAMA, DEEPSEEK = Llama3Model.model_name, DeepSeekV3Model.model_name
 SEEDS = range(12)
@@ -87,32 +84,9 @@ def random_rope(r, kind: str) -> dict:
     return fields | {"rope_beta_fast": r.choice([4.0, 32.0]), "rope_beta_slow": r.choice([0.5, 1.0])}
 
 
-def build(args, seed: int = 0):
-    """Our model with weights that make every part matter, the routing bias among them."""
-    name = LLAMA if not hasattr(args, "kv_lora_rank") else DEEPSEEK
-    tested = ModelUnderTest(name)
-    tested.args = args
-    model = tested.build(seed)
-    for module in model.modules():
-        if isinstance(module, MoE):
-            torch.nn.init.normal_(module.routing_bias, std=0.1)
-    return model
-
-
-def write(model, folder):
-    """Write config.json and model.safetensors as an export does, without the tokenizer."""
-    config, tensors = model.to_hf()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def load(folder):
     """The reference; and, where the checkpoint has MTP modules, transformers' model of them, else None."""
-    from transformers import AutoModelForCausalLM
-
-    # eager: the fused experts require sizes in multiples of 16 bytes
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    reference = same_as_transformers.load(folder)
     n = getattr(reference.config, "num_nextn_predict_layers", 0)
     if not n:
         return reference, None
@@ -148,33 +122,22 @@ def reference_loss(reference, mtp, ids, labels, weight):
     return out.loss + weight * sum(losses) / len(losses)
 
 
-def our_gradients(model):
-    """{published name: gradient}: the layout of the weights, applied to a model that holds gradients instead."""
-    image = copy.deepcopy(model)
-    for mine, image_param in zip(model.parameters(), image.parameters(), strict=True):
-        image_param.data = torch.zeros_like(mine) if mine.grad is None else mine.grad.clone()
-    repeated = re.compile(r"e_score_correction_bias|layers\.\d+\.(embed_tokens|shared_head\.head)\.")
-    return {name: tensor for name, tensor in image.to_hf()[1].items() if not repeated.search(name)}
-
-
 def reference_gradients(reference, mtp):
-    """{published name: gradient} of transformers' models, whose experts are stacked in one tensor."""
-    first, found = reference.config.num_hidden_layers, dict(reference.named_parameters())
+    """{published name: gradient} of transformers' models, the MTP modules as further layers."""
+    first, gradients = reference.config.num_hidden_layers, same_as_transformers.their_gradients(reference)
     for name, param in mtp.named_parameters() if mtp is not None else ():
-        if name.startswith("layers."):
-            _, k, rest = name.split(".", 2)
-            rest = rest.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
-            found[f"model.layers.{first + int(k)}.{rest}"] = param
-    gradients = {}
-    for name, param in found.items():
+        if not name.startswith("layers.") or not param.numel():
+            continue
+        _, k, rest = name.split(".", 2)
+        rest = rest.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
+        module, _, last = f"model.layers.{first + int(k)}.{rest}".rpartition(".")
         grad = torch.zeros_like(param) if param.grad is None else param.grad
-        module, _, last = name.rpartition(".")
         if module.endswith(".experts"):
             for proj, stack in zip(*split_experts(last, grad), strict=True):
                 gradients |= {f"{module}.{e}.{proj}.weight": part for e, part in enumerate(stack)}
         else:
-            gradients[name] = grad
-    return {name: grad for name, grad in gradients.items() if grad.numel()}
+            gradients[f"{module}.{last}"] = grad
+    return gradients
 
 
 def split_experts(name: str, stack):
