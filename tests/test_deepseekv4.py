@@ -15,19 +15,19 @@ from model.layers.routing import token_table
 from tests.support.deepseekv4_by_token import ByToken
 
 NAME = DeepSeekV4Model.model_name
-KINDS = [(SLIDING, CSA, HCA), (CSA, CSA), (HCA, CSA, SLIDING), (CSA, HCA, CSA), (HCA,), (SLIDING, SLIDING, CSA, HCA)]
+KINDS = [(), (CSA, CSA), (HCA, CSA, SLIDING), (CSA, HCA, CSA), (HCA,), (SLIDING, HCA, CSA)]
 
 
 def random_args(seed, **changes):
     """Sizes that share no factor by design; every switch takes each of its values over twelve seeds."""
     r = random.Random(f"{NAME} {seed}")
-    kinds, groups = KINDS[seed % len(KINDS)], r.choice([1, 2, 3])
-    rope = r.choice([2, 4, 6])
+    kinds, groups, rope = KINDS[seed % len(KINDS)], r.choice([1, 2, 3]), r.choice([2, 4, 6])
+    n_layers = len(kinds) or 3
     fields = {
         "vocab_size": r.randrange(53, 131),
         "max_seq_len": 40,
         "dim": r.randrange(23, 46),
-        "n_layers": len(kinds),
+        "n_layers": n_layers,
         "layer_types": kinds,
         "n_heads": groups * r.choice([1, 2, 3]),
         "head_dim": rope + r.choice([0, 3, 5]),
@@ -41,9 +41,9 @@ def random_args(seed, **changes):
         "index_n_heads": r.choice([8, 9, 11]),  # of fewer, relu leaves ties, which transformers breaks at random
         "index_head_dim": rope + r.choice([0, 2, 5]),
         "index_topk": r.choice([1, 2, 4]),
-        "hc_mult": (2, 3, 4, 1)[seed % 4],
+        "hc_mult": (2, 3, 4)[seed % 3],
         "hc_iters": r.choice([1, 2, 5]),
-        "n_hash_layers": (0, 1, len(kinds))[seed // 2 % 3],
+        "n_hash_layers": (0, 1, n_layers)[seed // 2 % 3],
         "moe_inter_dim": r.randrange(11, 29),
         "n_routed_experts": r.choice([5, 7]),
         "n_activated_experts": r.choice([1, 2, 5]),
@@ -65,6 +65,9 @@ def model_of(args, seed=0):
     tested = ModelUnderTest(NAME)
     tested.args = args
     model = tested.build(seed)
+    for name, param in model.layers.named_parameters():
+        if param.ndim > 1 and "_hc." not in name:
+            param.mul_(0.7)
     for module in model.modules():
         if isinstance(module, StreamMap):
             module.bias.normal_()
@@ -87,27 +90,26 @@ def tokens(args, *shape, seed=1):
 # ---------------------------------------------------------------- against transformers
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
 def test_logits_loss_and_gradients_are_those_of_transformers(seed, tmp_path):
     pytest.importorskip("transformers")
     from tests.support.same_as_transformers import assert_same_files, assert_same_numbers, write
 
     model = model_of(random_args(seed), seed)
+    model.layers[0].attn_hc.requires_grad_(True)  # a gradient there is that of an epsilon
     write(model, tmp_path)
-    untrained = r"\.indexer\.|layers\.0\.hc_attn_"
-    assert_same_numbers(
-        model, tmp_path, seed, our_loss=lambda out: out[2]["loss/ce"], untrained=untrained, gradients=3e-5
-    )
+    ce = {"our_loss": lambda out: out[2]["loss/ce"], "untrained": r"\.indexer\.|\.experts\."}
+    assert_same_numbers(model, tmp_path, seed, gradients=3e-5, **ce)  # each side is up to 2e-5 off float64
     assert_same_files(model, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 3, 5])
+@pytest.mark.parametrize("seed", [2, 3, 5])
 def test_256_greedy_tokens_are_those_of_transformers(seed, tmp_path):
     pytest.importorskip("transformers")
     from tests.support.same_as_transformers import assert_same_text, write
 
-    model = model_of(random_args(seed, max_seq_len=300), seed)
+    model = model_of(random_args(seed, max_seq_len=300, window_size=4), seed)  # their cache fails at a window of 1
     write(model, tmp_path)
     assert_same_text(model, tmp_path)
 
@@ -225,8 +227,8 @@ def test_chunks_and_steps_equal_the_equations():
     """One text in uneven chunks, another in single steps, next to each other at unequal positions; in float64."""
     args = ModelUnderTest(NAME).changed_args()
     texts = [tokens(args, 19, seed=5).tolist(), tokens(args, 14, seed=6).tolist()]
+    model = in_float64(tiny_model, torch.tensor([texts[1]]))
     with Float64(), torch.no_grad():
-        model = in_float64(lambda: tiny_model(), torch.tensor([texts[1]]))
         wants = [by_token(model, text).logits for text in texts]
         batch = model.init_state(2)
         for row, (text, sizes) in enumerate(zip(texts, ([7, 1, 3], [1, 1, 4]))):

@@ -195,12 +195,8 @@ def more(args):
 
 def joined(args):
     """Return the tensors that are several of ours: the coefficients of a hyper-connection."""
-    parts = {"fn": "proj", "base": "bias", "scale": "scale"}
-    return {
-        f".hc_{sublayer}_{theirs}": Join(tuple(f"{part}.{ours}" for part in ("pre", "post", "res")))
-        for sublayer in ("attn", "ffn")
-        for theirs, ours in parts.items()
-    }
+    names = [f".hc_{sublayer}_{name}" for sublayer in ("attn", "ffn") for name in ("fn", "base", "scale")]
+    return dict.fromkeys(names, Join(("pre", "post", "res")))
 
 
 def stored(args):
