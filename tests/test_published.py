@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import get_model_and_args, list_models
+from model import ModelError, get_model_and_args, list_models
 from tests.support.paths import ROOT
 
 transformers = pytest.importorskip("transformers")
@@ -49,7 +49,7 @@ def test_names_and_shapes(name, file):
     theirs = published(config)
     Model = get_model_and_args(name)[0]
     layout = LAYOUTS[name].for_config(config)
-    args = layout.model_args(layout.present(layout.canonical(config), theirs))
+    args = layout.model_args(config, theirs)
     with torch.device("meta"):
         model = Model(args)
     ours = {name: tuple(tensor.shape) for name, tensor in layout.tensors(model).items()}
@@ -75,3 +75,34 @@ def test_the_documentation_lists_it(name):
     listed = (ROOT / "docs/interchange.md").read_text()
     for architecture in LAYOUTS[name].architecture.split(", "):
         assert f"`{architecture}`" in listed, f"add {architecture} to the table of docs/interchange.md"
+
+
+HOSTILE = (None, "x", "", [], [1], ["x"], {}, {"x": 1}, 0, -1, 3, 1.5, True, float("nan"), float("inf"))
+
+
+def changed(config):
+    """Yield (path, a copy of config with one value replaced) for every value, also of nested objects."""
+    for key, value in config.items():
+        for other in HOSTILE:
+            yield f"{key}={other!r}", config | {key: other}
+        if isinstance(value, dict):
+            for path, inner in changed(value):
+                yield f"{key}.{path}", config | {key: inner}
+
+
+@pytest.mark.parametrize(
+    "name,file", [(name, file) for name in LAYOUTS for file, config in CONFIGS.items() if LAYOUTS[name].reads(config)]
+)
+def test_a_wrong_value_is_one_line(name, file):
+    """Any value in the place of any other: arguments, or one line that says what is wrong."""
+    layout = LAYOUTS[name].for_config(CONFIGS[file])
+    refused = 0
+    for path, config in changed(CONFIGS[file]):
+        try:
+            layout.model_args(config)
+        except ModelError as error:
+            refused += 1
+            assert "\n" not in str(error), path
+        except Exception as error:
+            raise AssertionError(f"{path} is a {type(error).__name__}: {error}") from error
+    assert refused > 100

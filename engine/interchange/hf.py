@@ -81,8 +81,8 @@ def import_hf(source: Path, run: Path, max_seq_len: int = 0) -> None:
     stage = str(written_here(config).get("stage", BASE))
     tokenizer = read_tokenizer(source, config)
     weights: Mapping[str, torch.Tensor] = layout.checkpoint(Weights(source))
-    config = layout.canonical(config)
-    args = layout.model_args(layout.present(config, weights))
+    config = layout.in_our_keys(config, weights)
+    args = layout.model_args(config)
     new_rows = tokenizer.vocab_size - args.vocab_size
     if new_rows > 0:
         config = {**config, "vocab_size": tokenizer.vocab_size}

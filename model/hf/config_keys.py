@@ -28,6 +28,7 @@ SCALING = {  # our argument: the key of config.json's rope_scaling, for each kin
     },
 }
 UNLESS_DEFAULT = ("rope_truncate",)  # written only where it is not what others assume
+UNREADABLE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError)  # of a value of another type
 TYPES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text"}
 
 
@@ -61,7 +62,7 @@ class Key:
                 raise ModelError(f"config.json has {path}={value!r} and {other}={found[other]!r}: make them agree")
         try:
             return self.read(value, config), path
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError):
+        except UNREADABLE:
             raise ModelError(f"config.json has {path}={value!r}, which cannot be read: correct it") from None
 
 
@@ -122,9 +123,11 @@ def read_rope(config, path, theta=10000.0, partial=False):
 
     theta: the base where config.json has none. partial: whether the layout itself reads partial_rotary_factor.
     """
-    scaling = (path and get_path(config, path)) or config.get("rope_scaling") or config.get("rope_parameters") or {}
+    places = (path, "rope_scaling") if path else ("rope_scaling", "rope_parameters")
+    found = [(where, value) for where in places if (value := get_path(config, where))]
+    where, scaling = found[0] if found else ("rope_scaling", {})
     if not isinstance(scaling, dict):
-        raise ModelError(f"config.json has rope_scaling={scaling!r}, and it must be an object or null: correct it")
+        raise ModelError(f"config.json has {where}={scaling!r}, and it must be an object or null: correct it")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "dynamic":  # acts on sequences beyond max_position_embeddings only, and no model here has those
         kind = "default"
@@ -148,14 +151,15 @@ def read_rope(config, path, theta=10000.0, partial=False):
 
 def _complete(values, scaling, config):
     """Add to `values` what transformers derives from the other sizes."""
-    kind = values["rope_type"]
+    kind, length, longest = values["rope_type"], "original_max_position_embeddings", "max_position_embeddings"
     if "rope_original_max_seq_len" in SCALING[kind]:
-        length = "original_max_position_embeddings"
         if config.get(length) is not None:  # has precedence, as in transformers
             values["rope_original_max_seq_len"] = typed(config[length], length, int)
-        values.setdefault("rope_original_max_seq_len", config["max_position_embeddings"])
-    if kind == "yarn":
-        values.setdefault("rope_factor", config["max_position_embeddings"] / values["rope_original_max_seq_len"])
+        if "rope_original_max_seq_len" not in values:
+            values["rope_original_max_seq_len"] = typed(config.get(longest), longest, int)
+    if kind == "yarn" and "rope_factor" not in values:
+        original = max(1, values["rope_original_max_seq_len"])
+        values["rope_factor"] = typed(config.get(longest), longest, int) / original
     elif "rope_factor" not in values:
         raise ModelError(f"config.json scales rotary positions by {kind} without a factor: add it to rope_scaling")
 
@@ -164,6 +168,8 @@ def _check_amplitude(values, given):
     """Hold YaRN's factor on cos and sin against the one that config.json gives; 1 is what two equal mscales give."""
     if given == 1 and "rope_mscale" not in values and "rope_mscale_all_dim" not in values:
         values |= {"rope_mscale": 1.0, "rope_mscale_all_dim": 1.0}
+    if values["rope_factor"] < 1:
+        return  # refused by the arguments
     own = rope_amplitude(RopeArgs(**{name: value for name, value in values.items() if name != "rope_theta"}))
     if abs(given - own) > 1e-6:
         raise ModelError(f"config.json has attention_factor={given}, and its factor and mscale give {own:.6g}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from model.hf.config_keys import Key, get_path, put_path, read_rope, typed, write_rope
+from model.hf.config_keys import UNREADABLE, Key, get_path, put_path, read_rope, typed, write_rope
 from model.hf.tensors import Piece
 from model.layers.rotary import RopeArgs
 from utils.errors import ModelError
@@ -98,9 +98,12 @@ class Layout:
             put_path(config, path, value)
         return config
 
-    def model_args(self, config):
-        """Return our arguments for a config.json; `ModelError` names what this architecture does not support."""
-        config = self.canonical(config)
+    def model_args(self, config, tensors=None):
+        """Return our arguments for a config.json; `ModelError` names what this architecture does not support.
+
+        tensors: the names that the checkpoint holds, where it is there.
+        """
+        config = self.in_our_keys(config, tensors)
         if config.get("quantization_config"):
             raise ModelError("the checkpoint's weights are quantised: convert them to bf16 or fp32 first")
         for path, value in self.fixed.items():
@@ -118,8 +121,22 @@ class Layout:
         for ours, key in self._keys().items():
             if ours not in values:
                 value = self.absent[key.paths[0]]
-                values[ours] = value(config) if callable(value) else value
+                values[ours] = self._of(value, config) if callable(value) else value
         return self.args(**values)
+
+    def in_our_keys(self, config, tensors=None):
+        """Return a config.json in the keys of this table; with the names of its tensors, what the checkpoint holds."""
+        config = self._of(self.canonical, config)
+        return config if tensors is None else self._of(self.present, config, tensors)
+
+    def _of(self, function, config, *further):
+        """The result of a function of the table; ModelError where the config has another type than it expects."""
+        try:
+            return function(config, *further)
+        except UNREADABLE as error:
+            raise ModelError(
+                f"config.json is not that of a {self.architecture} ({type(error).__name__}: {error}): correct it"
+            ) from None
 
     def _keys(self):
         return {ours: key if isinstance(key, Key) else Key(key) for ours, key in self.fields.items()}
@@ -269,7 +286,7 @@ def from_hf(Model, config, tensors, max_seq_len=0):
     """
     layout = layout_of(Model).for_config(config)
     tensors = layout.checkpoint(tensors)
-    args = layout.model_args(layout.present(layout.canonical(config), tensors))
+    args = layout.model_args(config, tensors)
     model = Model(replace(args, max_seq_len=min(max_seq_len, args.max_seq_len)) if max_seq_len else args)
     layout.load(model, tensors)
     return model

@@ -70,8 +70,8 @@ class MinusOne:
 class Join:
     """Several of our tensors as one of theirs: concatenated along `dim`, and then changed by the operations `then`.
 
-    parts: for each of ours, in the order that they have in theirs, the part of its dotted name that the others lack, such
-    as ("q_proj", "k_proj", "v_proj").
+    parts: for each of ours, in the order that they have in theirs, the part of its dotted name that the others lack,
+    such as ("q_proj", "k_proj", "v_proj") or ("pre.scale", "post.scale").
     """
 
     parts: tuple
@@ -119,7 +119,7 @@ class Piece:
         """Order the tensors as they are joined; ModelError unless each part is there once."""
         if self.join is None:
             return
-        place = [[i for i, part in enumerate(self.join.parts) if part in name.split(".")] for name in self.ours]
+        place = [[i for i, part in enumerate(self.join.parts) if f".{part}." in f".{name}."] for name in self.ours]
         if sorted(place) != [[i] for i in range(len(self.join.parts))]:
             parts = ", ".join(self.join.parts)
             raise ModelError(
