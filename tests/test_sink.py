@@ -71,6 +71,7 @@ def test_bf16_is_near():
 
 
 @pytest.mark.skipif(not kernels.ENABLED, reason="MINI_LLM_KERNELS=0: FlexAttention is off")
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_attention_scales_by_the_share_of_the_keys(monkeypatch):
     """Its eager form holds all scores, and takes the same mask."""
     q, k, v, sink = random_attention(B, 300, dtype=torch.float32)

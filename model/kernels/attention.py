@@ -52,7 +52,7 @@ def faster_sink_attention(plain, q, k, v, sink, mask=None, scale=None):
 
 
 def _fused_sink_attention(q, k, v, sink, mask, scale):
-    """PyTorch's fused kernels, which know of no sink: it is one more key, and its score stands in further channels."""
+    """PyTorch's fused kernels, which know of no sink: it is one more key, and its score is in a further channel."""
     if mask is None:
         mask = torch.ones(1, 1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
     score = (sink / scale).to(q.dtype)[:, None].expand(*q.shape[:-1], 1)

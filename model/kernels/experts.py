@@ -1,4 +1,4 @@
-"""Which form of experts of any kind runs: tokens sorted by expert, or for few tokens an expert per row.
+"""Which form of experts of any kind runs: tokens sorted by expert, for few tokens the expert of each row.
 
 Shapes: N tokens, D dim, E experts, A active experts per token, F outputs of a matrix; n rows, pairs of a token and an
 expert.

@@ -12,7 +12,7 @@ def experts(x, chosen, weight, expert, n_experts):
     """Run each token through its chosen experts and sum the results by their weights.
 
     x (N, D), chosen and weight (N, A) -> (N, D). `expert(x (n, D), e)` -> (n, D) computes one expert of several tokens:
-    e is its number, or stands for an expert per token, so that it goes to `expert_linear` and nowhere else.
+    e is its number, or the experts of all tokens, so that it goes to `expert_linear` and nowhere else.
     """
     out = torch.zeros_like(x)
     for e in chosen.unique().tolist():

@@ -8,7 +8,7 @@ from model.kernels.attention import faster_sink_attention
 
 @dispatch(faster_sink_attention)
 def sink_attention(q, k, v, sink, mask=None, scale=None):
-    """As `attention`, but one more score per head, `sink` (H,), stands in the denominator of the softmax only.
+    """As `attention`, but one more score per head, `sink` (H,), is in the denominator of the softmax only.
 
     q (B, T, H, K), k (B, S, G, K), v (B, S, G, Kv) -> (B, T, H, Kv); mask and scale as for `attention`.
     """

@@ -1,6 +1,6 @@
 """Sliding windows: a layer that sees the last tokens only keeps no others of a sequence.
 
-They stand in a ring: position p in slot p % C of C slots, so that a new token takes the place of the oldest. C is the
+They are in a ring: position p in slot p % C of C slots, so that a new token takes the place of the oldest. C is the
 window and `state.room` more, whatever the length of the state: so many tokens can be rewound, or read together with the
 next one, before one that is still visible has been overwritten. Shapes: W window, S keys.
 """
@@ -62,7 +62,7 @@ def packed_window_mask(positions, state=None, doc_ids=None, window=None):
 def recent(state, layer, name, new, size):
     """Return the last `size` inputs of each sequence before `new` (B, T, ...), then `new`: (B, size + T, ...).
 
-    Before the start of a sequence there are zeros; so everywhere when `state` is None. layer None: of the whole model.
+    Before the start of a sequence there are zeros; so everywhere when `state` is None. layer None: of the full model.
     """
     if state is None:
         return torch.cat((new.new_zeros(new.shape[0], size, *new.shape[2:]), new), dim=1)
