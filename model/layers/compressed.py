@@ -63,4 +63,5 @@ def entry_append(state, layer, name, new, windows, ratio):
 
 
 def _slots(n_tokens, ratio):
-    return -(-n_tokens // ratio)
+    """The slots for the entries of so many tokens, and one more: a size of 1 would be a graph of its own."""
+    return -(-n_tokens // ratio) + 1
