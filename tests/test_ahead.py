@@ -8,7 +8,7 @@ LENGTHS = (320, 160)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 16, 32, 128])
-@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("more", [0, 1, 2])
 def test_slots_per_several_tokens_follow_the_length(n, more):
     role = _role(tuple(-(-length // n) + more for length in LENGTHS), LENGTHS)
     for length in (4, 255, 256, 1000):

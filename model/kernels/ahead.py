@@ -169,7 +169,7 @@ def _role(sizes, lengths):
     """Return the role of a dim of these two sizes in states of these two lengths."""
     if sizes[0] == sizes[1]:
         return sizes[0]
-    roles = {f"length / {n}{more}": n for more in ("", " + 1") for n in range(1, lengths[0] + 1)}
+    roles = {f"length / {n}{more}": n for more in ("", " + 1", " + 2") for n in range(1, lengths[0] + 1)}
     fitting = [r for r in roles if sizes == tuple(size_of(r, {"length": length}) for length in lengths)]
     powers = [r for r in fitting if roles[r] & (roles[r] - 1) == 0]  # where more than one fits, the usual kind
     return (powers or fitting or sizes)[0]
@@ -178,7 +178,7 @@ def _role(sizes, lengths):
 def size_of(role, case):
     """Return the size of a dim in a case {"sequences": ..., "length": ..., ...}.
 
-    role: a name in the case, "length / n", a slot per n tokens, "length / n + 1", one slot more, or a size that is the
+    role: a name in the case, "length / n", a slot per n tokens, "length / n + 2", two slots more, or a size that is the
     same in every case.
     """
     if isinstance(role, int):
