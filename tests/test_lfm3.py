@@ -88,7 +88,8 @@ def test_logits_loss_and_gradients(seed, tmp_path):
     assert_same_numbers(model, tmp_path, seed)
 
 
-@pytest.mark.parametrize("seed", some(4, quick=1))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
 def test_256_greedy_tokens(seed, tmp_path):
     model = random_model(random_args(seed, max_seq_len=300), seed)
     write(model, tmp_path)
