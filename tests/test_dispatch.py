@@ -23,7 +23,7 @@ for name in list_models():
     model.z_loss = 0.1
     docs = (torch.arange(ids.shape[1]) // 7).expand_as(ids)
     _, loss, other_vars = model(ids, targets=ids.roll(-1, 1), doc_ids=docs)
-    grads = torch.autograd.grad(loss, list(model.parameters()))
+    grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
     with torch.no_grad():
         state = model.init_state(3)
         steps = [model(ids[:, :5], state=state)[0]]

@@ -22,3 +22,19 @@ def sink_attention(q, k, v, sink, mask=None, scale=None):
     sink = sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
     probs = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]  # (B, H, T, S), their sum below 1
     return torch.einsum("bhts,bshk->bthk", probs.to(v.dtype), v)
+
+
+@torch.no_grad()
+def sink_attention_sums(q, k, sink, mask, scale=None):
+    """Return the probabilities of `sink_attention` summed over the query heads, (B, T, S) in fp32, without gradient."""
+    per_group = q.shape[2] // k.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    total = 0.0
+    with torch.autocast(q.device.type, enabled=False):
+        for h in range(q.shape[2]):  # one after another, for memory
+            keys = k[:, :, h // per_group].to(dtype)
+            scores = q[:, :, h].to(dtype) @ keys.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+            scores = scores.masked_fill(~mask[:, 0], float("-inf"))
+            log_z = torch.logaddexp(scores.logsumexp(dim=-1, keepdim=True), sink[h].to(dtype))
+            total = total + (scores - log_z).exp()
+    return total
