@@ -143,13 +143,13 @@ def read_rope(config, path, theta=10000.0, partial=False):
         if scaling.get(theirs) is not None:
             values[ours] = typed(scaling[theirs], theirs, hints[ours], "config.json's rope_scaling")
     if kind != "default":
-        _complete(values, scaling, config)
+        _complete(values, config)
     if kind == "yarn" and scaling.get("attention_factor") is not None:
         _check_amplitude(values, typed(scaling["attention_factor"], "attention_factor", float))
     return {each.name: each.default for each in fields(RopeArgs)} | values  # not the model's own defaults
 
 
-def _complete(values, scaling, config):
+def _complete(values, config):
     """Add to `values` what transformers derives from the other sizes."""
     kind, length, longest = values["rope_type"], "original_max_position_embeddings", "max_position_embeddings"
     if "rope_original_max_seq_len" in SCALING[kind]:

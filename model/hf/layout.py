@@ -32,7 +32,7 @@ class Layout:
     Import alone:
         aliases        {pattern of other names that checkpoints have: the text that makes them ours of `names`}
         ignored        patterns of published tensors that are left out, which the import counts
-        present(config, names of tensors): the config that describes what the checkpoint holds
+        present(config, tensors): the config that describes what the checkpoint, {name: tensor}, holds
     config.json:
         fields         {our argument: its key, or a `Key` with several places or with conversions}
         only_ours      arguments of the training, written under our own name
@@ -101,7 +101,7 @@ class Layout:
     def model_args(self, config, tensors=None):
         """Return our arguments for a config.json; `ModelError` names what this architecture does not support.
 
-        tensors: the names that the checkpoint holds, where it is there.
+        tensors: {name: tensor} of the checkpoint, where it is there, so that the result describes what it holds.
         """
         config = self.in_our_keys(config, tensors)
         if config.get("quantization_config"):
@@ -125,7 +125,7 @@ class Layout:
         return self.args(**values)
 
     def in_our_keys(self, config, tensors=None):
-        """Return a config.json in the keys of this table; with the names of its tensors, what the checkpoint holds."""
+        """Return a config.json in the keys of this table; with the tensors of a checkpoint, of what that holds."""
         config = self._of(self.canonical, config)
         return config if tensors is None else self._of(self.present, config, tensors)
 
