@@ -116,13 +116,13 @@ def random_batch(vocab_size: int, seed: int, length: int) -> tuple[Tensor, Tenso
 def assert_same_gradients(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float, only_ours: str = "^$", untrained: str = "^$"
 ) -> None:
-    """Compare {published name: gradient}, each relative to its norm, or to 1e-3 where that is smaller."""
+    """Compare {published name: gradient}, relative to its norm, or to 0.01 where that is smaller and sums cancel."""
     assert not theirs.keys() - ours.keys(), f"transformers has {sorted(theirs.keys() - ours.keys())} as well"
     left = [name for name, grad in ours.items() if name not in theirs and grad.any()]  # zero: that of a buffer
     assert not [name for name in left if not re.search(only_ours, name)], f"transformers does not have {left}"
     wrong = []
     for name, grad in theirs.items():
-        error = ((ours[name] - grad).norm() / grad.norm().clamp(min=1e-3)).item()
+        error = ((ours[name] - grad).norm() / grad.norm().clamp(min=0.01)).item()
         if not error < tolerance:
             wrong.append(f"{name}: {error:.2g}")
         assert grad.any() or re.search(untrained, name), f"{name} has no gradient: give weights at which it matters"
@@ -167,7 +167,7 @@ def assert_same_files(model: BaseModel, folder: Path) -> None:
         assert (folder / file).read_bytes() == (folder / "again" / file).read_bytes(), file
     load(folder).save_pretrained(folder / "theirs")
     imported = type(model).from_hf(*read(folder / "theirs"))
-    assert imported.args == model.args
+    assert imported.to_hf()[0] == model.to_hf()[0]  # config.json; an argument may have a short form for the same
     ours = model.state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in imported.state_dict().items())
 
