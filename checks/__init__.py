@@ -15,6 +15,7 @@ from checks import (
     loss,
     moe,
     packing,
+    parts,
     persistence,
     precision,
     state,
@@ -22,7 +23,8 @@ from checks import (
 from checks.harness.model_under_test import CheckFailed, ModelUnderTest, NotApplicable
 
 GROUPS = (
-    contract, loss, causality, batch, gradients, init, learning, state, packing, persistence, precision, moe, counts,
+    contract, loss, causality, batch, gradients, init, learning, state, packing, parts, persistence, precision, moe,
+    counts,
 )  # fmt: skip
 
 CHECKS = {

@@ -285,3 +285,27 @@ def after_step_moves_buffers_only(tested: ModelUnderTest) -> None:
 def _forms(model: BaseModel) -> dict[str, tuple]:
     """Return {buffer: (shape, dtype, device)}."""
     return {name: (tuple(b.shape), b.dtype, b.device.type) for name, b in model.named_buffers()}
+
+
+def declared_names_exist(tested: ModelUnderTest) -> None:
+    """What a module names in `scalar_params`, `not_quantized` and `expert_weights` is there.
+
+    Measured: each name against the attributes of its module: a parameter, or for `not_quantized` also a module.
+    Causes: a misspelt or renamed weight, which then is quantized, or grouped by its shape, without a word; a string
+    where a tuple of one is meant.
+    """
+    model = tested.build()
+    kinds: dict[str, tuple[type, ...]] = {
+        "scalar_params": (Tensor,),
+        "expert_weights": (Tensor,),
+        "not_quantized": (Tensor, torch.nn.Module),
+    }
+    for where, module in model.named_modules():
+        for field, kind in kinds.items():
+            names = getattr(module, field, ())
+            what = f"{type(module).__name__}.{field} ({where or 'the model'})"
+            require(not isinstance(names, str), f"{what} is the string {names!r}: write a tuple, ({names!r},)")
+            missing = [name for name in names if not isinstance(getattr(module, name, None), kind)]
+            unused = [name for name in missing if getattr(module, name, "") is None]  # switched off, such as a bias
+            missing = [name for name in missing if name not in unused]
+            require(not missing, f"{what} names {', '.join(map(repr, missing))}, which the module does not have")

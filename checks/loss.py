@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from checks.harness import ModelUnderTest, call, logits_of, next_tokens, require, require_close
-from checks.harness.model_under_test import negative_log_likelihood
+from checks.harness.model_under_test import LONG, negative_log_likelihood
 from model.basemodel import BaseModel
 
 
@@ -40,6 +40,24 @@ def mean_over_valid_targets(tested: ModelUnderTest) -> None:
                 f"{': it is ' + why if why else ''}",
                 [why] if why else [],
             )
+
+
+@torch.no_grad()
+def long_sequences(tested: ModelUnderTest) -> None:
+    """Over 300 tokens the task loss, in train and in eval mode, is that of the logits without targets.
+
+    Measured: as `mean_over_valid_targets`, beyond windows and chunks.
+    Causes: a form of its own for training, such as a recurrence in chunks or attention in blocks, that differs from
+    the one for inference where one chunk hands over to the next."""
+    model, ids = tested.build_long(), tested.tokens(batch_size=2, length=LONG)
+    want = negative_log_likelihood(logits_of(model, ids), next_tokens(ids)).mean()
+    for train in (False, True):
+        model.train(train)
+        got = tested.task_loss(*call(model, ids, targets=next_tokens(ids))[1:]).double()
+        if train and _is_noisy(model, ids):
+            continue
+        mode = "train" if train else "eval"
+        require_close(got, want, f"{mode} mode: loss of {LONG} tokens against that of the logits without targets", 2e-5)
 
 
 @torch.no_grad()

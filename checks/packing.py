@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from checks.harness import ModelUnderTest, call, logits_of, next_tokens, require, require_close
-from checks.harness.model_under_test import embedded_tokens, gradient_at_tokens, positions_text
+from checks.harness.model_under_test import LONG, embedded_tokens, gradient_at_tokens, positions_text
+from model.basemodel import BaseModel
 
 
 def _documents(ids: Tensor, bounds: list[list[int]]) -> Tensor:
@@ -17,15 +18,15 @@ def _documents(ids: Tensor, bounds: list[list[int]]) -> Tensor:
 
 
 def _bounds(total: int) -> list[list[int]]:
-    """Three sequences of documents of uneven lengths, one token among them, no two sequences alike."""
-    return [[5, 6, 13], [1, total - 2], [total // 2]]
+    """Four sequences of documents of uneven lengths, one token among them, no two sequences alike, some at 8s."""
+    return [[5, 6, 13], [1, total - 2], [total // 2], [8, 16]]
 
 
 @torch.no_grad()
 def packed_equals_separate(tested: ModelUnderTest) -> None:
     """Each document's logits in a packed sequence are those it has alone, whatever its neighbours are.
 
-    Measured: three sequences with documents at different places, one of a single token, each document against itself
+    Measured: four sequences with documents at different places, one of a single token, each document against itself
     alone; in train mode too; one document per sequence against no doc_ids at all; and a sequence that ends in padding,
     whose id is -1, next to a sequence of padding alone.
     Causes: doc_ids ignored, or used in some layers only; the mask of sequence 0 used for all sequences; learned
@@ -33,21 +34,14 @@ def packed_equals_separate(tested: ModelUnderTest) -> None:
     across the boundary; a document mask that replaces the causal one; doc_ids taken for indices; a mean over no token.
     """
     tested.needs("doc_ids")
-    ids = tested.tokens(batch_size=3)
-    bounds, total = _bounds(ids.shape[1]), ids.shape[1]
+    ids = tested.tokens(batch_size=4)
+    bounds = _bounds(ids.shape[1])
     for train in (False, True):
         model = tested.build().train(train)
         if train and not torch.equal(logits_of(model, ids), logits_of(model, ids)):
             continue  # dropout
         packed = logits_of(model, ids, doc_ids=_documents(ids, bounds))
-        for index, starts in enumerate(bounds):
-            for start, end in zip([0, *starts], [*starts, total]):
-                alone = logits_of(model, ids[index : index + 1, start:end])
-                require_close(
-                    packed[index : index + 1, start:end],
-                    alone,
-                    f"sequence {index}, document at {start}..{end - 1}, packed against alone",
-                )
+        _each_as_alone(model, ids, packed, bounds)
         one = logits_of(model, ids, doc_ids=torch.full_like(ids, 7))
         require_close(one, logits_of(model, ids), "one document per sequence against no doc_ids")
         padded = torch.zeros_like(ids[:2])
@@ -55,6 +49,76 @@ def packed_equals_separate(tested: ModelUnderTest) -> None:
         before = logits_of(model, ids[:2], doc_ids=padded)
         require(before.isfinite().all(), "non-finite logits where a sequence is padding, doc_ids of -1")
         require_close(before[:1, :5], logits_of(model, ids[:1, :5]), "a document before padding, against alone")
+
+
+def _each_as_alone(
+    model: BaseModel, ids: Tensor, packed: Tensor, bounds: list[list[int]], tolerance: float = 2e-4
+) -> None:
+    for index, starts in enumerate(bounds):
+        for start, end in zip([0, *starts], [*starts, ids.shape[1]]):
+            require_close(
+                packed[index : index + 1, start:end],
+                logits_of(model, ids[index : index + 1, start:end]),
+                f"sequence {index}, document at {start}..{end - 1}, packed against alone",
+                tolerance,
+            )
+
+
+@torch.no_grad()
+def long_sequences(tested: ModelUnderTest) -> None:
+    """The same over 300 tokens: documents that begin within and at the borders of chunks and windows of usual sizes.
+
+    Measured: two sequences, documents from 1 to 133 tokens, among them some that begin at 64, 128 and 256, each against
+    itself alone; one document per sequence against no doc_ids at all.
+    Causes: the state that one chunk hands to the next not dropped where a document begins with the chunk, or dropped
+    for all documents of the chunk; windows and blocks counted from the start of the sequence; a mask that is right for
+    the first chunk only.
+    """
+    tested.needs("doc_ids")
+    model, ids = tested.build_long(), tested.tokens(batch_size=2, length=LONG)
+    bounds = [[64, 65, 128, 250, 256], [3, 100, 130, 133, 192]]
+    _each_as_alone(model, ids, logits_of(model, ids, doc_ids=_documents(ids, bounds)), bounds, 1e-3)
+    one = logits_of(model, ids, doc_ids=torch.full_like(ids, 7))
+    require_close(one, logits_of(model, ids), "one document per sequence against no doc_ids", 1e-3)
+
+
+@torch.no_grad()
+def padding_changes_no_loss(tested: ModelUnderTest) -> None:
+    """No term of the loss depends on padding, whose doc_ids are -1: not on its tokens, nor on how much there is.
+
+    Measured: every `loss/*` of two documents followed by padding and of a sequence of padding alone, with other tokens
+    in place of the padding (the first four stay: multi-token heads read ahead), and with less of it.
+    Causes: a balance loss or an index loss that is a mean over all positions; a padding mask that reaches the loads
+    and not the loss; padding known by its token.
+    """
+    tested.needs("doc_ids")
+    ids = tested.tokens(batch_size=2)
+    end, total = max(2, ids.shape[1] // 2), ids.shape[1]
+    doc_ids = torch.zeros_like(ids)
+    doc_ids[:, end // 2 :] = 1
+    doc_ids[0, end:], doc_ids[1] = -1, -1
+    model = tested.build()
+
+    def terms(ids: Tensor) -> dict[str, Tensor]:
+        docs = doc_ids[:, : ids.shape[1]]
+        targets = next_tokens(ids).masked_fill(docs != docs.roll(-1, 1), -100).masked_fill(docs < 0, -100)
+        targets[:, end - 1 :] = -100
+        _, loss, other_vars = call(model, ids, targets=targets, doc_ids=docs)
+        return {k: v for k, v in other_vars.items() if k.startswith("loss/")} or {"loss": loss}
+
+    want = terms(ids)
+    changed = doc_ids < 0
+    changed[0, : end + 4] = False  # a multi-token head of the last token reads what follows it
+    other = torch.where(changed, tested.tokens(batch_size=2, seed=9), ids)
+    cases = {"other tokens in place of padding": other, "less padding": ids[:, : max(end + 1, total - 3)]}
+    for what, tokens in cases.items():
+        for key, value in terms(tokens).items():
+            difference = (value - want[key]).abs().item()
+            allowed = 1e-4 * max(want[key].abs().item(), 1e-6)
+            require(
+                difference <= allowed,
+                f"{key} is {want[key].item():.6g}, with {what} {value.item():.6g}: padding counts in it",
+            )
 
 
 def gradient_stays_in_the_document(tested: ModelUnderTest) -> None:

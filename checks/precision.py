@@ -1,13 +1,15 @@
 """Is it right under bf16 autocast and torch.compile?"""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from checks.harness import ModelUnderTest, NotApplicable, call, logits_of, next_tokens, require, require_close
+from checks.harness.float64 import Float64, in_float64
 from checks.harness.model_under_test import LONG, CheckFailed
-from model.basemodel import BaseModel
+from model.basemodel import BaseModel, State
 
 
 @torch.no_grad()
@@ -73,21 +75,116 @@ def bf16_gradients_are_finite(tested: ModelUnderTest) -> None:
     require(cosine > 0.9, f"the cosine between the gradients of bf16 and fp32 is {cosine:.3f}")
 
 
-@torch.no_grad()
 def large_weights_stay_finite(tested: ModelUnderTest) -> None:
-    """Large weights, as they come with training, give large logits and a large loss, not infinity.
+    """Large weights, as they come with training, give large logits, losses and gradients, not infinity.
 
     Measured: matrices of 8 times unit gain, tables of the vocabulary of 64 times, sequences of eight tokens: the logits
-    and the loss are finite.
+    and the loss are finite. Over max_seq_len tokens, with matrices of 2, 4 and 8 times unit gain: logits and gradients
+    are finite where they are so in float64, and far from the limits of fp32.
     Causes: a softmax without subtracting the maximum; `log(softmax(x))` instead of `log_softmax`; an `exp` of something
-    that grows; a detour through half precision."""
-    model, ids = tested.build(), tested.tokens(length=min(8, tested.args.max_seq_len))
+    that grows, such as the two factors of a decay instead of their difference; a mask applied after an `exp`, whose
+    gradient is 0 * infinity; a detour through half precision."""
+    with torch.no_grad():
+        model, ids = tested.build(), tested.tokens(length=min(8, tested.args.max_seq_len))
+        _enlarge(model, 8)
+        require(logits_of(model, ids).isfinite().all(), "with large weights the logits are not all finite")
+        loss = call(model, ids, targets=next_tokens(ids))[1]
+    require(loss.isfinite(), f"with large weights the loss is {loss.item()}")
+    ids = tested.tokens(batch_size=2)
+    for factor in (2, 4, 8):
+        bad = _non_finite(_enlarged(tested, factor), ids)
+        if not bad:
+            continue
+        try:
+            wide = in_float64(partial(_enlarged, tested, factor), ids)
+        except NotApplicable:
+            return  # nothing to compare with
+        with Float64():
+            require(
+                _non_finite(wide, ids), f"with matrices of {factor} times unit gain {bad}; in float64 all is finite"
+            )
+
+
+def _enlarged(tested: ModelUnderTest, factor: float) -> BaseModel:
+    model = tested.build()
+    _enlarge(model, factor)
+    return model
+
+
+@torch.no_grad()
+def _enlarge(model: BaseModel, factor: float) -> None:
     for param in model.parameters():
         if param.requires_grad and param.ndim >= 2:
-            param.mul_(64 if tested.args.vocab_size in param.shape else 8)
-    require(logits_of(model, ids).isfinite().all(), "with large weights the logits are not all finite")
-    loss = call(model, ids, targets=next_tokens(ids))[1]
-    require(loss.isfinite(), f"with large weights the loss is {loss.item()}")
+            param.mul_(8 * factor if model.args.vocab_size in param.shape else factor)
+
+
+def _non_finite(model: BaseModel, ids: Tensor) -> str:
+    """Return what is not finite, or beyond 1e30, in logits and gradients, or ""."""
+    with torch.no_grad():
+        logits = logits_of(model, ids)
+    if not (logits.abs() < 1e30).all():
+        return "the logits are not all finite"
+    call(model, ids, targets=next_tokens(ids))[1].backward()
+    bad = [n for n, p in model.named_parameters() if p.grad is not None and not (p.grad.abs() < 1e30).all()]
+    return f"the gradient of {', '.join(bad[:4])} is not finite" if bad else ""
+
+
+@torch.no_grad()
+def recurrent_state_is_fp32(tested: ModelUnderTest) -> None:
+    """What a state adds up over many tokens is in fp32, also when the model runs under bf16 autocast.
+
+    Measured: which tensors of the state are sums: those whose elements all move with every token, and still depend on
+    what they were. Then their dtype under bf16 autocast. Keys, values, tails and ids may be of any type.
+    Causes: `memory.to(x.dtype)` before it is kept: a bf16 number has 8 bits, and forgets what is small beside it.
+    """
+    tested.needs("state")
+    model, ids = tested.build(), tested.tokens(batch_size=2)
+    half = ids.shape[1] // 2
+    sums = _sums_in_state(model, ids, half)
+    if not sums:
+        raise NotApplicable("nothing in the state is added up over tokens")
+    with torch.autocast("cpu", torch.bfloat16):
+        state = model.init_state(len(ids))
+        for start, size in ((0, half), (half, 1)):
+            logits_of(model, ids[:, start : start + size], state=state)
+            state.advance(size)
+    for where, name in sums:
+        tensor = [*state.layers, state.model][where][name]
+        place = f"state.layers[{where}]" if where < len(state.layers) else "state.model"
+        require(
+            torch.finfo(tensor.dtype).bits >= 32,
+            f"{place}[{name!r}] is added up over tokens, and is {tensor.dtype} under autocast: keep it in fp32",
+        )
+
+
+def _sums_in_state(model: BaseModel, ids: Tensor, half: int) -> list[tuple[int, str]]:
+    """Return (number of the dict, name) of the tensors that are sums: after a step most of their elements depend on
+    what the tensor was, and are no copies of it."""
+    state, found = model.init_state(len(ids)), []
+    logits_of(model, ids[:, :half], state=state)
+    state.advance(half)
+    token = ids[:, half : half + 1]
+
+    def step(state: State) -> list[dict]:
+        logits_of(model, token, state=state)
+        return [*state.layers, state.model]
+
+    plain = step(state.clone())
+    for where, tensors in enumerate([*state.layers, state.model]):
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or not tensor.numel():
+                continue
+            trial = state.clone()
+            moved = [*trial.layers, trial.model][where][name]
+            moved += 0.1 * torch.randn_like(moved) * (1 + moved.abs())
+            old = moved.clone()
+            new = step(trial)[where][name]
+            if new.shape != plain[where][name].shape:
+                continue
+            depends = (new != plain[where][name]) & ~torch.isin(new, old)
+            if depends.float().mean() > 0.5:
+                found.append((where, name))
+    return found
 
 
 def compiled_equals_eager(tested: ModelUnderTest) -> None:

@@ -28,6 +28,14 @@ def _chunks(total: int, sizes: Sequence[int]) -> list[int]:
     return out
 
 
+def _build_long(tested: ModelUnderTest) -> BaseModel | None:
+    """Return a model for `LONG` tokens, or None: then the tiny size has to do."""
+    try:
+        return tested.build_long()
+    except NotApplicable:
+        return None
+
+
 @torch.no_grad()
 def chunks_equal_full_forward(tested: ModelUnderTest) -> None:
     """Token by token, in uneven chunks, and a prompt followed by steps: up to exactly max_seq_len, the same logits.
@@ -69,32 +77,44 @@ def long_sequences(tested: ModelUnderTest) -> None:
 def sequences_at_their_own_positions(tested: ModelUnderTest) -> None:
     """Sequences at different positions decode as if alone, after `overwrite` and `select` moved them.
 
-    Measured: prompts of different lengths put into a used batch, decoded together by steps and by a chunk of two.
+    Measured: prompts of different lengths put into a used batch, decoded together by steps and in chunks; the same with
+    prompts of 3 to 150 tokens, beyond windows and chunks.
     Causes: `pos[0]`, `pos.max()` or `max_pos` taken for all sequences; the mask not per sequence; leftovers of another
-    text read as keys; something in the state whose dim 0 is not the batch."""
+    text read as keys; a ring or compressed entries written where the first sequence stands; something in the state
+    whose dim 0 is not the batch."""
     tested.needs("state")
-    model, ids = tested.build(), tested.tokens(batch_size=4)
-    full, total = logits_of(model, ids), ids.shape[1]
-    lengths = [5, 1, 9, 3]
-    batch = model.init_state(len(ids))
-    _decode(model, ids.flip(1)[:, :8], batch, [8])  # another text was here before
+    _at_their_own_positions(tested.build(), tested.tokens(batch_size=4), [5, 1, 9, 3], 8, [1, 2, *[1] * 12])
+    model = _build_long(tested)
+    if model is not None:
+        ids = tested.tokens(batch_size=4, length=LONG)
+        _at_their_own_positions(model, ids, [150, 3, 71, 128], 160, [1, 2, *[1] * 6, 7, 1, 66, *[1] * 4])
+
+
+@torch.no_grad()
+def _at_their_own_positions(
+    model: BaseModel, ids: Tensor, lengths: list[int], used: int, sizes: Sequence[int], tolerance: float = 1e-3
+) -> None:
+    """Prompts of `lengths` tokens in a batch that read `used` other ones before, and go on in chunks of `sizes`."""
+    full, batch = logits_of(model, ids), model.init_state(len(ids))
+    tolerance = tolerance if ids.shape[1] == LONG else 2e-4
+    _decode(model, ids.flip(1)[:, :used], batch, [used])  # another text was here before
     for index, length in enumerate(lengths):
         alone = model.init_state(1)
         _decode(model, ids[index : index + 1, :length], alone, [length])
         batch.overwrite([index], alone)
     at, every = torch.tensor(lengths), torch.arange(len(ids))[:, None]
-    for size in [1, 2, *[1] * (total - max(lengths) - 3)]:
+    for size in sizes:
+        if batch.max_pos + size > batch.max_len:
+            break
         wanted = at[:, None] + torch.arange(size)
         got = logits_of(model, ids.gather(1, wanted), state=batch)
         batch.advance(size)
-        require_close(got, full[every, wanted], f"sequences at positions {at.tolist()}")
+        require_close(got, full[every, wanted], f"sequences at positions {at.tolist()}", tolerance)
         at = at + size
-        if batch.max_pos + 2 > batch.max_len:
-            break
     picked = batch.select([2, 0])
     if picked.max_pos < batch.max_len:
         got = logits_of(model, ids[[2, 0]].gather(1, at[[2, 0], None]), state=picked)[:, 0]
-        require_close(got, full[[2, 0], at[[2, 0]]], "two sequences picked out of the batch")
+        require_close(got, full[[2, 0], at[[2, 0]]], "two sequences picked out of the batch", tolerance)
 
 
 @torch.no_grad()
@@ -130,24 +150,39 @@ def rewound_tokens_leave_no_trace(tested: ModelUnderTest) -> None:
 
     Measured: at every position, one token and then `state.room` tokens of another sequence are read, `pos` is moved
     back, and the tensors that `state.rewindable` does not name are put back as they were; then the sequence goes on.
+    The same at fifteen positions among 300, where rings are full and chunks end.
     Causes: a recurrent state, a running sum or a tail of fixed size declared rewindable; a ring without `state.room`
     slots more than its window; leftovers of later positions that no mask hides; a tensor kept outside the state.
     """
     tested.needs("state")
     model, ids = tested.build(), tested.tokens()
-    total, state, steps = ids.shape[1], model.init_state(len(ids)), []
-    for t in range(total):
-        for n_tokens in (1, min(state.room, total - t)):
-            held = [*state.layers, state.model]
-            before = [{k: x.clone() for k, x in tensors.items() if k not in state.rewindable} for tensors in held]
-            _decode(model, ids.flip(0)[:, t : t + n_tokens], state, [n_tokens])
-            state.rewind(n_tokens)
-            for tensors, copies in zip(held, before, strict=True):
-                for name in [name for name in tensors if name not in state.rewindable and name not in copies]:
-                    del tensors[name]  # the trial made it
-                tensors.update(copies)
+    state, steps = model.init_state(len(ids)), []
+    for t in range(ids.shape[1]):
+        _trials(model, ids.flip(0)[:, t:], state)
         steps.append(_decode(model, ids[:, t : t + 1], state, [1]))
     require_close(torch.cat(steps, dim=1), logits_of(model, ids), "single steps with a trial before each")
+    long_model = _build_long(tested)
+    if long_model is not None:
+        ids = tested.tokens(batch_size=2, length=LONG)
+        full, state, start = logits_of(long_model, ids), long_model.init_state(2), 0
+        for end in (61, 62, 63, 64, 65, 126, 127, 128, 129, 200, 254, 255, 256, 257, 290):
+            got = _decode(long_model, ids[:, start:end], state, [end - start])
+            require_close(got, full[:, start:end], f"tokens {start}..{end - 1} after a trial before them", 1e-3)
+            _trials(long_model, ids.flip(0)[:, end:], state)
+            start = end
+
+
+def _trials(model: BaseModel, ids: Tensor, state: State) -> None:
+    """Read one of the tokens `ids` (B, T), then `state.room` of them, and take them back as speculation does."""
+    for n_tokens in (1, min(state.room, ids.shape[1])):
+        held = [*state.layers, state.model]
+        before = [{k: x.clone() for k, x in tensors.items() if k not in state.rewindable} for tensors in held]
+        _decode(model, ids[:, :n_tokens], state, [n_tokens])
+        state.rewind(n_tokens)
+        for tensors, copies in zip(held, before, strict=True):
+            for name in [name for name in tensors if name not in state.rewindable and name not in copies]:
+                del tensors[name]  # the trial made it
+            tensors.update(copies)
 
 
 @torch.no_grad()
@@ -156,22 +191,23 @@ def sequences_can_be_reordered(tested: ModelUnderTest) -> None:
 
     Measured: `select` with a sequence twice and in another order; a fresh state written over a sequence that was in
     use.
-    Causes: something in the state whose dim 0 is not the batch; a recurrent state that is not zeroed for a new text.
+    Causes: something in the state whose dim 0 is not the batch; a recurrent state that is not zeroed for a new text;
+    last ids or gates for which 0 does not mean "nothing seen", and `state.empty` does not say what does.
     """
     tested.needs("state")
     model, ids = tested.build(), tested.tokens()
     full, half, order = logits_of(model, ids), ids.shape[1] // 2, [2, 0, 2, 1]
     state = model.init_state(len(ids))
     _decode(model, ids[:, :half], state, [half])
-    for layer, tensors in enumerate(state.layers):
+    held = {f"state.layers[{layer}]": tensors for layer, tensors in enumerate(state.layers)} | {
+        "state.model": state.model
+    }
+    for where, tensors in held.items():
         for name, tensor in tensors.items():
-            require(
-                isinstance(tensor, Tensor),
-                f"state.layers[{layer}][{name!r}] is {type(tensor).__name__}, expected a tensor",
-            )
+            require(isinstance(tensor, Tensor), f"{where}[{name!r}] is {type(tensor).__name__}, expected a tensor")
             require(
                 tensor.ndim and tensor.shape[0] == len(ids),
-                f"state.layers[{layer}][{name!r}] has shape {tuple(tensor.shape)}: dim 0 must be the batch, {len(ids)}",
+                f"{where}[{name!r}] has shape {tuple(tensor.shape)}: dim 0 must be the batch, {len(ids)}",
             )
     got = _decode(model, ids[order, half:], state.select(order), [1] * (ids.shape[1] - half))
     require_close(got, full[order, half:], f"sequences {order} of a state")
@@ -223,7 +259,7 @@ def memory_is_bounded(tested: ModelUnderTest) -> None:
     def used(batch_size: int, length: int, sizes: list[int], max_len: int) -> int:
         state = model.init_state(batch_size, max_len)
         _decode(model, ids[:batch_size, :length], state, sizes)
-        tensors = [t for layer in state.layers for t in layer.values()]
+        tensors = [t for held in [*state.layers, state.model] for t in held.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     one_chunk = used(2, total, [total], total)
@@ -238,3 +274,45 @@ def memory_is_bounded(tested: ModelUnderTest) -> None:
     )
     if not one_chunk:
         raise NotApplicable("the state holds nothing")
+
+
+@torch.no_grad()
+def drafts_in_chunks_agree(tested: ModelUnderTest) -> None:
+    """A model's own `draft` gives the same in one chunk, in uneven chunks, and token by token.
+
+    Measured: the logits and the hidden vectors of `draft` over the `state.hidden` of a sequence, with a state for
+    drafts alone; sequences alone against the batch; `last_only`.
+    Causes: positions of drafts counted from 0 in every chunk; keys of drafts not kept, or kept in the main state; an
+    off-by-one between hidden vectors and tokens; `state.hidden` taken before the last norm in some calls only.
+    """
+    tested.needs("state")
+    model, ids = tested.build(), tested.tokens()
+    if getattr(model, "draft", None) is None:
+        raise NotApplicable("the model has no draft")
+    state, total = model.init_state(len(ids)), ids.shape[1] - 1
+    logits_of(model, ids[:, :total], state=state)
+    hidden = state.hidden
+    require(isinstance(hidden, Tensor), "a model that drafts sets state.hidden in forward; it is not set")
+    assert hidden is not None and model.draft is not None
+    require(
+        hidden.shape[:2] == (len(ids), total),
+        f"state.hidden has shape {tuple(hidden.shape)} after {total} tokens of {len(ids)} sequences: (B, T, D)",
+    )
+
+    def drafts(at: slice, sizes: Sequence[int], last_only: bool = False) -> Tensor:
+        own, parts, start = model.init_state(len(ids[at])), [], 0
+        own.last_only = last_only
+        for size in _chunks(total, sizes):
+            logits, further = model.draft(hidden[at, start : start + size], ids[at, start + 1 : start + size + 1], own)
+            own.advance(size)
+            start += size
+            parts.append(logits if last_only else torch.cat((logits, further), dim=-1))
+        return torch.cat(parts, dim=1)
+
+    want = drafts(slice(None), [total])
+    for sizes in ([1], [3, 1, 5, 2], [total - 1, 1]):
+        require_close(drafts(slice(None), sizes), want, f"drafts in chunks of {sizes} against all at once")
+    require_close(drafts(slice(1, 2), [total]), want[1:2], "drafts of one sequence alone against the batch")
+    last = drafts(slice(None), [total], last_only=True)
+    vocab = tested.args.vocab_size
+    require_close(last[:, -1], want[:, -1, :vocab], "drafts with last_only against all", 2e-4)

@@ -1,8 +1,7 @@
 """The contract between an architecture and the framework, complete: the one file a plugin author must read.
 
-An architecture is a dataclass `MyNetModelArgs(BaseModelArgs)` and a class `MyNetModel(BaseModel)` in one file of this
-folder (see template.py). Only `forward(input_ids, targets=None)` is required. Two more parameters of forward switch
-features on: `state` fast decoding, `doc_ids` packed documents.
+An architecture is a dataclass `MyNetModelArgs(BaseModelArgs)` and a class `MyNetModel(BaseModel)` in one file (see
+template.py). `forward(input_ids, targets=None)` is required; `state` adds fast decoding, `doc_ids` packed documents.
 
 Names that the framework reads, where a model has them:
     layers              nn.ModuleList of the repeated blocks, called as modules: units of `State`, sharding, diagnostics
@@ -11,8 +10,9 @@ Names that the framework reads, where a model has them:
     expert_weights      of an MoE module: names of its stacks of experts, which decoding may quantize or pack
     not_quantized       of any module: names of its modules and stacks that int8 decoding leaves as they are
     scalar_params       of any module: names of parameters for the group "scalar" of `param_groups`
+    sink, sinks         of an attention module: a score per head (H,), in the denominator of the softmax only
     dim, n_layers, ...  usual arguments: for default FLOPs; checks (checks/harness/tiny_args.py) and demos shrink them;
-                        the checks of experts also read n_activated_experts and bias_update_speed
+                        window_size counts the token itself; some checks read n_activated_experts, bias_update_speed
 """
 
 import inspect
@@ -76,10 +76,10 @@ class BaseModel(nn.Module):
         logits (B, T, V); may be None when targets are given, and (B, 1, V) when `state.last_only`.
         loss: None exactly when targets is None, else the mean over the valid targets (0 when there is none).
         other_vars: flat dict of tensors. `loss/<name>` are the weighted terms with their graph, whose sum is `loss`:
-        `loss/ce`, the cross-entropy of the next token, for held-out loss and bits per character (else `loss` is used);
-        `loss/z`, the z-loss, required when `self.z_loss` is set; a balance loss has balance, aux or load in its name.
-        All else is detached and logged: 0-d as a scalar, 1-d and 2-d as a histogram per layer.
-        Reserved: `moe/load` (L, E), and 2-d `.../load...` for further experts: tokens per expert, without padding.
+        `loss/ce`, the cross-entropy of the next token, for held-out loss and bits per character (else `loss`);
+        `loss/z`, required when `self.z_loss` is set; a balance loss has balance, aux or load in its name, an index
+        loss, which teaches an indexer alone, index. All else is detached and logged: 0-d as a scalar, 1-d, 2-d as a
+        histogram per layer. Reserved: `moe/load` (L, E), `.../load...`: tokens per expert. No loss or load counts padding.
         Forward never writes to its inputs, stores nothing about a call on the module, and switches no mode. Training in
         bf16 holds the group "matrix" of `param_groups` in bf16: where autocast is off, use `weight.float()`.
         """

@@ -8,22 +8,27 @@ from checks.harness.runner import BUILDS, open_classes, run_check
 from model import BaseModel, get_model_and_args
 from tests.mutants import (
     unusual,
+    unusual_layers,
     wrong_attention,
     wrong_contract,
+    wrong_entries,
     wrong_gradients,
     wrong_learning,
     wrong_loss,
     wrong_packing,
+    wrong_recurrence,
+    wrong_routes,
     wrong_state,
     wrong_weights,
+    wrong_windows,
 )
 from tests.mutants.right import SLOW_MUTANTS, UNUSUAL, WRONG, FeedForward, RightModel, RightModelArgs, with_defaults
 from tests.mutants.wrong_gradients import LEARNS
 from tests.support.models import BASE_MODEL
 
 MODULES = (
-    unusual, wrong_attention, wrong_contract, wrong_gradients, wrong_learning, wrong_loss, wrong_packing, wrong_state,
-    wrong_weights,
+    unusual, unusual_layers, wrong_attention, wrong_contract, wrong_entries, wrong_gradients, wrong_learning,
+    wrong_loss, wrong_packing, wrong_recurrence, wrong_routes, wrong_state, wrong_weights, wrong_windows,
 )  # fmt: skip
 
 

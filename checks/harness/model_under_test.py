@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,18 +83,25 @@ def next_tokens(ids: Tensor) -> Tensor:
     return ids.roll(-1, 1)
 
 
+class Embedded(NamedTuple):
+    """A call of the token embedding: the ids (B, N) that it was given, and what it returned (B, N, D)."""
+
+    ids: Tensor
+    out: Tensor
+
+
 @contextmanager
-def embedded_tokens(model: BaseModel) -> Iterator[list[Tensor]]:
+def embedded_tokens(model: BaseModel) -> Iterator[list[Embedded]]:
     """Within the block, collect what the model's token embedding returns: tensors to take gradients at."""
     table = next(
         (m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings >= model.args.vocab_size), None
     )
     if table is None:
         raise NotApplicable("there is no nn.Embedding of the vocabulary to take gradients at")
-    outputs: list[Tensor] = []
+    outputs: list[Embedded] = []
 
     def collect(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        outputs.append(out.requires_grad_())
+        outputs.append(Embedded(args[0], out.requires_grad_()))
         return out
 
     handle = table.register_forward_hook(collect)
@@ -104,13 +111,44 @@ def embedded_tokens(model: BaseModel) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def gradient_at_tokens(scalar: Tensor, outputs: list[Tensor]) -> Tensor:
-    """Return the size (B, T) of the gradient of `scalar` at the embedded tokens."""
+def gradient_at_tokens(scalar: Tensor, outputs: list[Embedded]) -> Tensor:
+    """Return the size (B, T) of the gradient of `scalar` at the embedded tokens.
+
+    A second look-up, such as that of the next tokens for a multi-token head, counts at the positions of its tokens.
+    """
+    ids = max((e.ids for e in outputs), key=torch.Tensor.numel)  # the first of the longest
+    sizes = torch.zeros(ids.shape)
     if not scalar.requires_grad:
-        return torch.zeros(outputs[0].shape[:2])
-    grads = torch.autograd.grad(scalar, outputs, retain_graph=True, allow_unused=True)
-    sizes = [g.abs().amax(dim=-1) for g in grads if g is not None]
-    return torch.stack(sizes).sum(0) if sizes else torch.zeros(outputs[0].shape[:2])
+        return sizes
+    grads = torch.autograd.grad(scalar, [e.out for e in outputs], retain_graph=True, allow_unused=True)
+    for embedded, grad in zip(outputs, grads):
+        if grad is not None and embedded.ids.ndim == 2:
+            at = torch.arange(embedded.ids.shape[1]) + _offset(embedded.ids, ids)
+            size = grad.abs().amax(dim=-1)
+            if embedded.ids.shape == ids.shape and torch.equal(embedded.ids, ids[:, at % ids.shape[1]]):
+                at = at % ids.shape[1]  # rolled around
+            inside = (at >= 0) & (at < ids.shape[1])
+            sizes.index_add_(1, at[inside], size[:, inside].to(sizes.dtype))
+    return sizes
+
+
+def _offset(some: Tensor, ids: Tensor) -> int:
+    """Return how many positions the tokens `some` (B, N) stand behind their own in `ids` (B, T), 0 where they do not.
+
+    So for `some` = ids[:, 1:] it is 1, for ids moved to the right it is -1. Each row of `some` is one of the first B.
+    """
+    length, n = ids.shape[1], some.shape[1]
+    if len(some) != len(ids):
+        return 0
+
+    def equal(offset: int) -> float:
+        start, end = max(0, -offset), min(n, length - offset)
+        if end <= start:
+            return 0.0
+        return (some[:, start:end] == ids[:, start + offset : end + offset]).float().mean().item() * (end - start)
+
+    best = max(sorted(range(1 - n, length), key=abs), key=equal)
+    return best if equal(best) >= 0.5 * n else 0
 
 
 class ModelUnderTest:

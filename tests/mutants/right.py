@@ -144,7 +144,11 @@ class MoE(nn.Module):
             token, slot = (chosen == expert).nonzero(as_tuple=True)
             h = self.expert(tokens[token], expert)
             out = out.index_add(0, token, (h * weights[token, slot, None]).to(out.dtype))
-        return out.view_as(x), self.count(self.without_padding(chosen, doc_ids), scores), self.balance(scores, chosen)
+        kept = [self.without_padding(each, doc_ids) for each in (chosen, scores)]
+        return out.view_as(x), self.count(*kept), self.balance(*self.of_balance(scores, chosen, doc_ids))
+
+    def of_balance(self, scores, chosen, doc_ids):
+        return self.without_padding(scores, doc_ids), self.without_padding(chosen, doc_ids)
 
     def expert(self, tokens, number):
         return F.silu(tokens @ self.up_proj[number].T) @ self.down_proj[number].T
@@ -166,8 +170,9 @@ class MoE(nn.Module):
         return torch.bincount(chosen.flatten(), minlength=self.args.n_routed_experts).float()
 
     def balance(self, scores, chosen):
-        share = F.one_hot(chosen, self.args.n_routed_experts).float().sum(dim=1).mean(dim=0)
-        return self.args.balance_weight * (share * (scores / scores.sum(-1, keepdim=True)).mean(dim=0)).sum()
+        n_tokens = max(1, len(chosen))
+        share = F.one_hot(chosen, self.args.n_routed_experts).float().sum(dim=(0, 1)) / n_tokens
+        return self.args.balance_weight * (share * (scores / scores.sum(-1, keepdim=True)).sum(dim=0) / n_tokens).sum()
 
     @torch.no_grad()
     def update_bias(self, load):
@@ -212,11 +217,13 @@ class RightModel(BaseModel):
         self.check_length(input_ids)
         positions = token_positions(input_ids, state)
         x, loads, balances = self.embed(input_ids, positions, targets, doc_ids), [], []
+        x = self.add_more(x, input_ids, state, doc_ids)
         for layer in self.layers:
             x, *reports = layer(x, positions, state, doc_ids)
             if reports:
                 loads.append(reports[0])
                 balances.append(reports[1])
+        loads = [load for load in loads if load is not None]
         logits = self.head(x, state)
         other_vars = {"moe/load": torch.stack(loads).detach()} if loads else {}
         if targets is None:
@@ -225,6 +232,9 @@ class RightModel(BaseModel):
 
     def embed(self, input_ids, positions, targets, doc_ids):
         return self.tok_embed(input_ids)
+
+    def add_more(self, x, input_ids, state, doc_ids):
+        return x
 
     def head(self, x, state):
         if state is not None and state.last_only:

@@ -176,7 +176,7 @@ class OneExpert(MoEModel):
                     out[here] = (expert(x[here]) * weight[here][:, None]).to(out.dtype)
             flat = chosen.flatten()[:, None]
             load = self.count(self.without_padding(flat, doc_ids), scores)
-            return out, load, self.balance(scores.flatten(0, 1), flat)
+            return out, load, self.balance(*self.of_balance(scores.flatten(0, 1), flat, doc_ids))
 
     def after_step(self, other_vars):
         pass
