@@ -100,7 +100,7 @@ class NemotronHModelArgs(BaseModelArgs):
         mamba = {"mamba_n_heads": 4, "mamba_head_dim": 6, "mamba_state_dim": 8, "mamba_n_groups": 2, "conv_size": 3}
         attention = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 8}
         routing = {"n_routed_experts": 6, "n_activated_experts": 2, "n_expert_groups": 3, "n_limited_groups": 2}
-        widths = {"inter_dim": 48, "moe_inter_dim": 20, "moe_latent_dim": 10, "shared_inter_dim": 14}
+        widths = {"inter_dim": 48, "moe_inter_dim": 20, "moe_latent_dim": 12, "shared_inter_dim": 14}
         sizes = {"vocab_size": 97, "max_seq_len": 24, "dim": 32, "n_layers": 6, "chunk_size": 8}
         types = (MAMBA, MOE, MAMBA, MLP, ATTENTION, MOE)
         return cls(**sizes, **mamba, **attention, **routing, **widths, layer_types=types)

@@ -22,7 +22,7 @@ from engine.runs.registry import load_run
 from engine.training.evaluate import held_out_loss
 from model import ModelError, get_model_and_args
 from model.basemodel import BaseModel
-from tests.support.models import SHIPPED, TINY, sizes_of
+from tests.support.models import SHIPPED, TINY, flags_of, sizes_of
 from tests.support.token_files import stage_files
 from utils.chat_template import encode_chat
 from utils.errors import UserError
@@ -52,7 +52,7 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="module", params=PUBLISHED)
 def run(request, work):
     """A run that was trained, and its export."""
-    sizes = [f"--model.{key}={value}" for key, value in sizes_of(request.param, SMALL).items()]
+    sizes = flags_of(request.param, SMALL)
     summary = pretrain.main(
         [
             f"--model_name={request.param}",
