@@ -19,7 +19,7 @@ from model.kernels.precision import compute_dtype
 class ExpertOfRow(NamedTuple):
     """An expert per row, in place of the number of one expert."""
 
-    index: torch.Tensor  # (n,) int64
+    expert: torch.Tensor  # (n,) int64
     counts: torch.Tensor | None  # (E,), the rows of each expert, which are sorted by it; None: in any order
 
 
@@ -44,16 +44,16 @@ def faster_expert_linear(plain, x, stack, e, bias=None):
     if isinstance(e, int):
         return plain(x, stack, e, bias)
     if isinstance(stack, Packed):
-        out = torch.ops.mini_llm.expert_linear(x, e.index, stack.weight, stack.scale, stack.n_outputs)
+        out = torch.ops.mini_llm.expert_linear(x, e.expert, stack.weight, stack.scale, stack.n_outputs)
     elif e.counts is None:
-        out = _rows_times_matrices(x, stack, e.index)
+        out = _rows_times_matrices(x, stack, e.expert)
     elif isinstance(stack, Int8Weight) and not torch.compiler.is_compiling() or has_grouped_mm(x, stack):
         out = expert_matmul(x, stack, e.counts)
     else:
         stack = stack.dequantized() if isinstance(stack, Int8Weight) else stack
         x, stack = (t.to(compute_dtype(x)) for t in (x, stack))
         return torch.ops.mini_llm.segment_linear(x, e.counts, stack, bias)
-    return out if bias is None else out + bias[e.index].to(out.dtype)
+    return out if bias is None else out + bias[e.expert].to(out.dtype)
 
 
 def _rows_times_matrices(x, stack, index):
