@@ -82,6 +82,11 @@ def test_errors_are_one_line(argv, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["x,y", "[x, y]", "('x', 'y')", '["x", "y"]', "('x', 'y',)"])
+def test_a_list_as_python_or_json_writes_it(text):
+    assert toy(f"--model.kinds={text}").model["kinds"] == ("x", "y")
+
+
 def test_preset_errors(tmp_path):
     preset = tmp_path / "p.yaml"
     preset.write_text("max_rl: 1\n")

@@ -22,7 +22,7 @@ from engine.runs.registry import load_run
 from engine.training.evaluate import held_out_loss
 from model import ModelError, get_model_and_args
 from model.basemodel import BaseModel
-from tests.support.models import SHIPPED, TINY, flags_of, sizes_of
+from tests.support.models import BASE_MODEL, CHAT_MODEL, SHIPPED, TINY, sizes_of
 from tests.support.token_files import stage_files
 from utils.chat_template import encode_chat
 from utils.errors import UserError
@@ -49,10 +49,17 @@ def work(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=PUBLISHED)
+two_models = pytest.mark.parametrize("run", [BASE_MODEL, CHAT_MODEL], indirect=True)  # what no architecture changes
+
+
+def some_slow(name):
+    return pytest.param(name, marks=[] if name in (BASE_MODEL, CHAT_MODEL) else [pytest.mark.slow])
+
+
+@pytest.fixture(scope="module", params=map(some_slow, PUBLISHED))
 def run(request, work):
     """A run that was trained, and its export."""
-    sizes = flags_of(request.param, SMALL)
+    sizes = [f"--model.{key}={value}" for key, value in sizes_of(request.param, SMALL).items()]
     summary = pretrain.main(
         [
             f"--model_name={request.param}",
@@ -61,7 +68,7 @@ def run(request, work):
             f"--pretrain_data_path={work / 'data/pretrain_train.bin'}",
             "--device=cpu",
             "--max_seq_len=64",
-            "--max_steps=15",
+            "--max_steps=5",
             "--max_batch_size=4",
             "--eval_interval=0",
             "--sample_interval=0",
@@ -104,7 +111,7 @@ def test_export_import_export_is_byte_identical(run, tmp_path):
 def test_transformers_gives_the_same_log_likelihoods(run, work):
     """The loss that the run itself reported for the held-out texts, from transformers, one text after another."""
     summary, folder = run
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
     loaded = load_run(summary["run"])
     ours, tokenizer = loaded.model, loaded.tokenizer
     file = TokenFile(work / "data/pretrain_val.bin", tokenizer, "make")
@@ -123,6 +130,7 @@ def test_transformers_gives_the_same_log_likelihoods(run, work):
     assert again["val_loss"] == pytest.approx(summary["val_loss"], abs=1e-6) and again["val_targets"] == targets
 
 
+@two_models
 def test_both_render_a_chat_to_the_same_ids(run):
     _, folder = run
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -286,6 +294,7 @@ def error_of(*argv) -> str:
     return str(error.value)
 
 
+@two_models
 def test_what_cannot_be_imported_is_one_line(run, tmp_path):
     _, folder = run
 
@@ -341,6 +350,7 @@ INDEX = "model.safetensors.index.json"
         (INDEX, POINTER, "git-lfs pointer"),
     ],
 )
+@two_models
 def test_a_damaged_file_is_one_line_and_leaves_nothing_behind(run, name, content, message, tmp_path):
     _, folder = run
     copy = changed(folder, tmp_path / "copy")
@@ -349,6 +359,7 @@ def test_a_damaged_file_is_one_line_and_leaves_nothing_behind(run, name, content
     assert message in found and [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
+@two_models
 def test_a_head_of_another_size_than_config_json_says_is_one_line(run, tmp_path):
     _, folder = run
     copy = changed(folder, tmp_path / "copy", {"vocab_size": 20})
@@ -358,6 +369,7 @@ def test_a_head_of_another_size_than_config_json_says_is_one_line(run, tmp_path)
 # ------------------------------------------------------------------------------------------------- AutoTokenizer
 
 
+@two_models
 def test_auto_tokenizer_begins_a_text_as_our_commands_do(run, tmp_path):
     summary, folder = run
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -374,6 +386,7 @@ def test_auto_tokenizer_begins_a_text_as_our_commands_do(run, tmp_path):
     assert load_tokenizer(folder).prefix_ids == [ours.bos_id]  # the export itself can be trained with
 
 
+@two_models
 def test_the_exported_chat_template_takes_content_parts(run):
     theirs = transformers.AutoTokenizer.from_pretrained(run[1])
 
@@ -392,6 +405,7 @@ def test_the_exported_chat_template_takes_content_parts(run):
         ids([part("a"), {"type": "image", "image": "x.png"}])
 
 
+@two_models
 def test_exports_and_imports_made_earlier_are_read_as_before(run, tmp_path):
     """Folders without a post-processor, with the template of then, and with tokens that import renamed."""
     summary, folder = run
@@ -414,6 +428,7 @@ def test_exports_and_imports_made_earlier_are_read_as_before(run, tmp_path):
     assert renamed.prefix_ids == [256] and renamed.end_ids == renamed.stop_ids == {257, 261} and renamed.is_ours
 
 
+@two_models
 def test_invalid_commands_are_one_line(run, tmp_path):
     summary, folder = run
     assert "exists" in error_of("--run", summary["run"], "--to", "hf", folder)

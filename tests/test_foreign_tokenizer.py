@@ -19,7 +19,7 @@ from engine.data.token_file import TokenFile
 from engine.inference.chat import open_chat_model
 from preprocess_data.preprocess_data import main as preprocess
 from tests.support.foreign_tokenizers import begin_with, byte_level, llama, save, text_token
-from tests.support.models import CHAT_MODEL, flags_of
+from tests.support.models import CHAT_MODEL, sizes_of
 from tests.support.small_runs import SIZES
 from tests.support.texts import HOSTILE, SENTENCES, random_text, write_lines
 from utils.chat_template import encode_chat
@@ -352,7 +352,7 @@ def from_scratch(kind, tmp_path, steps):
     preprocess(["pretrain", f"--sources={write_lines(tmp_path / 'documents.jsonl', documents)}", *common])
     preprocess(["sft", f"--sources={write_lines(tmp_path / 'chats.jsonl', chats * 20)}", *common])
     shared = [f"--output_path={tmp_path}", "--device=cpu", "--eval_interval=0", "--sample_interval=0"]
-    sizes = flags_of(CHAT_MODEL, SIZES)
+    sizes = [f"--model.{key}={value}" for key, value in sizes_of(CHAT_MODEL, SIZES).items()]
     files = [f"--tokenizer_path={folder}", f"--pretrain_data_path={data / 'pretrain_train.bin'}", "--max_seq_len=64"]
     base = pretrain.main(
         [f"--model_name={CHAT_MODEL}", *shared, *files, *sizes, f"--max_steps={steps}", "--max_batch_size=8",

@@ -185,8 +185,7 @@ def test_both_directions(case):
     layout.load(other, got)
     for name, tensor in ours.items():
         assert torch.equal(other.state_dict()[name], tensor), name
-    with torch.device("meta"):  # a published size need not fit into memory
-        shapes = layout.tensors(model.to("meta"))
+    shapes = layout.tensors(model.to("meta"))  # a published size need not fit into memory
     assert {name: tensor.shape for name, tensor in shapes.items()} == {name: t.shape for name, t in want.items()}
 
 

@@ -5,11 +5,13 @@ needs a file that it reads, and no more.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from checks import ModelUnderTest
 from model import ModelError, get_model_and_args, list_models
 from tests.support.paths import ROOT
 
@@ -106,3 +108,30 @@ def test_a_wrong_value_is_one_line(name, file):
         except Exception as error:
             raise AssertionError(f"{path} is a {type(error).__name__}: {error}") from error
     assert refused > 100
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_small_model_survives_export_and_import(name):
+    """The same config.json and bits, every parameter and buffer random; what is missing or misshapen is named."""
+    tested = ModelUnderTest(name)
+    model = tested.build(0)
+    generator = torch.Generator().manual_seed(1)
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.any():
+            model.get_buffer(key).normal_(generator=generator)
+    config, tensors = model.to_hf()
+    imported = type(model).from_hf(json.loads(json.dumps(config)), tensors)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(imported.state_dict()[key], tensor), key
+    config_again, again = imported.to_hf()
+    assert config_again == config and again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+
+    layout = LAYOUTS[name].for_args(model.args)
+    optional = layout.copies(model.args)
+    for key in sorted(tensors)[::17]:
+        with pytest.raises(ModelError, match=re.escape(key)):
+            layout.load(imported, tensors | {key: torch.zeros(2, 3, 4, 5)})
+        if key not in optional:
+            with pytest.raises(ModelError, match=f"lacks {re.escape(key)}$"):
+                layout.load(imported, {other: tensor for other, tensor in tensors.items() if other != key})

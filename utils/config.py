@@ -230,9 +230,10 @@ def _convert(value: typing.Any, hint: typing.Any) -> typing.Any:
 
 
 def _convert_sequence(value: typing.Any, kind: type, inner: tuple) -> typing.Any:
-    """A list or a tuple from a YAML list or from `a,b` or `[a, b]`. inner: the types of its elements."""
+    """A list or a tuple from a YAML list or from `a,b`, `[a, b]` or `('a', 'b')`. inner: the types of its elements."""
     if isinstance(value, str):
-        value = [part.strip() for part in value.strip("[]() ").split(",") if part.strip()]
+        parts = [part.strip(" '\"") for part in value.strip("[]() ").split(",")]
+        value = [part for part in parts if part]
     kinds = [each for each in inner if each is not Ellipsis] or [str]
     fixed = kind is tuple and Ellipsis not in inner and inner
     if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(inner)):

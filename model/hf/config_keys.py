@@ -123,7 +123,8 @@ def read_rope(config, path, theta=10000.0, partial=False):
 
     theta: the base where config.json has none. partial: whether the layout itself reads partial_rotary_factor.
     """
-    places = (path, "rope_scaling") if path else ("rope_scaling", "rope_parameters")
+    nested = "." in path  # rope_scaling replaces rope_parameters in transformers, where that is one object
+    places = (path, "rope_scaling") if nested else ("rope_scaling", "rope_parameters")
     found = [(where, value) for where in places if (value := get_path(config, where))]
     where, scaling = found[0] if found else ("rope_scaling", {})
     if not isinstance(scaling, dict):

@@ -1,7 +1,7 @@
 """How a published tensor is made from ours, and back: operations that `Layout.stored` and `Layout.joined` list.
 
 Each has `write(ours)` -> theirs and `read(theirs, shape)` -> ours of that shape. They also run on the meta device:
-so the shapes of a checkpoint are known without its weights.
+so the shapes of a checkpoint are known without its weights. (Only as views: other operators load the compiler there.)
 """
 
 import re
@@ -20,7 +20,7 @@ class Rows:
     dim: int = 0
 
     def write(self, ours):
-        return ours.index_select(self.dim, self.order.to(ours.device))
+        return ours if ours.is_meta else ours.index_select(self.dim, self.order.to(ours.device))
 
     def read(self, theirs, shape):
         return theirs.index_select(self.dim, self.order.argsort().to(theirs.device))
@@ -60,7 +60,7 @@ class MinusOne:
     """
 
     def write(self, ours):
-        return ours - 1
+        return ours if ours.is_meta else ours - 1
 
     def read(self, theirs, shape):
         return theirs + 1
@@ -159,19 +159,28 @@ class Piece:
         if self.join is None:
             return [_undo(self.steps[0], whole, self.targets[0])]
         stored = [_apply(steps, tensor) for steps, tensor in zip(self.steps, self._meta(), strict=True)]
-        whole = _undo(self.join.then, whole, torch.cat(stored, self.join.dim))
+        whole = _undo(self.join.then, whole, _cat(stored, self.join.dim))
         parts = whole.split([part.shape[self.join.dim] for part in stored], self.join.dim)
         return [_undo(*each) for each in zip(self.steps, parts, self.targets, strict=True)]
 
     def _whole(self, tensors):
         changed = [_apply(steps, tensor) for steps, tensor in zip(self.steps, tensors, strict=True)]
-        return changed[0] if self.join is None else _apply(self.join.then, torch.cat(changed, self.join.dim))
+        return changed[0] if self.join is None else _apply(self.join.then, _cat(changed, self.join.dim))
 
     def _shape(self):
         return self._whole(self._meta()).shape
 
     def _meta(self):
         return [target.detach().to("meta") for target in self.targets]
+
+
+def _cat(tensors, dim):
+    """torch.cat, which on the meta device would load the compiler for a shape."""
+    if not tensors[0].is_meta:
+        return torch.cat(tensors, dim)
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return tensors[0].new_empty(shape)
 
 
 def _apply(steps, tensor):

@@ -22,7 +22,7 @@ import torch.utils.tensorboard  # noqa: F401
 import pretrain
 from engine.runs.metrics import read_metrics
 from tests.support.make_tokenizer import make_tokenizer
-from tests.support.models import flags_of
+from tests.support.models import sizes_of
 from tests.support.token_files import pretrain_files
 
 SMALL = {
@@ -46,7 +46,7 @@ TIMES = ("tokens_per_s", "seconds", "mfu")
 
 
 def command(model: str, output: Path) -> list[str]:
-    sizes = flags_of(model, SMALL)
+    sizes = [f"--model.{key}={value}" for key, value in sizes_of(model, SMALL).items()]
     data = output.parent
     return [
         f"--model_name={model}",

@@ -90,9 +90,3 @@ def sizes_of(name, sizes):
     if tiny is None:
         return {field: sizes[field] for field in names if field in sizes}
     return {field: getattr(tiny, field) for field in names if getattr(tiny, field) != getattr(default, field)}
-
-
-def flags_of(name, sizes):
-    """Return `sizes_of` as the flags of a command."""
-    sizes = sizes_of(name, sizes).items()
-    return [f"--model.{key}={','.join(value) if isinstance(value, tuple) else value}" for key, value in sizes]
