@@ -134,7 +134,15 @@ class Attention(nn.Module):
             return self.o_proj(out.flatten(-2)), None
         gate = self.gate_proj(x).sigmoid()  # (B, T, H)
         out = self.o_proj((out * gate[..., None]).flatten(-2))
-        return out, None if state is not None else gate.detach().float().mean(dim=(0, 1))
+        return out, None if state is not None else self._open(gate, doc_ids)
+
+    @torch.no_grad()
+    def _open(self, gate, doc_ids):
+        gate = gate.float()
+        if doc_ids is None:
+            return gate.mean(dim=(0, 1))
+        is_token = (doc_ids >= 0)[..., None]  # padding counts nowhere
+        return (gate * is_token).sum(dim=(0, 1)) / is_token.sum().clamp(min=1)
 
 
 class Block(nn.Module):

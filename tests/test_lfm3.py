@@ -88,7 +88,8 @@ def test_logits_loss_and_gradients(seed, tmp_path):
     assert_same_numbers(model, tmp_path, seed)
 
 
-@pytest.mark.parametrize("seed", some(4, quick=1))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
 def test_256_greedy_tokens(seed, tmp_path):
     model = random_model(random_args(seed, max_seq_len=300), seed)
     write(model, tmp_path)
@@ -166,8 +167,10 @@ def test_a_token_reaches_as_far_as_the_window(kind, reach):
 
 
 def test_what_is_logged():
-    model = ModelUnderTest(Lfm3Model.model_name).build()
-    out = model(torch.arange(12)[None], targets=torch.arange(12)[None])[2]
+    model, ids = ModelUnderTest(Lfm3Model.model_name).build(), torch.arange(12)[None]
+    out = model(ids, targets=ids)[2]
     assert out["conv/taps"].shape == (3, 4) and out["gate/open"].shape == (2, 4)
     torch.testing.assert_close(out["conv/taps"].sum(dim=-1), torch.ones(3))
     assert ((out["gate/open"] > 0) & (out["gate/open"] < 1)).all()
+    padded, docs = torch.cat((ids, ids), dim=1), torch.tensor([[0] * 12 + [-1] * 12])
+    torch.testing.assert_close(model(padded, targets=padded, doc_ids=docs)[2]["gate/open"], out["gate/open"])

@@ -20,7 +20,7 @@ BUFFER_BYTES = 2**20  # small writes are collected up to this size
 class NewFile:
     """A file being written, which counts and hashes its content; `close` flushes it to the disk."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         self.handle: int | None = os.open(path, flags, 0o666)
         self.size = 0
@@ -81,7 +81,7 @@ class GrowingFile:
     Unbuffered: after `sync` the bytes are on the disk, so that a killed process can continue from there.
     """
 
-    def __init__(self, path: Path, size: int = 0):
+    def __init__(self, path: Path, size: int = 0) -> None:
         self.path = path
         growing = partial(path)
         if size and not (growing.is_file() and growing.stat().st_size >= size):

@@ -53,7 +53,7 @@ class Progress:
     `update(done, text)` moves to `done` of `total`; without a terminal it prints a line only when `text` is given.
     """
 
-    def __init__(self, total: int, initial: int = 0, label: str = ""):
+    def __init__(self, total: int, initial: int = 0, label: str = "") -> None:
         self.total = total
         self.initial = initial
         self.label = label

@@ -43,7 +43,7 @@ class Tokenizer:
 
     def __init__(
         self, path: Path, backend: Backend, completed: ForeignTokenizer | None = None, ends: list[int] | None = None
-    ):
+    ) -> None:
         """completed: its roles, prefix and ends; None: those of a tokenizer made here, whose ends may be others."""
         self.path = path
         self.backend = backend
@@ -245,7 +245,7 @@ class StreamDecoder:
     The concatenated outputs, with `flush` at the end, equal `tokenizer.decode(ids)`.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # Where the vocabulary is not byte-level, the text of a token depends on the tokens before it.

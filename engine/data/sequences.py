@@ -39,7 +39,7 @@ class WindowSequences:
     The <s> of the next document is not a target: nothing is predicted across a document's end.
     """
 
-    def __init__(self, file: TokenFile, seq_len: int):
+    def __init__(self, file: TokenFile, seq_len: int) -> None:
         self.file = file
         self.seq_len = seq_len
         self.with_doc_ids = True
@@ -67,7 +67,7 @@ class DocumentSequences:
     beginning, if that holds a target; "error" raises UserError.
     """
 
-    def __init__(self, file: TokenFile, seq_len: int, pack: bool, long: str = "split"):
+    def __init__(self, file: TokenFile, seq_len: int, pack: bool, long: str = "split") -> None:
         self.file = file
         self.seq_len = seq_len
         self.with_doc_ids = pack

@@ -23,7 +23,7 @@ class TokenFile:
     agree where it names one.
     """
 
-    def __init__(self, path: str | Path, tokenizer: Any, make_with: str, kind: str = ""):
+    def __init__(self, path: str | Path, tokenizer: Any, make_with: str, kind: str = "") -> None:
         self.path = Path(path)
         self.bos_id: int = tokenizer.bos_id
         self.pad_id: int = tokenizer.pad_id

@@ -51,7 +51,7 @@ def written_here(config: dict[str, Any]) -> dict[str, Any]:
 class Weights(Mapping[str, torch.Tensor]):
     """{name: tensor} of a folder's safetensors; each tensor is read on access."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self._file_of: dict[str, Any] = {}
         for name in weight_files(folder):
             path = folder / Path(name).name
@@ -118,7 +118,7 @@ class ExtendedWeights(Mapping[str, torch.Tensor]):
     UserError for one that has another number of rows.
     """
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], names: set[str], vocab_size: int, new_rows: int):
+    def __init__(self, weights: Mapping[str, torch.Tensor], names: set[str], vocab_size: int, new_rows: int) -> None:
         self._weights = weights
         self._names = names
         self._vocab_size = vocab_size

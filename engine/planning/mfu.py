@@ -30,7 +30,7 @@ class HardwarePeak:
     given: in TFLOPS, known from `source`; 0: published for the device at this precision, else measured now.
     """
 
-    def __init__(self, device: torch.device, precision: str, given: float = 0.0, source: str = "--peak_tflops"):
+    def __init__(self, device: torch.device, precision: str, given: float = 0.0, source: str = "--peak_tflops") -> None:
         self.device = device
         self.precision = precision
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

@@ -25,7 +25,7 @@ class RunLog:
     After a resume at step s the records after s are dropped, so the file reads as if the run had never stopped.
     """
 
-    def __init__(self, folder: Path | None, start_step: int):
+    def __init__(self, folder: Path | None, start_step: int) -> None:
         self.folder = folder
         if folder is None:
             return

@@ -40,7 +40,7 @@ class ShardWriter(HuggingFaceStorageWriter):
     writes the other files of the directory.
     """
 
-    def __init__(self, folder: Path, finish: Finish):
+    def __init__(self, folder: Path, finish: Finish) -> None:
         self.directory = hidden(folder, "tmp")
         super().__init__(str(self.directory), save_distributed=True)
         self.folder = folder

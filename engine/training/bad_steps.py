@@ -44,7 +44,7 @@ class BadStepFilter:
 
     def __init__(
         self, model: BaseModel, spike_bound: float, state: dict[str, Any], run_log: RunLog, fp16: bool = False
-    ):
+    ) -> None:
         """state: the trainer's, which counts the steps. fp16: a non-finite gradient only lowers the loss scale."""
         self.model = model
         self.spike_bound = spike_bound

@@ -24,7 +24,7 @@ class Diagnostics:
     hooks: whether to use forward hooks; not on a compiled model, which does not call them.
     """
 
-    def __init__(self, model: BaseModel, hooks: bool = True):
+    def __init__(self, model: BaseModel, hooks: bool = True) -> None:
         layers = list(getattr(model, "layers", ()))
         self.layers = layers if hooks else []
         self.groups = {name: params for name, params in model.param_groups().items() if params}

@@ -14,7 +14,7 @@ class EMA(torch.optim.Optimizer):
     The decay of update n (from 1) is min(decay, n / (n + 9)), so that the initial weights are soon forgotten.
     """
 
-    def __init__(self, params: Any, decay: float):
+    def __init__(self, params: Any, decay: float) -> None:
         super().__init__(params, {"decay": decay, "capturable": True})  # PyTorch then loads `step` onto the device
 
     @torch.no_grad()

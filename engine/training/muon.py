@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
     any other matrix is gathered, one at a time, and orthogonalized by every process.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()

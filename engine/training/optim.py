@@ -30,7 +30,7 @@ class CombinedOptimizer:
     average: an EMA of the same parameters, which steps after them; or None.
     """
 
-    def __init__(self, *optimizers: AdamW | Muon, average: EMA | None = None):
+    def __init__(self, *optimizers: AdamW | Muon, average: EMA | None = None) -> None:
         self.optimizers = optimizers
         self.average = average
         self.all: list[AdamW | Muon | EMA] = [*optimizers, average] if average else list(optimizers)

@@ -78,7 +78,7 @@ class LowPrecisionCopies:
     out: an embedding sums the gradients of all uses of a token, which needs fp32.
     """
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], dtype: torch.dtype | None):
+    def __init__(self, params: Iterable[torch.nn.Parameter], dtype: torch.dtype | None) -> None:
         self.params = list(params)
         self.copies = [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in self.params]
         self.sums: list[torch.Tensor | None] = [None] * len(self.params)

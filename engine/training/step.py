@@ -34,7 +34,7 @@ class TrainStep:
     or "fp16"); compiled (bool); forward (the model, compiled or not).
     """
 
-    def __init__(self, model: BaseModel, config: TrainConfig, device: torch.device):
+    def __init__(self, model: BaseModel, config: TrainConfig, device: torch.device) -> None:
         self.device = device
         self.grad_clip = config.grad_clip
         self.precision = resolve_precision(config.precision, device, model)

@@ -49,6 +49,7 @@ def layout(args_class):
         fixed={
             "attention_bias": False,
             "conv_bias": False,
+            "rope_scaling": None,  # as the older form of `rope_parameters` it would replace both
             f"{FULL}.rope_type": "proportional",
             f"{SLIDING}.rope_type": "default",
         },

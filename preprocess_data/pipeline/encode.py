@@ -53,7 +53,7 @@ class Document(NamedTuple):
 class ChunkEncoder:
     """Encodes chunks; a subclass defines what a document is and how documents are encoded."""
 
-    def __init__(self, config: EncodeConfig):
+    def __init__(self, config: EncodeConfig) -> None:
         self.config = config
         self.tokenizer = load_encoder(config.tokenizer_path, config.library)
         self.dtype = token_dtype(self.tokenizer.vocab_size)

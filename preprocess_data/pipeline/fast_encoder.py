@@ -37,7 +37,7 @@ class FastTokenizer(Tokenizer):
     character as a placeholder for each run of them. That is several times as fast.
     """
 
-    def __init__(self, reference: Tokenizer):
+    def __init__(self, reference: Tokenizer) -> None:
         vars(self).update(vars(reference))
         if self.bos_id == self.eos_id:
             raise ValueError("one token begins and ends its documents")

@@ -203,7 +203,7 @@ def remaining_chunks(
 class ReadingProgress:
     """A progress bar over the megabytes of the input; not on a terminal, a log line every few seconds."""
 
-    def __init__(self, kind: str, sources: list[Source]):
+    def __init__(self, kind: str, sources: list[Source]) -> None:
         self.position = Position()
         self.start = time.time()
         self.logged = time.time()

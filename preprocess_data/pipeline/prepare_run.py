@@ -51,7 +51,7 @@ class PrepareRun:
     After an error the hidden files remain, for the same command to resume; UserError when the disk is full.
     """
 
-    def __init__(self, folder: Path, kind: str, tokenizer: Tokenizer, fingerprint: str):
+    def __init__(self, folder: Path, kind: str, tokenizer: Tokenizer, fingerprint: str) -> None:
         self.folder = folder
         self.kind = kind
         self.names = {split: f"{kind}_{split}" for split in SPLITS}

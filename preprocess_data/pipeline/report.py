@@ -28,7 +28,7 @@ BLOCK_TOKENS = 1 << 18  # read at once: few enough for the CPU cache
 class TokenFileStats:
     """One token file with its side files, read in blocks."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str) -> None:
         self.name = name
         self.path = folder / f"{name}.bin"
         self.meta: dict[str, Any] = json.loads((folder / f"{name}.meta.json").read_text(encoding="utf-8"))

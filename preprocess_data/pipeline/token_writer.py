@@ -30,7 +30,7 @@ class TokenWriter:
 
     def __init__(
         self, folder: Path, name: str, tokenizer: Tokenizer, mask: bool = False, state: dict[str, int] | None = None
-    ):
+    ) -> None:
         self.folder = folder
         self.name = name
         self.tokenizer = tokenizer

@@ -26,7 +26,7 @@ class Workers:
     They start at once, in parallel to what the calling process does first.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int) -> None:
         self.count = count or available_cores()
         self._pool: ProcessPoolExecutor | None = None
         if self.count > 1:

@@ -34,7 +34,7 @@ INPUT_BYTES = 4096  # per call of a decompressor, so that a decompression bomb d
 class DecompressedFile(io.RawIOBase):
     """The contents of a compressed file. It ends before the first damage, and `error` then describes it."""
 
-    def __init__(self, raw: IO[bytes], name: str, new_decompressor: Callable[[], Any]):
+    def __init__(self, raw: IO[bytes], name: str, new_decompressor: Callable[[], Any]) -> None:
         self.raw = raw
         self.name = name
         self.error: str | None = None

@@ -154,7 +154,7 @@ class Scanner:
     EOFError where the stream ends inside a value or a list, or where brackets do not match.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.line = 1  # of the next byte
         self._data = b""
