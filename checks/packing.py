@@ -7,6 +7,8 @@ from checks.harness import ModelUnderTest, call, logits_of, next_tokens, require
 from checks.harness.model_under_test import LONG, embedded_tokens, gradient_at_tokens, positions_text
 from model.basemodel import BaseModel
 
+OF_TOKENS = ("balance", "aux", "load", "index")  # in the names of losses that are means over tokens
+
 
 def _documents(ids: Tensor, bounds: list[list[int]]) -> Tensor:
     """Return doc_ids (B, T) that count up at the given starts of each sequence; ids begin anywhere."""
@@ -84,10 +86,11 @@ def long_sequences(tested: ModelUnderTest) -> None:
 
 @torch.no_grad()
 def padding_changes_no_loss(tested: ModelUnderTest) -> None:
-    """No term of the loss depends on padding, whose doc_ids are -1: not on its tokens, nor on how much there is.
+    """No balance or index loss depends on padding, whose doc_ids are -1: not on its tokens, nor on how much there is.
 
-    Measured: every `loss/*` of two documents followed by padding and of a sequence of padding alone, with other tokens
-    in place of the padding (the first four stay: multi-token heads read ahead), and with less of it.
+    Measured: the task loss and the terms with balance, aux, load or index in their names, of two documents followed by
+    padding and of a sequence of padding alone: with other tokens in place of the padding (the first four stay, which
+    multi-token heads may read), and with less of it.
     Causes: a balance loss or an index loss that is a mean over all positions; a padding mask that reaches the loads
     and not the loss; padding known by its token.
     """
@@ -104,7 +107,8 @@ def padding_changes_no_loss(tested: ModelUnderTest) -> None:
         targets = next_tokens(ids).masked_fill(docs != docs.roll(-1, 1), -100).masked_fill(docs < 0, -100)
         targets[:, end - 1 :] = -100
         _, loss, other_vars = call(model, ids, targets=targets, doc_ids=docs)
-        return {k: v for k, v in other_vars.items() if k.startswith("loss/")} or {"loss": loss}
+        named = {k: v for k, v in other_vars.items() if k.startswith("loss/") and any(w in k for w in OF_TOKENS)}
+        return {"the task loss": tested.task_loss(loss, other_vars), **named}
 
     want = terms(ids)
     changed = doc_ids < 0

@@ -79,7 +79,7 @@ class BaseModel(nn.Module):
         `loss/ce`, the cross-entropy of the next token, for held-out loss and bits per character (else `loss`);
         `loss/z`, required when `self.z_loss` is set; a balance loss has balance, aux or load in its name, an index
         loss, which teaches an indexer alone, index. All else is detached and logged: 0-d as a scalar, 1-d, 2-d as a
-        histogram per layer. Reserved: `moe/load` (L, E), `.../load...`: tokens per expert. No loss or load counts padding.
+        histogram per layer. Reserved: `moe/load` (L, E), `.../load...`: tokens per expert. Padding counts in none.
         Forward never writes to its inputs, stores nothing about a call on the module, and switches no mode. Training in
         bf16 holds the group "matrix" of `param_groups` in bf16: where autocast is off, use `weight.float()`.
         """

@@ -22,7 +22,16 @@ from tests.mutants import (
     wrong_weights,
     wrong_windows,
 )
-from tests.mutants.right import SLOW_MUTANTS, UNUSUAL, WRONG, FeedForward, RightModel, RightModelArgs, with_defaults
+from tests.mutants.right import (
+    SLOW_MUTANTS,
+    SLOW_UNUSUAL,
+    UNUSUAL,
+    WRONG,
+    FeedForward,
+    RightModel,
+    RightModelArgs,
+    with_defaults,
+)
 from tests.mutants.wrong_gradients import LEARNS
 from tests.support.models import BASE_MODEL
 
@@ -52,8 +61,12 @@ def slow(check):
     return pytest.param(check, marks=pytest.mark.slow) if check.startswith(SLOW) else check
 
 
+def of_models(name):
+    return pytest.param(name, marks=pytest.mark.slow) if name in SLOW_UNUSUAL else name
+
+
 @pytest.mark.parametrize("check", [slow(check) for check in CHECKS])
-@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("name", [of_models(name) for name in UNUSUAL])
 def test_correct_models_pass_every_check(tested_models, name, check):
     result = run_check(tested_models[name], check)
     assert result.status != "fail", result

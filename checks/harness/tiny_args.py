@@ -32,6 +32,7 @@ SMALL = {
     **dict.fromkeys(("window_size", "sliding_window", "window", "chunk_size"), 8),
     **dict.fromkeys(("conv_size", "d_conv", "conv_kernel", "kernel_size"), 3), "linear_n_k_heads": 2,
     "linear_n_v_heads": 4, "linear_head_dim": 8, "linear_k_head_dim": 8, "linear_v_head_dim": 8, "state_dim": 8,
+    "index_topk": 3, "index_head_dim": 8, "csa_ratio": 2, "hca_ratio": 3, "compress_ratio": 3, "hc_mult": 2,
     "d_state": 8, "state_size": 8, "block_size": 24, "n_ctx": 24, "context_length": 24, "max_position_embeddings": 24,
 }  # fmt: skip
 RAISED = ("n_expert_groups", "n_limited_groups")  # one group, the usual default, would leave their choice untried

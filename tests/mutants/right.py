@@ -12,6 +12,7 @@ from model.layers import CausalConv, RMSNorm, rotate, sink_attention, token_posi
 WRONG = {}  # {class name: (Model, ModelArgs, the check that must catch it)}
 SLOW_MUTANTS = set()  # names of those whose check takes seconds; the quick tests have faster ones of the same kind
 UNUSUAL = {}  # {class name: (Model, ModelArgs)}
+SLOW_UNUSUAL = set()  # names of those that run in the slow tests only
 
 
 @dataclass
@@ -54,10 +55,12 @@ def mutant(caught_by, ModelArgs=None, slow=False):
     return register
 
 
-def unusual(Model):
-    """Register a model that is right and must pass every check."""
+def unusual(Model, slow=False):
+    """Register a model that is right and must pass every check. slow: in the slow tests."""
     assert Model.__name__ not in UNUSUAL, f"two models are called {Model.__name__}"
     UNUSUAL[Model.__name__] = (Model, Model.Args)
+    if slow:
+        SLOW_UNUSUAL.add(Model.__name__)
     return Model
 
 

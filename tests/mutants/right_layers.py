@@ -438,7 +438,7 @@ class StreamBlock(Block):
 
     def __init__(self, model, args, layer):
         super().__init__(model, args, layer)
-        self.n = model.n_streams
+        self.n, self.n_iters = model.n_streams, args.hc_iters
         self.map_norm = RMSNorm(self.n * args.dim)
         self.map_proj = nn.Linear(self.n * args.dim, 2 * self.n + self.n**2)
         self.scale = nn.Parameter(torch.full((1,), 0.1))
@@ -464,7 +464,7 @@ class StreamBlock(Block):
         return z
 
     def sinkhorn(self, m):
-        for _ in range(8):
+        for _ in range(self.n_iters):
             for axis in self.axes():
                 m = m / m.sum(dim=axis, keepdim=True)
         return m
@@ -476,7 +476,7 @@ class StreamBlock(Block):
 class Streams(RightModel):
     """Hyper-connections: the residual stream is three, read and written by maps that the token makes."""
 
-    Block, n_streams = StreamBlock, 3
+    Args, Block, n_streams = with_defaults(RightModelArgs, hc_iters=8), StreamBlock, 3
 
     def add_more(self, x, input_ids, state, doc_ids):
         first = x.new_tensor((1.0, 0.5, -0.5))[:, None]  # unlike, so that the first layer's maps matter

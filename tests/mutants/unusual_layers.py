@@ -1,6 +1,7 @@
 """Correct architectures of newer kinds, with windows, memories, entries and tails of their own; all checks pass."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,14 @@ from .right_layers import (
     Streams,
 )
 
-for right in (Near, Ring, ShortConvolutions, Memory, Entries, Ngrams, HashRouted, Streams, Gated, Drafts):
-    unusual(right)
+slowly = partial(unusual, slow=True)
+unusual(Entries)
+unusual(Memory)
+for right in (Near, Ring, ShortConvolutions, Ngrams, HashRouted, Streams, Gated, Drafts):
+    slowly(right)
 
 
-@unusual
+@slowly
 class Blocks(Near):
     """Attention within blocks of five tokens, counted in each document, and to all in every other layer (Llama 4)."""
 
@@ -45,7 +49,7 @@ class Blocks(Near):
             return seen & (keys[:, None] // 5 == positions[..., None] // 5)
 
 
-@unusual
+@slowly
 class OneLayerHasAWindow(Near):
     """The second of three; sinks of another shape, a softmax by hand."""
 
@@ -69,7 +73,7 @@ def _softmax(scores):
     return part[..., :-1] / part.sum(dim=-1, keepdim=True)
 
 
-@unusual
+@slowly
 class LearnedKeys(RightModel):
     """Two learned keys and values before the first token of each document, in place of a sink; no positions."""
 
@@ -87,7 +91,7 @@ class LearnedKeys(RightModel):
             return super().mix(q, k, v, F.pad(visible, (2, 0), value=True))
 
 
-@unusual
+@slowly
 class OneCacheForAllLayers(RightModel):
     """Keys and values are made once, from the embeddings, and read by all layers (YOCO): they stand in state.model."""
 
@@ -118,7 +122,7 @@ class OneCacheForAllLayers(RightModel):
         return (logits, None, {}) if targets is None else (logits, *self.losses(logits, targets, [], {}))
 
 
-@unusual
+@slowly
 class TokenShift(WithoutAttention):
     """A mean of the token and the one before (RWKV); the state keeps one vector (B, D), in the type it came in."""
 
@@ -140,7 +144,7 @@ class TokenShift(WithoutAttention):
             return self.o_proj(torch.lerp(x, before, self.share.to(x.dtype)))
 
 
-@unusual
+@slowly
 class Largest(WithoutAttention):
     """The largest value of each channel so far; zero is a value, so the state says that -1e4 means nothing."""
 
@@ -162,7 +166,7 @@ class Largest(WithoutAttention):
             return self.o_proj(v.cummax(dim=1).values[:, -x.shape[1] :])
 
 
-@unusual
+@slowly
 class DeltaRulePerChannel(WithoutAttention):
     """Kimi Delta Attention token by token: a decay per channel of the key, and writing that erases; in float64."""
 

@@ -31,14 +31,14 @@ class EntryIsSeenOneTokenLate(Entries):
             return last < query[:, None]
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class SlotIsSeenBeforeItIsComplete(Entries):
     class Attention(EntryAttention):
         def slots_reached(self, slots, positions):
             return slots * self.ratio <= positions[..., None]
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class LastSlotIsNotSeen(Entries):
     class Attention(EntryAttention):
         def slots_reached(self, slots, positions):
@@ -52,7 +52,7 @@ class SlotsOfTheFirstSequenceAreSeen(Entries):
             return super().slots_reached(slots, positions[:1].expand_as(positions))
 
 
-@mutant(ROWS)
+@mutant(ROWS, slow=True)
 class EntriesEndWhereThoseOfTheFirstSequenceDo(Entries):
     class Attention(EntryAttention):
         def write(self, held, means, positions):
@@ -60,7 +60,7 @@ class EntriesEndWhereThoseOfTheFirstSequenceDo(Entries):
             held[sequence, positions[sequence, t] // self.ratio] = means[sequence, t]
 
 
-@mutant(ROWS)
+@mutant(ROWS, slow=True)
 class EntriesGoToTheSlotOfTheFirstSequence(Entries):
     class Attention(EntryAttention):
         def write(self, held, means, positions):
@@ -68,7 +68,7 @@ class EntriesGoToTheSlotOfTheFirstSequence(Entries):
             held[sequence, positions[0, t] // self.ratio] = means[sequence, t]
 
 
-@mutant(ROWS)
+@mutant(ROWS, slow=True)
 class EntriesOfAnotherSequence(Entries):
     """The sequences that complete a window are counted off: right when all of them do."""
 
@@ -79,7 +79,7 @@ class EntriesOfAnotherSequence(Entries):
             held[sequence, positions[sequence, t] // self.ratio] = means[count, t]
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class LastWindowOfAChunkOnly(Entries):
     """A chunk that completes two windows keeps the second."""
 
@@ -90,7 +90,7 @@ class LastWindowOfAChunkOnly(Entries):
             held[sequence, positions[sequence, t] // self.ratio] = means[sequence, t]
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class InputsOfAWindowAreOneShort(Entries):
     class Attention(EntryAttention):
         def keep(self, inputs):
@@ -116,21 +116,21 @@ class EntriesOfTheDocumentBefore(Entries):
             return torch.ones_like(doc_ids[:, :, None] == doc_ids[:, None])
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class WindowsCountFromTheStartOfTheSequence(Entries):
     class Attention(EntryAttention):
         def place(self, positions, doc_ids):
             return positions
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class WindowsBeginAtTheDocumentsOfSequenceZero(Entries):
     class Attention(EntryAttention):
         def place(self, positions, doc_ids):
             return super().place(positions, None if doc_ids is None else doc_ids[:1])
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class QueriesOfEntriesAreTurned(Entries):
     """Entries are not, so a score depends on where the query stands in the sequence."""
 
@@ -139,7 +139,7 @@ class QueriesOfEntriesAreTurned(Entries):
             return turned
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class IndexerChoosesAmongAllDocuments(Entries):
     """What it chooses of others is masked then, and has taken the place of an own entry."""
 
@@ -155,7 +155,7 @@ class IndexerChoosesAmongAllDocuments(Entries):
 # ------------------------------------------------------------------- the indexer
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class IndexerHasNoCausalLimit(Entries):
     """The best entries of all, later ones among them, which are masked after the choice."""
 
@@ -166,7 +166,7 @@ class IndexerHasNoCausalLimit(Entries):
             return torch.zeros_like(complete).scatter(-1, best, True) & complete
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class IndexerIsTheOnlyLimit(Entries):
     """Where fewer entries than two are complete, the two best are later ones, and are seen."""
 
@@ -177,7 +177,7 @@ class IndexerIsTheOnlyLimit(Entries):
             return torch.zeros_like(complete).scatter(-1, best, True)
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class ScoresAreCentredOverTime(Entries):
     """Scores minus their mean over the tokens decide, and the mean knows the later ones."""
 
@@ -193,21 +193,21 @@ class TargetIsNotDetached(Entries):
             return weights
 
 
-@mutant(INDEX)
+@mutant(INDEX, slow=True)
 class IndexerReadsTheStreamWithItsGraph(Entries):
     class Attention(EntryAttention):
         def index(self, x, entries):
             return self.index_q(x) @ self.index_k(entries.detach()).mT * self.index_dim**-0.5
 
 
-@mutant(INDEX)
+@mutant(INDEX, slow=True)
 class IndexerReadsTheEntriesWithTheirGraph(Entries):
     class Attention(EntryAttention):
         def index(self, x, entries):
             return self.index_q(x.detach()) @ self.index_k(entries).mT * self.index_dim**-0.5
 
 
-@mutant(INDEX)
+@mutant(INDEX, slow=True)
 class IndexerKeysAreKeysOfTheModel(Entries):
     """One matrix for both: the index loss moves what attention reads."""
 
@@ -217,13 +217,13 @@ class IndexerKeysAreKeysOfTheModel(Entries):
             return means + 0.1 * self.index_k(means).sum(dim=-1, keepdim=True), complete
 
 
-@mutant(LEARNS)
+@mutant(LEARNS, slow=True)
 class IndexLossIsMissing(Entries):
     def index_terms(self, kl):
         return {}
 
 
-@mutant(LEARNS)
+@mutant(LEARNS, slow=True)
 class IndexLossHasNoWeight(Entries):
     def index_terms(self, kl):
         return {"loss/index": 0.0 * kl}
@@ -242,7 +242,7 @@ class IndexLossCountsPadding(Entries):
             return kl.mean()
 
 
-@mutant(LEARNS)
+@mutant(LEARNS, slow=True)
 class ScoresAreDetached(Entries):
     class Attention(EntryAttention):
         def index_loss(self, scores, chosen, target, doc_ids):

@@ -43,7 +43,7 @@ class DecaysTwiceInTrainingOnly(Memory):
             return parts[3][:, -1, :, None, None].exp() * memory if self.training else memory
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class CarryMissesTheFirstDecay(Memory):
     """What is left of the memory at token t counts the decays before t only."""
 
@@ -52,14 +52,14 @@ class CarryMissesTheFirstDecay(Memory):
             return super().reach(F.pad(total[:, :-1], (0, 0, 1, 0)), docs, before)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class StepDecaysWhatItWrites(Memory):
     class Attention(MemoryInChunks):
         def step(self, q, k, v, g, memory):
             return super().step(q, g.exp()[..., None] * k, v, g, memory)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class StepReadsBeforeItWrites(Memory):
     class Attention(MemoryInChunks):
         def step(self, q, k, v, g, memory):
@@ -67,7 +67,7 @@ class StepReadsBeforeItWrites(Memory):
             return out, super().step(q, k, v, g, memory)[1]
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class StepTransposesItsMemory(Memory):
     class Attention(MemoryInChunks):
         def step(self, q, k, v, g, memory):
@@ -75,7 +75,7 @@ class StepTransposesItsMemory(Memory):
             return out, memory.mT
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class PadsItsLastChunk(Memory):
     """To a multiple of five tokens, whose decay fades the memory that is kept."""
 
@@ -90,7 +90,7 @@ class PadsItsLastChunk(Memory):
             return out[:, :n_tokens], memory
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class StateIsThatBeforeTheLastChunk(Memory):
     class Attention(MemoryInChunks):
         def run(self, q, k, v, g, memory, doc_ids):
@@ -98,7 +98,7 @@ class StateIsThatBeforeTheLastChunk(Memory):
             return out, after if q.shape[1] <= self.size else memory
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class FullForwardClampsItsDecay(Memory):
     """The time step has a lower bound in chunks and none in steps."""
 
@@ -107,7 +107,7 @@ class FullForwardClampsItsDecay(Memory):
             return super().chunk(q, k, v, g.clamp(max=-0.2), *rest)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class ChunkDoesNotReadTheMemory(Memory):
     class Attention(MemoryInChunks):
         def chunk(self, q, k, v, g, memory, docs, before):
@@ -125,7 +125,7 @@ class CarriesTheDocumentBefore(Memory):
             return total.exp()
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class EarlierDocumentsWriteToTheMemory(Memory):
     """Within a chunk documents are apart; what goes on to the next one is of all of them."""
 
@@ -134,7 +134,7 @@ class EarlierDocumentsWriteToTheMemory(Memory):
             return (total[:, -1:] - total).exp()
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class DocumentThatBeginsWithAChunkInherits(Memory):
     """The memory is of the document that the chunk begins with, by assumption."""
 
@@ -149,7 +149,7 @@ class DocumentThatBeginsAt64Inherits(Memory):
         size = 64
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class DocumentsDecayButStay(Memory):
     """A new document fades the memory strongly instead of dropping it."""
 
@@ -177,7 +177,7 @@ class MemoryIsDeclaredRewindable(Memory):
             return super().forward(x, positions, state, doc_ids)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class MemoryIsRoundedToBf16(Memory):
     class Attention(MemoryInChunks):
         def keep(self, memory, x):
@@ -207,7 +207,7 @@ class FactorsItsDecays(Memory):
             return total[:, :, None].exp() * (-total[:, None]).exp() * pairs
 
 
-@mutant(LARGE)
+@mutant(LARGE, slow=True)
 class MasksAfterTheExponential(Memory):
     """The values are right; where the mask is the gradient is 0 times infinity."""
 
@@ -228,7 +228,7 @@ class NormOfTheOutputOverTime(Memory):
             return self.norm(out / out.square().mean(dim=(1, 3), keepdim=True).add(1e-5).sqrt())
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class KeysOfUnitLengthOverTime(Memory):
     """`F.normalize(k, dim=1)`: over the tokens, not over the channels."""
 
@@ -247,7 +247,7 @@ class ScalesByTheLengthOfTheChunk(Memory):
             return out
 
 
-@mutant(LONG_STATE)
+@mutant(LONG_STATE, slow=True)
 class DecayIsSummedInBf16(Memory):
     """In chunks of 64; steps are right."""
 

@@ -20,6 +20,7 @@ from .wrong_gradients import LEARNS
 from .wrong_packing import PACKED
 from .wrong_state import CHUNKS
 
+EVEN = "parts.sinkhorn_mixes_streams_evenly"
 ALONE, REORDERED = "batch.alone_equals_batch", "state.sequences_can_be_reordered"
 
 
@@ -32,7 +33,7 @@ class NgramReachesOverABorder(Ngrams):
         return one, two
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class SecondIdReachesOverABorder(Ngrams):
     """Only the id before is compared: at the second token of a document the third id is that of another."""
 
@@ -52,13 +53,13 @@ class LastIdsAreNotKept(Ngrams):
         pass
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class LastIdsOfTheChunkOnly(Ngrams):
     def keep(self, state, ids):
         super().keep(state, F.pad(ids[:, 2:], (2, 0), value=NONE))
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class LastIdsOneLate(Ngrams):
     def keep(self, state, ids):
         super().keep(state, ids[:, :-1])
@@ -72,7 +73,7 @@ class NoIdIsTokenZero(Ngrams):
         state.model["ids"] = ids[:, -2:].clone()
 
 
-@mutant(REORDERED)
+@mutant(REORDERED, slow=True)
 class LastIdsHaveTheBatchLast(Ngrams):
     def last_ids(self, state, empty):
         return state.model["ids"].T if "ids" in state.model else empty
@@ -92,7 +93,7 @@ class LastIdsAreNoEntryOfTheState(Ngrams):
         state.ids = ids[:, -2:].clone()
 
 
-@mutant(REORDERED)
+@mutant(REORDERED, slow=True)
 class LastIdsOfTheBatchInOneRow(Ngrams):
     def last_ids(self, state, empty):
         return state.model["ids"][0] if "ids" in state.model else empty
@@ -119,31 +120,31 @@ class AllIdsAreKeptAgainAndAgain(Ngrams):
 # ------------------------------------------------------------------- experts by a table, padding
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class ExpertsByPosition(HashRouted):
     def key(self, input_ids, positions):
         return positions.expand_as(input_ids) % self.args.vocab_size
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class ExpertsByTheIndexInTheChunk(HashRouted):
     def key(self, input_ids, positions):
         return torch.arange(input_ids.shape[1]).expand_as(input_ids)
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class ExpertsOfTheNextToken(HashRouted):
     def key(self, input_ids, positions):
         return input_ids.roll(-1, 1)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class ExpertsOfTheTokenBefore(HashRouted):
     def key(self, input_ids, positions):
         return F.pad(input_ids[:, :-1], (1, 0))
 
 
-@mutant(LEARNS)
+@mutant(LEARNS, slow=True)
 class TableOfZeros(HashRouted):
     def table_of(self, choice):
         return torch.arange(choice.shape[1]).expand_as(choice).clone()
@@ -170,7 +171,7 @@ class BalanceCountsPadding(MoEModel):
             return scores, chosen
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class ScoresOverTheSequence(MoEModel):
     """A softmax over the tokens for one over the experts."""
 
@@ -182,7 +183,7 @@ class ScoresOverTheSequence(MoEModel):
 # ------------------------------------------------------------------- residual streams
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class SinkhornOverTime(Streams):
     class Block(StreamBlock):
         def axes(self):
@@ -196,28 +197,51 @@ class SinkhornOverTheBatch(Streams):
             return 0, -1
 
 
-@mutant(LATER)
+@mutant(EVEN)
+class SinkhornOverRowsTwice(Streams):
+    class Block(StreamBlock):
+        def axes(self):
+            return -1, -1
+
+
+@mutant(EVEN, slow=True)
+class SinkhornOverColumnsTwice(Streams):
+    class Block(StreamBlock):
+        def axes(self):
+            return -2, -2
+
+
+@mutant(EVEN, slow=True)
+class SinkhornOverAllAtOnce(Streams):
+    """Divided by the mean of all elements' sum: the matrix sums to n, its rows and columns do not to 1."""
+
+    class Block(StreamBlock):
+        def sinkhorn(self, m):
+            return self.n * m / m.sum(dim=(-1, -2), keepdim=True)
+
+
+@mutant(LATER, slow=True)
 class MapsAreNormedOverTime(Streams):
     class Block(StreamBlock):
         def normed(self, x):
             return super().normed(x * (x.square().mean(dim=1, keepdim=True) + 1e-5).rsqrt())
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class WritesByTheMapsOfTheNextToken(Streams):
     class Block(StreamBlock):
         def gate(self, z):
             return z.roll(-1, 1)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class WritesByTheMapsOfTheTokenBefore(Streams):
     class Block(StreamBlock):
         def gate(self, z):
             return F.pad(z[:, :-1], (0, 0, 1, 0))
 
 
-@mutant("gradients.norms_per_layer")
+@mutant("gradients.norms_per_layer", slow=True)
 class SinkhornIsLeftOut(Streams):
     """Rows and columns of exp(.) that sum to 22: the streams grow with every layer."""
 
@@ -229,21 +253,21 @@ class SinkhornIsLeftOut(Streams):
 # ------------------------------------------------------------------- gates and scales
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class GateOfTheNextToken(Gated):
     class Attention(GatedAttention):
         def gate(self, z):
             return z.roll(-1, 1)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class GateOfTheTokenBefore(Gated):
     class Attention(GatedAttention):
         def gate(self, z):
             return F.pad(z[:, :-1], (0, 0, 1, 0))
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class GateOfTheFirstTokenOfTheSequence(Gated):
     """The first token of the text, which the state keeps, gates all: that of another document."""
 
@@ -256,14 +280,14 @@ class GateOfTheFirstTokenOfTheSequence(Gated):
             return super().forward(x, positions, state, doc_ids) * gate
 
 
-@mutant(ALONE)
+@mutant(ALONE, slow=True)
 class GateOfAnotherSequence(Gated):
     class Attention(GatedAttention):
         def gate(self, z):
             return z.flip(0)
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class GateMixesTokensAndHeads(Gated):
     """`view(B, H, T)` where a transpose was meant."""
 
@@ -290,7 +314,7 @@ class LeavesAMisspeltGateUnquantized(Gated):
         not_quantized = ("gate_projection",)
 
 
-@mutant("contract.declared_names_exist")
+@mutant("contract.declared_names_exist", slow=True)
 class NamesItsGateByAString(Gated):
     class Attention(GatedAttention):
         not_quantized = "gate_proj"
@@ -305,7 +329,7 @@ class DraftsCountEachChunkFromZero(Drafts):
         return state.positions(ids.shape[1]) - state.pos[:, None]
 
 
-@mutant("state.drafts_in_chunks_agree")
+@mutant("state.drafts_in_chunks_agree", slow=True)
 class DraftsFromTheLastHiddenVectorOnly(Drafts):
     def forward(self, input_ids, targets=None, state=None, doc_ids=None):
         out = super().forward(input_ids, targets, state, doc_ids)

@@ -25,7 +25,7 @@ class WindowIsOneTooLong(Near):
             return self.args.window_size + 1
 
 
-@mutant(WINDOW)
+@mutant(WINDOW, slow=True)
 class WindowIsOneTooShort(Near):
     class Attention(NearAttention):
         def window(self, state):
@@ -39,14 +39,14 @@ class WindowIsOneTooLongWithAState(Near):
             return self.args.window_size + (state is not None)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class WindowIsOneTooShortWithAState(Near):
     class Attention(NearAttention):
         def window(self, state):
             return self.args.window_size - (state is not None and state.max_pos > 0)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class WindowOfTheLastTokenForTheChunk(Near):
     """Every token of a chunk sees the window of its last one: earlier ones lose their oldest keys."""
 
@@ -67,7 +67,7 @@ class BlocksCountFromTheStartOfTheSequence(Near):
             return same & super().visible(positions, n_keys, state, doc_ids)
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class WindowForgetsTheDocuments(Near):
     """A mask that is either that of documents or that of the window."""
 
@@ -98,7 +98,7 @@ class SinkIsAddedToAllScores(Near):
             return (scores + self.sinks.view(-1, 1, 1)).softmax(dim=-1)
 
 
-@mutant(SINK)
+@mutant(SINK, slow=True)
 class SinkGivesItsShareToTheTokenItself(Near):
     class Attention(NearAttention):
         def without_sinks(self, weights):
@@ -107,28 +107,28 @@ class SinkGivesItsShareToTheTokenItself(Near):
             return weights[..., :-1] + weights[..., -1:] * itself
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class SinkGivesItsShareToAllKeys(Near):
     class Attention(NearAttention):
         def without_sinks(self, weights):
             return weights[..., :-1] + weights[..., -1:] / (weights.shape[-1] - 1)
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class DropsTheFirstColumnNotTheSink(Near):
     class Attention(NearAttention):
         def without_sinks(self, weights):
             return weights[..., 1:]
 
 
-@mutant(SINK)
+@mutant(SINK, slow=True)
 class OneSinkForAllHeads(Near):
     class Attention(NearAttention):
         def make_sinks(self, args):
             self.sinks = nn.Parameter(torch.zeros(1))
 
 
-@mutant(SINK)
+@mutant(SINK, slow=True)
 class SinkOfHeadZeroForAll(Near):
     class Attention(NearAttention):
         def weights(self, scores):
@@ -136,14 +136,14 @@ class SinkOfHeadZeroForAll(Near):
             return torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class SinkInTrainingOnly(Near):
     class Attention(NearAttention):
         def weights(self, scores):
             return super().weights(scores) if scores.shape[-1] == scores.shape[-2] else scores.softmax(dim=-1)
 
 
-@mutant("gradients.every_parameter_learns")
+@mutant("gradients.every_parameter_learns", slow=True)
 class SinkIsDetached(Near):
     class Attention(NearAttention):
         def weights(self, scores):
@@ -154,7 +154,7 @@ class SinkIsDetached(Near):
 # ------------------------------------------------------------------- rings
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class RingIsOneSlotShort(Ring):
     class Attention(RingAttention):
         def slots(self):
@@ -168,14 +168,14 @@ class RingWritesWhereTheFirstSequenceStands(Ring):
             return position[:1].expand_as(position)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class RingBeginsAnewWithEachChunk(Ring):
     class Attention(RingAttention):
         def slot(self, position, t):
             return torch.full_like(position, t)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class RingKeepsTheFirstOfALongChunk(Ring):
     class Attention(RingAttention):
         def kept(self, n_tokens, size):
@@ -192,7 +192,7 @@ class RingIsDeclaredRewindable(Ring):
             return super().append(state, name, new, positions)
 
 
-@mutant(ROWS)
+@mutant(ROWS, slow=True)
 class RingOf128OfTheFirstSequence(Ring):
     """Right up to 128 tokens: only long texts at different positions show it."""
 
@@ -204,7 +204,7 @@ class RingOf128OfTheFirstSequence(Ring):
             return torch.where(position < 128, position, position[:1])
 
 
-@mutant(REWOUND)
+@mutant(REWOUND, slow=True)
 class TailIsOneShortForATrial(WindowsAndTails):
     """The shared tail with room for fewer tokens than can be taken back."""
 
@@ -227,14 +227,14 @@ class ShortTail(CausalConv):
 # ------------------------------------------------------------------- convolutions
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class TapReachesIntoTheDocumentBefore(ShortConvolutions):
     class Attention(GatedConv):
         def same(self, docs, doc_ids, at, j):
             return super().same(docs, doc_ids, at, j) | (j == self.size - 1)
 
 
-@mutant(PACKED)
+@mutant(PACKED, slow=True)
 class TapLooksAtItsNeighboursDocument(ShortConvolutions):
     """Two tokens back counts when it is of the document of one token back."""
 
@@ -246,7 +246,7 @@ class TapLooksAtItsNeighboursDocument(ShortConvolutions):
             return docs[:, at : at + n_tokens] == docs[:, at + 1 : at + 1 + n_tokens]
 
 
-@mutant(LATER)
+@mutant(LATER, slow=True)
 class TapReachesIntoTheFuture(ShortConvolutions):
     class Attention(GatedConv):
         def forward(self, x, positions, state, doc_ids):
@@ -254,21 +254,21 @@ class TapReachesIntoTheFuture(ShortConvolutions):
             return super().forward(x, positions, state, doc_ids) + self.o_proj(self.taps[0] * ahead)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class TailIsOneShort(ShortConvolutions):
     class Attention(GatedConv):
         def keep(self, inputs, n):
             return torch.cat((torch.zeros_like(inputs[:, :1]), inputs[:, -n + 1 :]), dim=1)
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class TailIsOneLate(ShortConvolutions):
     class Attention(GatedConv):
         def keep(self, inputs, n):
             return inputs[:, -n - 1 : -1].clone()
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class TailIsThatOfTheChunk(ShortConvolutions):
     """What a chunk of one token does not hold is taken for zero."""
 
@@ -278,7 +278,7 @@ class TailIsThatOfTheChunk(ShortConvolutions):
             return torch.cat((torch.zeros_like(inputs[:, :n]), chunk), dim=1)[:, -n:]
 
 
-@mutant(CHUNKS)
+@mutant(CHUNKS, slow=True)
 class TapsAreReversedInASingleStep(ShortConvolutions):
     class Attention(GatedConv):
         def tap(self, j, n_tokens):
