@@ -258,8 +258,9 @@ class Indexer(nn.Module):
             scores = matmul(q.flatten(1, 2).float(), keys.float().mT).relu().unflatten(1, (-1, a.index_n_heads))
             scores = matmul(weight[..., None, :], scores)[..., 0, :]
         ranked = scores.detach().masked_fill(~windows.visible, float("-inf"))
-        best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., : a.index_topk]  # of equal ones the first
-        return scores, torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, best, True) & windows.visible
+        order = ranked.sort(dim=-1, descending=True, stable=True).indices  # of equal ones the first
+        best = torch.arange(order.shape[-1], device=x.device).expand_as(order) < a.index_topk
+        return scores, torch.zeros_like(best).scatter(-1, order, best) & windows.visible
 
     @staticmethod
     def loss(scores, chosen, p, token_mask):
@@ -394,6 +395,5 @@ class DeepSeekV4Model(BaseModel):
 
     def attention_flops_per_token(self, seq_len):
         """Return the forward FLOPs of scores and values over tokens and entries; all else is about 1%."""
-        a = self.args
-        entries = {SLIDING: 0, CSA: -(-seq_len // a.csa_ratio), HCA: -(-seq_len // a.hca_ratio)}
-        return 4 * a.n_heads * a.head_dim * sum(seq_len + entries[kind] for kind in a.kinds())
+        entries = {SLIDING: 0, CSA: -(-seq_len // self.args.csa_ratio), HCA: -(-seq_len // self.args.hca_ratio)}
+        return 4 * self.args.n_heads * self.args.head_dim * sum(seq_len + entries[kind] for kind in self.args.kinds())

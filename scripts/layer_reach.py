@@ -48,8 +48,9 @@ def layer_reach(model: BaseModel, ids: Tensor) -> list[Tensor]:
 
 
 def kind_of(layer: nn.Module) -> str:
-    """Return the name of what a layer mixes tokens by: its first part that is no norm."""
-    names = [type(part).__name__ for part in layer.children()]
+    """Return the name of what a layer mixes tokens by: the `kind` of a part, or its first part that is no norm."""
+    kinds = [kind for part in layer.children() if isinstance(kind := getattr(part, "kind", None), str)]
+    names = kinds or [type(part).__name__ for part in layer.children()]
     return next((name for name in names if "Norm" not in name), type(layer).__name__)
 
 

@@ -8,10 +8,11 @@ LENGTHS = (320, 160)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 16, 32, 128])
-def test_slots_per_several_tokens_follow_the_length(n):
-    role = _role(tuple(-(-length // n) for length in LENGTHS), LENGTHS)
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_slots_per_several_tokens_follow_the_length(n, more):
+    role = _role(tuple(-(-length // n) + more for length in LENGTHS), LENGTHS)
     for length in (4, 255, 256, 1000):
-        assert size_of(role, {"length": length, "sequences": 3}) == -(-length // n)
+        assert size_of(role, {"length": length, "sequences": 3}) == -(-length // n) + more
 
 
 def test_a_ring_has_one_size_and_an_unknown_one_fits_no_other_length():

@@ -277,10 +277,10 @@ def test_the_state_holds_a_window_entries_and_tails():
     sizes = [{name: tuple(tensor.shape[1:]) for name, tensor in layer.items()} for layer in state.layers]
     kv, room = {"kv": (a.window_size + state.room, 1, a.head_dim)}, state.room
     inputs = (2 * a.csa_ratio + room, 2, 2, a.head_dim)
-    index = {"index": (10, a.index_head_dim), "index_inputs": (2 * a.csa_ratio + room, 2, 2, a.index_head_dim)}
+    index = {"index": (12, a.index_head_dim), "index_inputs": (2 * a.csa_ratio + room, 2, 2, a.index_head_dim)}
     assert sizes[0] == kv
-    assert sizes[1] == kv | {"entries": (10, a.head_dim), "entries_inputs": inputs} | index
-    assert sizes[2] == kv | {"entries": (7, a.head_dim), "entries_inputs": (a.hca_ratio + room, 2, 1, a.head_dim)}
+    assert sizes[1] == kv | {"entries": (12, a.head_dim), "entries_inputs": inputs} | index
+    assert sizes[2] == kv | {"entries": (9, a.head_dim), "entries_inputs": (a.hca_ratio + room, 2, 1, a.head_dim)}
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 5])

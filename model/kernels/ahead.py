@@ -169,20 +169,23 @@ def _role(sizes, lengths):
     """Return the role of a dim of these two sizes in states of these two lengths."""
     if sizes[0] == sizes[1]:
         return sizes[0]
-    fitting = [n for n in range(1, lengths[0] + 1) if sizes == tuple(-(-length // n) for length in lengths)]
-    powers = [n for n in fitting if n & (n - 1) == 0]  # where more than one fits, the usual kind
-    return f"length / {(powers or fitting)[0]}" if fitting else sizes[0]
+    roles = {f"length / {n}{more}": n for more in ("", " + 1", " + 2") for n in range(1, lengths[0] + 1)}
+    fitting = [r for r in roles if sizes == tuple(size_of(r, {"length": length}) for length in lengths)]
+    powers = [r for r in fitting if roles[r] & (roles[r] - 1) == 0]  # where more than one fits, the usual kind
+    return (powers or fitting or sizes)[0]
 
 
 def size_of(role, case):
     """Return the size of a dim in a case {"sequences": ..., "length": ..., ...}.
 
-    role: a name in the case, "length / n", a slot per n tokens, or a size that is the same in every case.
+    role: a name in the case, "length / n", a slot per n tokens, "length / n + 2", two slots more, or a size that is the
+    same in every case.
     """
     if isinstance(role, int):
         return role
-    name, _, n = role.partition(" / ")
-    return -(-case[name] // int(n or 1))
+    name, _, slots = role.partition(" / ")
+    n, _, more = slots.partition(" + ")
+    return -(-case[name] // int(n or 1)) + int(more or 0)
 
 
 class _Guards:

@@ -56,11 +56,12 @@ def entry_append(state, layer, name, new, windows, ratio):
         return new
     held = state.layers[layer]
     if name not in held:
-        held[name] = new.new_zeros(len(new), _slots(state.max_len, ratio), *new.shape[2:])
+        held[name] = new.new_zeros(len(new), _slots(state.max_len, ratio) + 1, *new.shape[2:])  # never all in use
         state.rewindable.add(name)
     held[name][torch.arange(len(new), device=new.device)[:, None], windows.number] = new.to(held[name].dtype)
     return held[name][:, : windows.visible.shape[-1]]
 
 
 def _slots(n_tokens, ratio):
-    return -(-n_tokens // ratio)
+    """The slots for the entries of so many tokens, and one more: a size of 1 would be a compiled graph of its own."""
+    return -(-n_tokens // ratio) + 1
