@@ -1,4 +1,4 @@
-"""How tokens come to experts: a fixed table, and a loss for even loads. Shapes: E experts, A active ones per token."""
+"""How tokens come to experts, and a loss for even loads. Shapes: N tokens, E experts, A active ones per token."""
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,19 @@ def token_table(n_ids, n_active, n_experts):
     steps = 1 + torch.rand(n_ids // n_experts + 1, n_experts - 1).argsort(dim=1)
     steps = F.pad(steps, (1, 0))[:, :n_active]  # (blocks, n_active), from the first expert to the others
     return (place[:, None] + steps[place // n_experts]) % n_experts
+
+
+def choose_experts(score, n_active, n_groups=1, n_limited=1):
+    """Return the experts of the largest scores (N, E) as numbers (N, A) (DeepSeek-V3, equation 16 and section 2.1.2).
+
+    Only the experts of the `n_limited` best of `n_groups` groups may be chosen; a group is as good as its best two.
+    """
+    if n_limited < n_groups:
+        groups = score.unflatten(-1, (n_groups, -1))  # (N, groups, E / groups)
+        best = groups.topk(2, dim=-1).values.sum(dim=-1).topk(n_limited, dim=-1).indices
+        allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        score = groups.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
+    return score.topk(n_active, dim=-1, sorted=False).indices
 
 
 def balance_loss(affinity, n_active, token_mask=None):
