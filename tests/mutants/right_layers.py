@@ -220,7 +220,7 @@ class EntryAttention(NearAttention):
 
     def __init__(self, args, layer):
         super().__init__(args, layer)
-        self.weight_proj = nn.Linear(args.dim, 1)
+        self.weight_proj = nn.Linear(args.dim, 1, bias=False)
         self.index_q = nn.Linear(args.dim, self.index_dim, bias=False)
         self.index_k = nn.Linear(args.dim, self.index_dim, bias=False)
 
@@ -479,11 +479,11 @@ class Streams(RightModel):
     Args, Block, n_streams = with_defaults(RightModelArgs, hc_iters=8), StreamBlock, 3
 
     def add_more(self, x, input_ids, state, doc_ids):
-        first = x.new_tensor((1.0, 0.5, -0.5))[:, None]  # unlike, so that the first layer's maps matter
-        return x[:, :, None] * first
+        return torch.stack((x, x.flip(-1), x.roll(5, -1)), dim=2)  # unlike, so that the first layer's maps matter
 
     def head(self, x, state):
-        return super().head(x.sum(dim=2), state)
+        shares = x.new_tensor((1.0, 0.5, -0.5))  # mixing keeps the plain sum: it would hide the last layer's maps
+        return super().head((shares[:, None] * x).sum(dim=2), state)
 
 
 class GatedAttention(Attention):
