@@ -10,20 +10,8 @@ from torch import nn
 from model.layers import token_positions
 
 from .right import Attention, RightModel, RightModelArgs, WithoutAttention, unusual, with_defaults
-from .right_layers import (
-    Drafts,
-    Entries,
-    Gated,
-    HashRouted,
-    Memory,
-    MemoryInChunks,
-    Near,
-    NearAttention,
-    Ngrams,
-    Ring,
-    ShortConvolutions,
-    Streams,
-)
+from .right_layers import Entries, Memory, MemoryInChunks, Near, NearAttention, Ring, ShortConvolutions
+from .right_routes import Drafts, Gated, HashRouted, Ngrams, Streams
 
 slowly = partial(unusual, slow=True)
 unusual(Entries)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .right import MoE, MoEModel, mutant
-from .right_layers import (
+from .right_routes import (
     NONE,
     Drafts,
     Gated,
