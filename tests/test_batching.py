@@ -37,7 +37,11 @@ def some_request(rng, longest=24):
     return new_request(TOKENIZER, ids, rng.randint(1, longest), sampling, {TOKENIZER.eos_id}), sampling
 
 
-@pytest.mark.parametrize("name", EVERY)
+QUICK = {"mini_deepseekv3", "mini_lfm3", "Recurrent"}  # all keys, windows, a matrix
+SLOW = [name for name in EVERY if isinstance(name, str) and name not in QUICK]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in EVERY])
 def test_64_requests_have_the_tokens_they_have_alone(name):
     model, rng = build(name), random.Random(7)
     pairs = [some_request(rng) for _ in range(64)]

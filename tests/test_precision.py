@@ -152,6 +152,7 @@ def test_the_two_precisions_can_be_distinguished_here(training, cpu):
     assert found[0] != found[1]
 
 
+@pytest.mark.slow
 def test_the_command_finds_its_run_whatever_is_measured(training, cpu):
     """Finished runs as well: the fingerprint holds the setting, config.yaml the precision."""
     cpu(4.0)
@@ -190,6 +191,7 @@ def test_all_processes_take_the_precision_of_the_first(monkeypatch, cpu):
     assert run.run_precision(TrainConfig(), directory, tiny(), CPU) == "of rank 0"
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_in_the_precision_of_the_run(training, cpu, capsys):
     cpu(4.0)
     training.run(dry_run=True)

@@ -399,6 +399,7 @@ def test_a_failed_save_does_not_end_the_run(training, monkeypatch, capsys):
     assert "could not be saved (No space left" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bf16_trains_fp32_weights(training):
     summary = training.run(precision="bf16", max_steps=30)
     assert losses(summary)[-1] < losses(summary)[0]
