@@ -51,6 +51,8 @@ GOALS = {"terminal": 0.4, "server 1": 0.4, "server 8": 0.4, "training": 0.5}
 IDLE = 0.05  # cores that other programs may use in a figure that counts
 VOCAB = 5120  # the demo's
 ANSWER = 200  # tokens
+# without the compiled step: the process that builds it would be another program next to the commands
+DECODING = ("--device=cpu", "--compile=false")
 BUSY = "while True: pass"
 PROC = Path("/proc")
 
@@ -194,7 +196,7 @@ class Commands:
 
         def measure() -> float:
             ours, theirs = pty.openpty()
-            answer = [f"--run={self.run}", "--prompt=一", f"--max_new_tokens={ANSWER}", "--device=cpu"]
+            answer = [f"--run={self.run}", "--prompt=一", f"--max_new_tokens={ANSWER}", *DECODING]
             with self.start("test.py", *answer, stderr=theirs) as process:
                 os.close(theirs)
                 text = b""
@@ -213,7 +215,7 @@ class Commands:
     @contextlib.contextmanager
     def server(self, requests: int) -> Iterator[Measure]:
         """serve.py, asked for so many answers at once; tokens of all of them per second."""
-        with self.start("serve.py", f"--run={self.run}", "--port=0", "--device=cpu", stdout=subprocess.PIPE) as process:
+        with self.start("serve.py", f"--run={self.run}", "--port=0", *DECODING, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             found = re.search(r"http://\S+/v1", process.stdout.readline())
             if found is None:

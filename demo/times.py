@@ -22,9 +22,14 @@ def read(path: Path) -> dict[str, int]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def of(times: dict[str, int], model: str) -> dict[str, int]:
+    """Return the seconds of the stages that led to this model, by stage."""
+    return {key.split()[0]: seconds for key, seconds in times.items() if key.split()[1:] in ([], [model])}
+
+
 def table(times: dict[str, int], model: str) -> str:
     """Return the stages that led to this model with their times and the sum."""
-    shown = {key.split()[0]: seconds for key, seconds in times.items() if key.split()[1:] in ([], [model])}
+    shown = of(times, model)
     shown["all stages"] = sum(shown.values())
     return "\n".join(f"  {stage:<14} {seconds // 60:3d} min {seconds % 60:02d} s" for stage, seconds in shown.items())
 

@@ -60,6 +60,11 @@ def size(figures: dict) -> str:
     return total if total == active else f"{total} ({active} active)"
 
 
+def seen(figures: dict) -> str:
+    """Return the tokens that the demo trained on; rows measured before 2026-11-29 have none."""
+    return millions(figures["tokens"]) if "tokens" in figures else ""
+
+
 def fastest(figures: dict[str, float]) -> float:
     """Return the better of transformers' precisions, in tokens per second."""
     return max(figures[name] for name in TRANSFORMERS)
@@ -71,23 +76,24 @@ def overview(lang: str) -> str:
     train = {row["model"]: row for row in load("train")["speed"].values()}
     decode = load("decode")["tokens_per_s"]
     head = {
-        "en": ["", "parameters", "held-out bits per character", "poems in form", "demo on 2 cores"]
+        "en": ["", "parameters", "tokens seen", "held-out bits per character", "poems in form", "demo on 2 cores"]
         + ["training against transformers, compiled", "decoding against transformers, int8"],
-        "zh": ["", "参数量", "验证集比特/字", "合体的诗", "演示用时（2 核）"]
+        "zh": ["", "参数量", "训练词元", "验证集比特/字", "合体的诗", "演示用时（2 核）"]
         + ["训练速度，与 transformers 相比（均编译）", "解码速度，与 transformers 相比（int8）"],
     }[lang]
     body = []
     for model, figures in demo["models"].items():
-        speed = decode[f"{model} x1"]
+        speed = decode.get(f"{model} x1")
         body.append(
             [
                 f"`{model}`",
                 size(figures),
+                seen(figures),
                 f"{figures['bits_per_character']:.3f}",
                 percent(figures["form"]),
                 f"{figures['seconds'] / 60:.0f} min",
-                times(train[model]["ratio_compiled"], lang),
-                times(speed["ours int8 compiled"] / fastest(speed), lang),
+                times(train[model]["ratio_compiled"], lang) if model in train else "",
+                times(speed["ours int8 compiled"] / fastest(speed), lang) if speed else "",
             ]
         )
     return table(head, body) + "\n\n" + measured(demo, lang)
@@ -100,17 +106,27 @@ def demo(lang: str) -> str:
         "zh": {"real": "验证集里的真诗", "shuffled": "打乱诗句"},
     }[lang]
     head = {
-        "en": ["", "parameters", "held-out bits per character", "form", "rhyme", "copied", "full run on 2 cores"],
-        "zh": ["", "参数量", "验证集比特/字", "合体", "押韵", "抄录", "两核全程用时"],
+        "en": [
+            "",
+            "parameters",
+            "tokens seen",
+            "held-out bits per character",
+            "form",
+            "rhyme",
+            "copied",
+            "full run on 2 cores",
+        ],
+        "zh": ["", "参数量", "训练词元", "验证集比特/字", "合体", "押韵", "抄录", "两核全程用时"],
     }[lang]
     body = []
     for model, figures in results["models"].items():
         shares = [percent(figures["form"]), percent(figures["rhyme"]), percent(figures["copied"], 1)]
         minutes = f"{figures['seconds'] / 60:.0f} min"
-        body.append([f"`{model}`", size(figures), f"{figures['bits_per_character']:.3f}", *shares, minutes])
+        bits = f"{figures['bits_per_character']:.3f}"
+        body.append([f"`{model}`", size(figures), seen(figures), bits, *shares, minutes])
     for kind, figures in results["references"].items():
         shares = [percent(figures["form"]), percent(figures["rhyme"], 1), percent(figures["copied"], 1)]
-        body.append([names[kind], "", "", *shares, ""])
+        body.append([names[kind], "", "", "", *shares, ""])
     return table(head, body) + "\n\n" + measured(results, lang)
 
 

@@ -46,3 +46,15 @@ def test_no_measured_figure_outside_the_written_blocks(page):
     assert "<!-- results: " in text
     found = MEASURED.findall(BLOCK.sub("", text))
     assert not found, f"{page}: {found}: put them into benchmarks/results and scripts/write_results.py"
+
+
+def test_the_shares_of_a_demo_are_those_of_its_report():
+    from benchmarks.demo_results import shares
+    from demo import report
+
+    counts = {"poems": 50, "in_form": 47, "rhyming": 4, "verses": 200, "copied": 3}
+    shown = [
+        report.share(counts[a], counts[b])
+        for a, b in (("in_form", "poems"), ("rhyming", "poems"), ("copied", "verses"))
+    ]
+    assert [f"{100 * share:.1f}%" for share in shares(counts).values()] == shown
