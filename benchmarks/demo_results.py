@@ -57,8 +57,8 @@ def row(result: dict[str, Any], output: Path) -> tuple[str, dict[str, Any]]:
     }
 
 
-def processor() -> str:
-    """Return the name of the processor, and of its cores how many this process may use."""
+def cpu_name() -> str:
+    """Return the name of the CPU and its number of cores."""
     found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
     return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
 
@@ -73,7 +73,7 @@ def main() -> None:
     written = {
         "date": date.today().isoformat(),
         "command": "bash run_demo.sh MODEL",
-        "machine": processor(),
+        "machine": cpu_name(),
         "fp32_gflops": round(measure_matmuls(torch.device("cpu"), "fp32") / 1e9),
         "models": kept | dict(row(result, output) for result in found),
         "references": {"real": shares(found[-1]["real_poems"]), "shuffled": shares(found[-1]["shuffled_poems"])},
