@@ -161,6 +161,9 @@ def test_every_model_however_a_step_is_divided(folder, name):
     small, losses and gradient norms are compared sharply, weights a tensor at a time and less so.
     """
 
+    # one over all tokens of a micro-batch is no sum over them
+    balance = {"model.aux_loss_weight": 0} if hasattr(get_model_and_args(name)[1], "aux_loss_weight") else {}
+
     def run(processes, sequences, **more):
         return train(
             folder,
@@ -170,17 +173,21 @@ def test_every_model_however_a_step_is_divided(folder, name):
             max_batch_size=sequences,
             max_steps=4,
             max_lr=0.0003,
+            **balance,
             **more,
         )[:2]
 
     full, weights = run(1, 8)
     for records, theirs in (run(1, 4), run(1, 1), run(2, 4), run(2, 1, **FSDP)):
-        close(records, full, rel=2e-5)
+        close(records, full, rel=1e-4)
         for key, value in weights.items():
             if key.endswith("routing_bias"):
                 assert value.abs().max() > 0 and torch.equal(value, theirs[key]), key
-            else:
-                assert (value - theirs[key]).norm() <= 1e-2 * value.norm(), key
+            elif not value.is_floating_point():
+                assert torch.equal(value, theirs[key]), key
+            else:  # the weights of a zero-centred norm begin at 0
+                least = 0.01 * value.numel() ** 0.5
+                assert (value - theirs[key]).norm() <= 1e-2 * max(value.norm(), least), key
     (shards,) = (folder / f"{name}_2_1_{FSDP}").glob("*/checkpoints/*")
     model = load_run(shards).model  # as inference, fine-tuning and export read it
     assert len(list(shards.glob("model-*"))) == 2
@@ -360,7 +367,9 @@ def test_layers_are_compiled_once_however_many_there_are(group, monkeypatch, nam
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="eager", **how))
     Model, ModelArgs = get_model_and_args(name)
-    args = replace(tiny_args(Model, ModelArgs)[0], n_layers=10)  # more than the 8 variants that a function may have
+    args = tiny_args(Model, ModelArgs)[0]
+    usual = {"layer_types": ()} if hasattr(args, "layer_types") else {}
+    args = replace(args, n_layers=10, **usual)  # more than the 8 variants that a function may have
     full, ids = Model(args).train(), torch.randint(args.vocab_size, (2, 20))
     model, compiled = copy.deepcopy(full), torch._dynamo.utils.counters["stats"]
     fsdp.shard(model, torch.device("cpu"), "fp32", compiled=True)
