@@ -72,7 +72,10 @@ def main():
         model = RankModel(TinyModelArgs(vocab_size=tokenizer.vocab_size, max_seq_len=32, dropout=float(dropout)))
     else:
         Model, ModelArgs = get_model_and_args(config.model_name)
-        model = Model(replace(tiny_args(Model, ModelArgs)[0], vocab_size=tokenizer.vocab_size, max_seq_len=32))
+        args = tiny_args(Model, ModelArgs)[0]
+        # a balance loss over all tokens of a micro-batch is no sum over its sequences
+        additive = {"aux_loss_weight": 0.0} if hasattr(args, "aux_loss_weight") else {}
+        model = Model(replace(args, vocab_size=tokenizer.vocab_size, max_seq_len=32, **additive))
     data = {
         name: DocumentSequences(TokenFile(folder / f"sft_{name}.bin", tokenizer, "make"), 32, pack=True, long="drop")
         for name in ("train", "val")
