@@ -3,7 +3,7 @@
 By default an idle thread spins for milliseconds in case more work comes. On a core that another program uses as well,
 it spins away the time that the next operator needs there, and the other threads wait for that. Sleeping at once is no
 better: on idle cores a training is a quarter slower, since the threads are woken for every operator. So they spin for
-some ten microseconds, the gap between two operators (docs/LOG.md, 2026-11-29).
+a short while, which covers the gap between two operators (docs/LOG.md, 2026-11-29).
 """
 
 import os
